@@ -1,0 +1,1 @@
+//! `liblitefs.so`: the preload door. It interposes nothing yet; the FUSE door is the only door today.
