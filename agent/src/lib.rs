@@ -1,1 +1,27 @@
-//! placeholder
+//! The agent: keeps SQLite databases identical on every host of a fleet.
+//!
+//! Reading order is the way of a transaction:
+//!
+//! | module       | what it does                                                                      |
+//! |--------------|-----------------------------------------------------------------------------------|
+//! | [`door`]     | how applications reach their databases (FUSE), and where a commit is seen          |
+//! | [`database`] | one database: capture of a commit, page checksums, recovery                        |
+//! | [`log`]      | the commit log: one fsync for the commits of all databases, positions, retention   |
+//! | [`ship`]     | streams records and snapshots to followers, and follows an upstream                |
+//! | [`apply`]    | writes a record to a database file the way an SQLite writer would                  |
+//! | [`node`]     | all databases of one host, its role and epoch                                      |
+//! | [`status`]   | what an operator sees: status, metrics, events                                     |
+//! | [`config`], [`cli`] | the configuration file and the command line                                 |
+
+pub mod apply;
+pub mod cli;
+pub mod config;
+pub mod database;
+pub mod door;
+pub mod log;
+pub mod name;
+pub mod node;
+pub mod ship;
+pub mod status;
+
+pub use name::DatabaseName;

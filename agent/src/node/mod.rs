@@ -1,0 +1,1 @@
+//! All databases of one host.
