@@ -1,1 +1,474 @@
 //! The configuration file.
+//!
+//! Every key has a default, so that no file is needed. Settings come in layers, later ones win: the defaults,
+//! `/etc/litefs/<cluster>.toml` (or the file that `--config` names), the drop-ins `<file>.d/*.toml` in the
+//! order of their names, and `--set KEY=VALUE` on the command line. [`Config::load`] reads the layers, checks
+//! every value and reports everything that is wrong at once, each with its place.
+
+mod keys;
+mod layers;
+mod problem;
+mod show;
+mod value;
+
+pub use keys::{KEYS, Key};
+pub use problem::{ConfigError, Origin, Problem};
+
+use serde::{Serialize, Serializer};
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+/// Where the configuration files are when `--config` names none.
+pub const CONFIG_DIR: &str = "/etc/litefs";
+
+/// The cluster when nobody names one.
+pub const DEFAULT_CLUSTER: &str = "db";
+
+/// Bytes of a Unix socket's path that fit in `sockaddr_un` with its terminator (unix(7)).
+const SOCKET_PATH_MAX: usize = 107;
+
+/// Everything the agent needs to know, checked.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Config {
+    /// Name of the cluster, as in `litefs@<cluster>.service`.
+    pub cluster: String,
+    /// This host.
+    pub node: NodeConfig,
+    /// Where the agent keeps its own files.
+    pub data: DataConfig,
+    /// Where applications find their databases.
+    pub mount: MountConfig,
+    /// The port for followers and monitoring.
+    pub http: HttpConfig,
+    /// The socket for commands on this host.
+    pub socket: SocketConfig,
+    /// The commit log.
+    pub log: LogConfig,
+    /// Who may write.
+    pub lease: LeaseConfig,
+    /// Streams between hosts.
+    pub replication: ReplicationConfig,
+    /// The agent's own messages.
+    pub log_output: LogOutputConfig,
+    /// From where this was loaded, to load it again.
+    #[serde(skip)]
+    pub source: Source,
+    /// Where each key that is not at its default was set, by its full name such as `http.listen`.
+    #[serde(skip)]
+    pub origins: BTreeMap<&'static str, Origin>,
+}
+
+/// `[node]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct NodeConfig {
+    /// Name of this host for others.
+    pub name: String,
+}
+
+/// `[data]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DataConfig {
+    /// Directory of databases, log and sidecars.
+    pub dir: PathBuf,
+}
+
+/// `[mount]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MountConfig {
+    /// Mount point.
+    pub dir: PathBuf,
+    /// Whether the kernel reads and writes backing files itself.
+    pub passthrough: Passthrough,
+    /// Threads that answer the kernel, at least 1.
+    pub threads: usize,
+}
+
+/// `[http]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct HttpConfig {
+    /// Address to listen on.
+    pub listen: SocketAddr,
+    /// How other hosts reach it: `http://host:port`, no slash at the end.
+    pub advertise_url: String,
+}
+
+/// `[socket]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SocketConfig {
+    /// Path of the control socket.
+    pub path: PathBuf,
+}
+
+/// `[log]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LogConfig {
+    /// Bytes after which a new segment begins.
+    #[serde(serialize_with = "size")]
+    pub segment_size: u64,
+    /// Records are kept at least this long.
+    #[serde(serialize_with = "duration")]
+    pub retention_age: Duration,
+    /// Bytes of records that are kept at most.
+    #[serde(serialize_with = "size")]
+    pub retention_size: u64,
+}
+
+/// `[lease]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LeaseConfig {
+    /// How the primary is chosen.
+    #[serde(rename = "type")]
+    pub kind: LeaseKind,
+    /// This host's role under a static lease.
+    pub role: LeaseRole,
+    /// Whom a replica follows (the primary, or a replica in a cascade): `http://host:port`, no slash at the
+    /// end. Present exactly when the role is replica.
+    pub primary_url: Option<String>,
+}
+
+/// `[replication]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ReplicationConfig {
+    /// Interval between signs of life on a stream.
+    #[serde(serialize_with = "duration")]
+    pub heartbeat: Duration,
+    /// Silence after which a stream counts as broken.
+    #[serde(serialize_with = "duration")]
+    pub timeout: Duration,
+    /// First pause before a follower connects again.
+    #[serde(serialize_with = "duration")]
+    pub reconnect_min: Duration,
+    /// Longest pause before a follower connects again.
+    #[serde(serialize_with = "duration")]
+    pub reconnect_max: Duration,
+    /// How long applying waits for readers of a rollback-mode database at a time.
+    #[serde(serialize_with = "duration")]
+    pub apply_wait: Duration,
+}
+
+/// `[log-output]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LogOutputConfig {
+    /// Least important messages that are shown.
+    pub level: LogLevel,
+    /// Where they go and what they look like.
+    pub format: LogFormat,
+}
+
+/// Whether FUSE passthrough is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Passthrough {
+    /// When the kernel can (6.9 and newer).
+    Auto,
+    /// Never.
+    Off,
+}
+
+/// How the primary is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LeaseKind {
+    /// The configuration says who it is.
+    Static,
+}
+
+/// A host's role under a static lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LeaseRole {
+    /// Takes writes.
+    Primary,
+    /// Follows.
+    Replica,
+}
+
+/// Importance of messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogLevel {
+    /// Something failed.
+    Error,
+    /// Something needs attention.
+    Warn,
+    /// What happens.
+    Info,
+    /// Why it happens.
+    Debug,
+    /// Every step.
+    Trace,
+}
+
+/// Form of messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// The journal when stderr is connected to it, else human.
+    Auto,
+    /// Text on stderr.
+    Human,
+    /// Fields for journald.
+    Journal,
+    /// JSON lines on stderr.
+    Json,
+}
+
+/// Which files and options make up a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The file that `--config` names.
+    pub file: Option<PathBuf>,
+    /// The cluster that `--cluster` names.
+    pub cluster: Option<String>,
+    /// `KEY=VALUE` settings of the command line, in order.
+    pub set: Vec<String>,
+    /// Directory of `<cluster>.toml`: [`CONFIG_DIR`] outside tests.
+    pub dir: PathBuf,
+}
+
+impl Default for Source {
+    fn default() -> Self {
+        Source { file: None, cluster: None, set: Vec::new(), dir: CONFIG_DIR.into() }
+    }
+}
+
+impl Source {
+    /// The main file, whether it exists or not.
+    pub fn main_file(&self) -> PathBuf {
+        match &self.file {
+            Some(file) => file.clone(),
+            None => self.dir.join(format!("{}.toml", self.cluster.as_deref().unwrap_or(DEFAULT_CLUSTER))),
+        }
+    }
+}
+
+impl Config {
+    /// Reads, merges and checks all layers.
+    ///
+    /// # Errors
+    /// Everything that is wrong, each with file, line and column: files that cannot be read, bad TOML, unknown
+    /// keys, bad values, and values that do not fit together.
+    pub fn load(source: &Source) -> Result<Config, ConfigError> {
+        let mut problems = Vec::new();
+        let layers = layers::read(source, &mut problems);
+
+        let mut cluster = source.cluster.clone();
+        for setting in layers.iter().filter(|setting| setting.key.path == "cluster") {
+            // A value of another type is reported below with all others.
+            let Ok(named) = setting.value.text() else { continue };
+            match &source.cluster {
+                Some(wanted) if wanted != named => problems.push(Problem {
+                    origin: Some(setting.origin.clone()),
+                    message: format!("cluster is {named:?}, but the command line asks for {wanted:?}"),
+                    help: Some("remove one of the two, or make them equal".into()),
+                }),
+                _ => cluster = Some(named.to_owned()),
+            }
+        }
+        let cluster = cluster.unwrap_or_else(|| DEFAULT_CLUSTER.to_owned());
+        if let Err(message) = keys::check_cluster(&cluster) {
+            problems.push(Problem { origin: None, message: format!("cluster {message}"), help: None });
+            return Err(ConfigError { problems });
+        }
+
+        let mut config = Config::defaults(&cluster, source.clone());
+        for setting in &layers {
+            match (setting.key.set)(&mut config, &setting.value) {
+                Ok(()) => {
+                    config.origins.insert(setting.key.path, setting.origin.clone());
+                }
+                Err(message) => problems.push(Problem {
+                    origin: Some(setting.origin.clone()),
+                    message: format!("{} {message}", setting.key.path),
+                    help: Some(format!("its default is {}", setting.key.default)),
+                }),
+            }
+        }
+        if !config.origins.contains_key("http.advertise-url") {
+            config.http.advertise_url = format!("http://{}:{}", config.node.name, config.http.listen.port());
+        }
+        // Bad values were replaced by defaults, so cross-checks would report what nobody wrote.
+        if problems.is_empty() {
+            config.cross_check(&mut problems);
+        }
+        if problems.is_empty() { Ok(config) } else { Err(ConfigError { problems }) }
+    }
+
+    /// Loads the same files and options again.
+    ///
+    /// # Errors
+    /// As [`Config::load`]; this configuration stays what it is.
+    pub fn reload(&self) -> Result<Config, ConfigError> {
+        Config::load(&self.source)
+    }
+
+    /// The configuration of a cluster that sets nothing.
+    fn defaults(cluster: &str, source: Source) -> Config {
+        let node = nix::unistd::gethostname()
+            .ok()
+            .and_then(|name| name.into_string().ok())
+            .filter(|name| keys::check_host(name).is_ok())
+            .unwrap_or_else(|| "localhost".to_owned());
+        Config {
+            cluster: cluster.to_owned(),
+            node: NodeConfig { name: node },
+            data: DataConfig { dir: Path::new("/var/lib/litefs").join(cluster) },
+            mount: MountConfig {
+                dir: Path::new("/srv/litefs").join(cluster),
+                passthrough: Passthrough::Auto,
+                threads: 8,
+            },
+            http: HttpConfig {
+                listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 20202)),
+                advertise_url: String::new(),
+            },
+            socket: SocketConfig { path: Path::new("/run/litefs").join(cluster).join("control.sock") },
+            log: LogConfig {
+                segment_size: 32 << 20,
+                retention_age: Duration::from_secs(600),
+                retention_size: 1 << 30,
+            },
+            lease: LeaseConfig { kind: LeaseKind::Static, role: LeaseRole::Primary, primary_url: None },
+            replication: ReplicationConfig {
+                heartbeat: Duration::from_secs(1),
+                timeout: Duration::from_secs(5),
+                reconnect_min: Duration::from_millis(100),
+                reconnect_max: Duration::from_secs(5),
+                apply_wait: Duration::from_millis(100),
+            },
+            log_output: LogOutputConfig { level: LogLevel::Info, format: LogFormat::Auto },
+            source,
+            origins: BTreeMap::new(),
+        }
+    }
+
+    /// What single values cannot tell.
+    fn cross_check(&self, problems: &mut Vec<Problem>) {
+        let mut problem = |key: &str, message: String, help: &str| {
+            problems.push(Problem {
+                origin: self.origins.get(key).cloned(),
+                message,
+                help: Some(help.to_owned()),
+            });
+        };
+        let (data, mount) = (&self.data.dir, &self.mount.dir);
+        let key = if self.origins.contains_key("mount.dir") { "mount.dir" } else { "data.dir" };
+        if data.starts_with(mount) || mount.starts_with(data) {
+            problem(
+                key,
+                format!("data.dir {} and mount.dir {} overlap", data.display(), mount.display()),
+                "use two directories of which neither contains the other",
+            );
+        }
+        if self.socket.path.starts_with(mount) {
+            problem(
+                "socket.path",
+                format!("socket.path {} is below mount.dir {}", self.socket.path.display(), mount.display()),
+                "the mount holds databases only; put the socket under /run/litefs",
+            );
+        }
+        if self.socket.path.as_os_str().len() > SOCKET_PATH_MAX {
+            problem(
+                "socket.path",
+                format!("socket.path {} is longer than {SOCKET_PATH_MAX} bytes", self.socket.path.display()),
+                "Unix sockets need a shorter path",
+            );
+        }
+        let advertised = self.http.advertise_url.as_str();
+        match (self.lease.role, &self.lease.primary_url) {
+            (LeaseRole::Replica, None) => problem(
+                "lease.role",
+                "lease.role is \"replica\", but lease.primary-url is not set".to_owned(),
+                "set lease.primary-url to the primary's address, such as \"http://host-a:20202\"",
+            ),
+            (LeaseRole::Primary, Some(_)) => problem(
+                "lease.primary-url",
+                "lease.primary-url is set, but lease.role is \"primary\"".to_owned(),
+                "set lease.role = \"replica\", or remove lease.primary-url",
+            ),
+            (LeaseRole::Replica, Some(url)) if url == advertised => problem(
+                "lease.primary-url",
+                format!("lease.primary-url {url} is this host's own http.advertise-url"),
+                "a host cannot follow itself; name the primary",
+            ),
+            _ => {}
+        }
+        let replication = &self.replication;
+        if replication.timeout <= replication.heartbeat {
+            problem(
+                if self.origins.contains_key("replication.timeout") {
+                    "replication.timeout"
+                } else {
+                    "replication.heartbeat"
+                },
+                format!(
+                    "replication.timeout ({}) is not longer than replication.heartbeat ({})",
+                    value::show_duration(replication.timeout),
+                    value::show_duration(replication.heartbeat)
+                ),
+                "a stream would count as broken between two heartbeats; use at least three times the heartbeat",
+            );
+        }
+        if replication.reconnect_max < replication.reconnect_min {
+            problem(
+                "replication.reconnect-max",
+                "replication.reconnect-max is shorter than replication.reconnect-min".to_owned(),
+                "make it at least as long",
+            );
+        }
+        if self.log.retention_size < self.log.segment_size {
+            problem(
+                "log.retention-size",
+                format!(
+                    "log.retention-size ({}) is less than one log.segment-size ({})",
+                    value::show_size(self.log.retention_size),
+                    value::show_size(self.log.segment_size)
+                ),
+                "records are removed by whole segments; keep room for several",
+            );
+        }
+    }
+
+    /// The effective configuration as TOML; a comment says where each value that was set comes from.
+    pub fn to_toml(&self) -> String {
+        show::to_toml(self)
+    }
+}
+
+/// An absolute path without `.` and `..`, or what is wrong with it.
+fn absolute_path(text: &str) -> Result<PathBuf, String> {
+    let path: PathBuf = Path::new(text).components().filter(|part| *part != Component::CurDir).collect();
+    if !path.is_absolute()
+        || path.components().any(|part| part == Component::ParentDir)
+        || text.contains('\0')
+    {
+        return Err(format!("must be an absolute path without \"..\", is {text:?}"));
+    }
+    if path.parent().is_none() {
+        return Err("must not be the root directory".to_owned());
+    }
+    Ok(path)
+}
+
+fn size<S: Serializer>(size: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&value::show_size(*size))
+}
+
+fn duration<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&value::show_duration(*duration))
+}
+
+#[cfg(test)]
+mod tests;

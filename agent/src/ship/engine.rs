@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use tokio::sync::broadcast;
 
 /// Number of a primary's term; whatever carries an older one is refused.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct Epoch(pub u64);
 
 /// One LTX file on its way between two logs.

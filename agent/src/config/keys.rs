@@ -1,0 +1,286 @@
+//! Every key of the configuration: its name, its default, what it means, and how it is read.
+//!
+//! Reading, `litefs config show`, the man page `litefs.toml(5)` and `docs/configuration.md` follow this table.
+
+use super::value::Value;
+use super::{Config, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough, absolute_path, problem};
+use std::time::Duration;
+
+/// One key.
+pub struct Key {
+    /// Full name, such as `http.listen`.
+    pub path: &'static str,
+    /// The default as it would be written, or how it comes about.
+    pub default: &'static str,
+    /// What it means, in a sentence or two.
+    pub doc: &'static str,
+    pub(super) set: fn(&mut Config, &Value) -> Result<(), String>,
+}
+
+impl Key {
+    /// The TOML table that it is in, if any, and its name there.
+    pub fn table_and_name(&self) -> (Option<&'static str>, &'static str) {
+        match self.path.split_once('.') {
+            Some((table, name)) => (Some(table), name),
+            None => (None, self.path),
+        }
+    }
+}
+
+const MILLISECOND: Duration = Duration::from_millis(1);
+
+/// All keys, in the order in which they are shown.
+pub const KEYS: &[Key] = &[
+    Key {
+        path: "cluster",
+        default: "\"db\"",
+        doc: "Name of the cluster: letters, digits, '-' and '_', a letter first, at most 64. Also given by \
+              `--cluster`.",
+        set: |config, value| {
+            check_cluster(value.text()?)
+                .map(|()| config.cluster = value.text().unwrap_or_default().to_owned())
+        },
+    },
+    Key {
+        path: "node.name",
+        default: "the host name",
+        doc: "Name of this host for others: in `.primary`, in status, and in the default of \
+              `http.advertise-url`.",
+        set: |config, value| {
+            check_host(value.text()?)?;
+            config.node.name = value.text()?.to_owned();
+            Ok(())
+        },
+    },
+    Key {
+        path: "data.dir",
+        default: "\"/var/lib/litefs/<cluster>\"",
+        doc: "Where the agent keeps databases, commit log and sidecars. Local disk; nobody else writes there.",
+        set: |config, value| absolute_path(value.text()?).map(|path| config.data.dir = path),
+    },
+    Key {
+        path: "mount.dir",
+        default: "\"/srv/litefs/<cluster>\"",
+        doc: "Where applications find the databases. Created when missing; must be empty.",
+        set: |config, value| absolute_path(value.text()?).map(|path| config.mount.dir = path),
+    },
+    Key {
+        path: "mount.passthrough",
+        default: "\"auto\"",
+        doc: "\"auto\" lets the kernel read and write database files itself where it can (6.9 and newer); \
+              \"off\" sends everything through the agent.",
+        set: |config, value| {
+            let choices = [("auto", Passthrough::Auto), ("off", Passthrough::Off)];
+            config.mount.passthrough = choice(value, choices)?;
+            Ok(())
+        },
+    },
+    Key {
+        path: "mount.threads",
+        default: "8",
+        doc: "Threads that answer the kernel, 1 to 256.",
+        set: |config, value| {
+            config.mount.threads = value.integer(1, 256)? as usize;
+            Ok(())
+        },
+    },
+    Key {
+        path: "http.listen",
+        default: "\"127.0.0.1:20202\"",
+        doc: "Address and port for followers, metrics and events. The default is reachable from this host \
+              only: a primary with followers elsewhere sets \"0.0.0.0:20202\" or one of its addresses. There \
+              is no authentication yet: keep the port inside a trusted network.",
+        set: |config, value| {
+            let text = value.text()?;
+            let listen: std::net::SocketAddr = text.parse().map_err(|_| {
+                format!("must be an IP address and a port such as \"0.0.0.0:20202\", is {text:?}")
+            })?;
+            if listen.port() == 0 {
+                return Err("must name a port: followers could not find a random one".to_owned());
+            }
+            config.http.listen = listen;
+            Ok(())
+        },
+    },
+    Key {
+        path: "http.advertise-url",
+        default: "\"http://<node.name>:<port of http.listen>\"",
+        doc: "How other hosts reach this one.",
+        set: |config, value| url(value.text()?).map(|url| config.http.advertise_url = url),
+    },
+    Key {
+        path: "socket.path",
+        default: "\"/run/litefs/<cluster>/control.sock\"",
+        doc: "Unix socket for the commands on this host (`litefs status`, `litefs import`, ...).",
+        set: |config, value| absolute_path(value.text()?).map(|path| config.socket.path = path),
+    },
+    Key {
+        path: "log.segment-size",
+        default: "\"32MiB\"",
+        doc: "The commit log begins a new file after this many bytes; at least \"64KiB\".",
+        set: |config, value| value.size(64 << 10).map(|size| config.log.segment_size = size),
+    },
+    Key {
+        path: "log.retention-age",
+        default: "\"10m\"",
+        doc: "Records are kept at least this long, within `log.retention-size`. A follower that was away \
+              longer than its records were kept gets a snapshot.",
+        set: |config, value| value.duration(Duration::ZERO).map(|age| config.log.retention_age = age),
+    },
+    Key {
+        path: "log.retention-size",
+        default: "\"1GiB\"",
+        doc: "Records take at most this many bytes, whatever their age; at least one segment.",
+        set: |config, value| value.size(64 << 10).map(|size| config.log.retention_size = size),
+    },
+    Key {
+        path: "lease.type",
+        default: "\"static\"",
+        doc: "How the primary is chosen. \"static\": the configuration names it, and it never changes by itself.",
+        set: |config, value| {
+            config.lease.kind = choice(value, [("static", LeaseKind::Static)])?;
+            Ok(())
+        },
+    },
+    Key {
+        path: "lease.role",
+        default: "\"primary\"",
+        doc: "This host's role: \"primary\" takes writes, \"replica\" follows `lease.primary-url`. Exactly one \
+              host of a cluster may be primary.",
+        set: |config, value| {
+            let choices = [("primary", LeaseRole::Primary), ("replica", LeaseRole::Replica)];
+            config.lease.role = choice(value, choices)?;
+            Ok(())
+        },
+    },
+    Key {
+        path: "lease.primary-url",
+        default: "none",
+        doc: "Whom a replica follows: the primary, or another replica (a cascade). Required for a replica.",
+        set: |config, value| url(value.text()?).map(|url| config.lease.primary_url = Some(url)),
+    },
+    Key {
+        path: "replication.heartbeat",
+        default: "\"1s\"",
+        doc: "Interval between signs of life on a stream.",
+        set: |config, value| {
+            config.replication.heartbeat = value.duration(10 * MILLISECOND)?;
+            Ok(())
+        },
+    },
+    Key {
+        path: "replication.timeout",
+        default: "\"5s\"",
+        doc: "A stream on which nothing arrives for this long is broken; both ends notice. Longer than \
+              `replication.heartbeat`.",
+        set: |config, value| value.duration(20 * MILLISECOND).map(|time| config.replication.timeout = time),
+    },
+    Key {
+        path: "replication.reconnect-min",
+        default: "\"100ms\"",
+        doc: "Pause before a follower connects again; it doubles with each failure.",
+        set: |config, value| value.duration(MILLISECOND).map(|time| config.replication.reconnect_min = time),
+    },
+    Key {
+        path: "replication.reconnect-max",
+        default: "\"5s\"",
+        doc: "Longest pause before a follower connects again.",
+        set: |config, value| value.duration(MILLISECOND).map(|time| config.replication.reconnect_max = time),
+    },
+    Key {
+        path: "replication.apply-wait",
+        default: "\"100ms\"",
+        doc: "How long applying waits at a time for readers of a database in a rollback journal mode. WAL mode \
+              needs no waiting.",
+        set: |config, value| value.duration(MILLISECOND).map(|time| config.replication.apply_wait = time),
+    },
+    Key {
+        path: "log-output.level",
+        default: "\"info\"",
+        doc: "Least important messages shown: \"error\", \"warn\", \"info\", \"debug\" or \"trace\".",
+        set: |config, value| {
+            let choices = [
+                ("error", LogLevel::Error),
+                ("warn", LogLevel::Warn),
+                ("info", LogLevel::Info),
+                ("debug", LogLevel::Debug),
+                ("trace", LogLevel::Trace),
+            ];
+            config.log_output.level = choice(value, choices)?;
+            Ok(())
+        },
+    },
+    Key {
+        path: "log-output.format",
+        default: "\"auto\"",
+        doc: "\"auto\" is the journal under systemd, else text on stderr; \"human\", \"journal\" and \"json\" \
+              insist.",
+        set: |config, value| {
+            let choices = [
+                ("auto", LogFormat::Auto),
+                ("human", LogFormat::Human),
+                ("journal", LogFormat::Journal),
+                ("json", LogFormat::Json),
+            ];
+            config.log_output.format = choice(value, choices)?;
+            Ok(())
+        },
+    },
+];
+
+/// One of a few words.
+fn choice<T: Copy, const N: usize>(value: &Value, choices: [(&'static str, T); N]) -> Result<T, String> {
+    let text = value.text()?;
+    if let Some((_, choice)) = choices.iter().find(|(name, _)| *name == text) {
+        return Ok(*choice);
+    }
+    let names: Vec<String> = choices.iter().map(|(name, _)| format!("{name:?}")).collect();
+    let mut message = format!("must be {}, is {text:?}", names.join(" or "));
+    if let Some(near) = problem::nearest(text, choices.iter().map(|(name, _)| *name)) {
+        message.push_str(&format!(" (did you mean {near:?}?)"));
+    }
+    Err(message)
+}
+
+/// A cluster's name becomes a directory, a unit instance and a part of a D-Bus name.
+pub(super) fn check_cluster(name: &str) -> Result<(), String> {
+    let plain = name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name.len() <= 64
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
+    if plain {
+        return Ok(());
+    }
+    Err(format!("must be letters, digits, '-' and '_', a letter first, at most 64 of them, is {name:?}"))
+}
+
+/// A host's name is written into `.primary` and into URLs.
+pub(super) fn check_host(name: &str) -> Result<(), String> {
+    let plain = !name.is_empty()
+        && name.len() <= 253
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+    if plain {
+        Ok(())
+    } else {
+        Err(format!("must be a host name (letters, digits, '-', '_' and '.'), is {name:?}"))
+    }
+}
+
+/// `http://host:port` without the slash at its end.
+fn url(text: &str) -> Result<String, String> {
+    let bad = |why: &str| format!("must be a URL such as \"http://host-a:20202\", is {text:?} ({why})");
+    let uri: http::Uri = text.parse().map_err(|_| bad("not a URL"))?;
+    match uri.scheme_str() {
+        Some("http") => {}
+        Some("https") => return Err(bad("TLS is not supported yet")),
+        _ => return Err(bad("it has to begin with http://")),
+    }
+    let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| bad("no host in it"))?;
+    if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
+        return Err(bad("user names are not supported"));
+    }
+    if uri.path_and_query().is_some_and(|path| path.as_str() != "/") {
+        return Err(bad("nothing may follow the port"));
+    }
+    let port = uri.port_u16().ok_or_else(|| bad("no port in it"))?;
+    Ok(format!("http://{host}:{port}"))
+}
