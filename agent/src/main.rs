@@ -1,2 +1,5 @@
-//! placeholder
-fn main() {}
+//! The `litefs` command.
+
+fn main() -> std::process::ExitCode {
+    litefs_agent::cli::main()
+}

@@ -12,7 +12,7 @@ pub mod metrics;
 mod staging;
 
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 
 pub use api::Status;
 pub use events::{Event, EventBus};

@@ -1,0 +1,94 @@
+//! `litefs completions` and `litefs man`.
+
+use super::failure::{self, Failure};
+use crate::config::KEYS;
+use clap_mangen::roff::{Roff, bold, italic, roman};
+use std::io::Write;
+use std::path::Path;
+
+pub fn completions(
+    mut command: clap::Command,
+    shell: clap_complete::Shell,
+    out: &mut dyn Write,
+) -> Result<u8, Failure> {
+    // The generator panics when it cannot write, so it writes to memory.
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut command, "litefs", &mut script);
+    out.write_all(&script).map_err(failure::stdout)?;
+    Ok(0)
+}
+
+/// Without a directory prints `litefs(1)`; else writes it, a page per command, and `litefs.toml(5)`.
+pub fn man(command: clap::Command, dir: Option<&Path>, out: &mut dyn Write) -> Result<u8, Failure> {
+    let Some(dir) = dir else {
+        clap_mangen::Man::new(command).render(out).map_err(failure::stdout)?;
+        return Ok(0);
+    };
+    let failed = |error| Failure::file(failure::CANNOT_CREATE, dir, error);
+    std::fs::create_dir_all(dir).map_err(failed)?;
+    clap_mangen::generate_to(command, dir).map_err(failed)?;
+    std::fs::write(dir.join("litefs.toml.5"), configuration_page()).map_err(failed)?;
+    Ok(0)
+}
+
+/// `litefs.toml(5)`, from the table of keys.
+fn configuration_page() -> String {
+    let mut page = Roff::new();
+    page.control("TH", ["litefs.toml", "5", "", concat!("litefs ", env!("CARGO_PKG_VERSION"))]);
+    page.control("SH", ["NAME"]);
+    page.text([roman("litefs.toml - configuration of a litefs agent")]);
+    page.control("SH", ["SYNOPSIS"]);
+    page.text([italic("/etc/litefs/<cluster>.toml")]);
+    page.control("br", []);
+    page.text([italic("/etc/litefs/<cluster>.toml.d/*.toml")]);
+    page.control("SH", ["DESCRIPTION"]);
+    page.text([roman(
+        "TOML. Every key has a default, so that no file is needed. Later layers win, key by key: the defaults, the \
+         file (or the one that --config names), its drop-ins in the order of their names, and --set KEY=VALUE on the \
+         command line. A key table.name is written as name under [table]. Sizes are \"512KiB\", \"64MiB\", \"2GiB\" \
+         or a number of bytes; durations \"100ms\", \"5s\", \"10m\", \"24h\"; paths are absolute; URLs are \
+         http://host:port.",
+    )]);
+    page.text([
+        roman("Unknown keys and bad values are errors; "),
+        bold("litefs config check"),
+        roman(" reports all of them, and "),
+        bold("litefs config show"),
+        roman(" prints the effective configuration."),
+    ]);
+    page.control("SH", ["KEYS"]);
+    for key in KEYS {
+        page.control("TP", []);
+        page.text([bold(key.path), roman(" (default: "), roman(key.default), roman(")")]);
+        page.text([roman(key.doc.replace('`', ""))]);
+    }
+    page.control("SH", ["SEE ALSO"]);
+    page.text([bold("litefs"), roman("(1)")]);
+    page.to_roff()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_command_and_the_configuration_get_a_page() {
+        let dir = tempfile::tempdir().unwrap();
+        man(crate::cli::Cli::command(), Some(dir.path()), &mut Vec::new()).unwrap();
+        for page in
+            ["litefs.1", "litefs-agent.1", "litefs-status.1", "litefs-config-check.1", "litefs.toml.5"]
+        {
+            assert!(dir.path().join(page).exists(), "{page}");
+        }
+        let page = std::fs::read_to_string(dir.path().join("litefs.toml.5")).unwrap();
+        assert!(page.contains("lease.primary\\-url"), "{page}");
+    }
+
+    #[test]
+    fn completions_know_the_commands() {
+        let mut out = Vec::new();
+        completions(crate::cli::Cli::command(), clap_complete::Shell::Bash, &mut out).unwrap();
+        assert!(String::from_utf8(out).unwrap().contains("completions"));
+    }
+}
