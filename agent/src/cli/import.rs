@@ -13,17 +13,13 @@ use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::fs::{File, Metadata};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use tokio::io::AsyncReadExt;
 
 /// Bytes in one frame of the upload.
 const CHUNK: usize = 256 << 10;
-
-/// First bytes of a rollback journal that is not finished
-/// (<https://www.sqlite.org/fileformat2.html#the_rollback_journal>).
-const JOURNAL_MAGIC: [u8; 8] = [0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
 
 pub async fn import(
     client: Client,
@@ -100,9 +96,8 @@ fn unfinished(path: &Path) -> Option<PathBuf> {
         return Some(wal);
     }
     let journal = beside(path, "-journal");
-    let mut magic = [0; JOURNAL_MAGIC.len()];
-    let hot = File::open(&journal).and_then(|mut file| file.read_exact(&mut magic)).is_ok();
-    (hot && magic == JOURNAL_MAGIC).then_some(journal)
+    let hot = File::open(&journal).and_then(|file| sqlite_file::journal::is_hot(&file)).unwrap_or(false);
+    hot.then_some(journal)
 }
 
 /// The path with something appended to its name.
@@ -176,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_journal_with_its_header_is_hot() {
+    fn only_a_journal_with_a_header_is_hot() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.db");
         let journal = beside(&path, "-journal");
@@ -184,7 +179,7 @@ mod tests {
             (&[][..], false),
             // What journal_mode=PERSIST leaves behind.
             (&[0; 512][..], false),
-            (&JOURNAL_MAGIC[..], true),
+            (&[0xd9; 512][..], true),
         ] {
             fs::write(&journal, content).unwrap();
             assert_eq!(unfinished(&path).is_some(), hot);

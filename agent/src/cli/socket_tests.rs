@@ -191,9 +191,9 @@ async fn sources_that_are_not_whole_are_refused() {
     let source = host.out("source.db");
     let failure = host.import("new.db", &source).await.unwrap_err();
     assert_eq!(failure.code, failure::NO_INPUT);
-    fs::write(&source, "text").unwrap();
+    fs::write(&source, "text ".repeat(30)).unwrap();
     let failure = host.import("new.db", &source).await.unwrap_err();
-    assert!(failure.message.contains("source.db: it is not an SQLite database"), "{failure}");
+    assert!(failure.message.contains("source.db: not an SQLite database"), "{failure}");
     fs::write(&source, fake::database(4096, 2)).unwrap();
     fs::write(host.out("source.db-wal"), "frames").unwrap();
     let failure = host.import("new.db", &source).await.unwrap_err();

@@ -1,14 +1,10 @@
 //! What can be told of an SQLite database file from the outside (<https://www.sqlite.org/fileformat2.html>, 1.3).
 
 use ltx::Checksum;
+use sqlite_file::header::{DatabaseHeader, HEADER_BYTES, HeaderError};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-
-/// Bytes of the header.
-pub const HEADER_BYTES: usize = 100;
-
-const MAGIC: &[u8; 16] = b"SQLite format 3\0";
 
 /// Pages of a database file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,12 +21,9 @@ pub enum FileError {
     /// Nothing in it.
     #[error("it is empty")]
     Empty,
-    /// Another kind of file, or an encrypted one.
-    #[error("it is not an SQLite database: it does not begin with \"SQLite format 3\"")]
-    NotADatabase,
-    /// Not a power of two from 512 to 65536.
-    #[error("its header says a page size of {0}: it is damaged")]
-    PageSize(u32),
+    /// Another kind of file, an encrypted one, or a damaged one.
+    #[error("{0}")]
+    Header(#[from] HeaderError),
     /// Not whole pages.
     #[error(
         "its size of {size} bytes is not a multiple of its page size of {page_size}: it is cut off or damaged"
@@ -67,29 +60,17 @@ pub fn shape(file: &File) -> Result<Shape, FileError> {
         return Err(FileError::Empty);
     }
     let mut header = [0; HEADER_BYTES];
-    match file.read_exact_at(&mut header, 0) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(FileError::NotADatabase),
-        read => read?,
-    }
-    if &header[..16] != MAGIC {
-        return Err(FileError::NotADatabase);
-    }
-    let page_size = match u16::from_be_bytes([header[16], header[17]]) {
-        1 => 65536,
-        size => u32::from(size),
-    };
-    if !ltx::is_page_size(page_size) {
-        return Err(FileError::PageSize(page_size));
-    }
+    let len = HEADER_BYTES.min(usize::try_from(size).unwrap_or(HEADER_BYTES));
+    file.read_exact_at(&mut header[..len], 0)?;
+    let header = DatabaseHeader::parse(&header[..len])?;
+    let page_size = header.page_size;
     if !size.is_multiple_of(u64::from(page_size)) {
         return Err(FileError::PartialPage { size, page_size });
     }
     let pages = size / u64::from(page_size);
-    let number = |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-    // The size in the header counts only when the writer that set it also was the last to change the file (1.3.7).
-    let expected = if number(24) == number(92) { number(28) } else { 0 };
-    if pages < u64::from(expected) {
-        return Err(FileError::CutOff { pages, expected });
+    match header.trusted_page_count() {
+        Some(expected) if pages < u64::from(expected) => return Err(FileError::CutOff { pages, expected }),
+        _ => {}
     }
     // 4294967294 is SQLITE_MAX_PAGE_COUNT at its largest.
     match u32::try_from(pages) {
@@ -161,14 +142,14 @@ mod tests {
         let good = fake::database(512, 4);
         let error = |bytes: &[u8]| shape(&file(bytes)).unwrap_err().to_string();
         assert!(error(b"").contains("empty"));
-        assert!(error(b"hello").contains("not an SQLite database"));
+        assert!(error(b"hello").contains("this has 5"));
         assert!(error(&vec![0; 4096]).contains("not an SQLite database"));
-        assert!(error(&good[..99]).contains("not an SQLite database"));
+        assert!(error(&good[..99]).contains("this has 99"));
         assert!(error(&good[..1000]).contains("not a multiple"));
         assert!(error(&good[..1536]).contains("it has 3 pages, but its header says 4"));
         let mut bad = good.clone();
         bad[16..18].copy_from_slice(&[2, 1]);
-        assert!(error(&bad).contains("page size of 513"));
+        assert!(error(&bad).contains("0x0201 in the database header is not a page size"));
     }
 
     #[test]

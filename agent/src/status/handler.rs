@@ -330,7 +330,7 @@ mod tests {
         let database = fake::database(4096, 3);
         let uri = "/v1/import?name=new.db";
         assert_eq!(said(ask(&node, "POST", uri, false, &database).await).await.0, 403);
-        let (status, text) = said(ask(&node, "POST", uri, true, b"hello").await).await;
+        let (status, text) = said(ask(&node, "POST", uri, true, &[b'x'; 200]).await).await;
         assert_eq!((status, text.contains("not an SQLite database")), (422, true), "{text}");
         let (status, text) = said(ask(&node, "POST", uri, true, &database[..8192]).await).await;
         assert_eq!((status, text.contains("cut off")), (422, true), "{text}");
