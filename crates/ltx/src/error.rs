@@ -204,4 +204,27 @@ pub enum Error {
         /// Checksum this file applies to.
         found: Checksum,
     },
+    /// Files without rolling checksums cannot be shown to follow each other.
+    #[error("LTX file {index} to compact carries no rolling checksums, so it cannot be compacted")]
+    CompactNoChecksums {
+        /// Place in the list, from 0.
+        index: usize,
+    },
+    /// The files make the database grow, but none holds this page of the growth.
+    #[error(
+        "LTX files to compact make the database grow by page {pgno} without holding it: take a snapshot instead"
+    )]
+    CompactMissingPage {
+        /// Page number.
+        pgno: u32,
+    },
+    /// A file to compact cannot be read.
+    #[error("LTX file {index} to compact cannot be read")]
+    CompactInput {
+        /// Place in the list, from 0.
+        index: usize,
+        /// Why.
+        #[source]
+        source: Box<Error>,
+    },
 }

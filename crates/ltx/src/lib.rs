@@ -5,6 +5,7 @@
 //! *snapshot*: it holds every page.
 //!
 //! [`Encoder`] writes the current format only. [`Decoder`] reads that one and the older ones, see [`Format`].
+//! [`compact`] makes one file of several that follow each other.
 //!
 //! Layout of the current format (all integers big-endian unless said):
 //!
@@ -21,6 +22,7 @@
 //! the block still unpacks to the same page.
 
 mod checksum;
+mod compact;
 mod decode;
 mod encode;
 mod error;
@@ -31,6 +33,7 @@ mod position;
 mod source;
 
 pub use checksum::{is_page_size, lock_page, page_checksum};
+pub use compact::compact;
 pub use decode::{Decoder, Format};
 pub use encode::{Encoder, EncoderBuffers};
 pub use error::Error;
