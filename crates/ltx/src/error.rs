@@ -228,3 +228,36 @@ pub enum Error {
         source: Box<Error>,
     },
 }
+
+impl Error {
+    /// Where in the file the problem is, in bytes from its start; `None` if it is in no single place.
+    pub fn offset(&self) -> Option<u64> {
+        match self {
+            Error::Magic { .. } | Error::Header { .. } => Some(0),
+            Error::Io { offset, .. }
+            | Error::Truncated { offset, .. }
+            | Error::PageFlags { offset, .. }
+            | Error::PageOrder { offset, .. }
+            | Error::PageBeyondCommit { offset, .. }
+            | Error::LockPage { offset, .. }
+            | Error::SnapshotGap { offset, .. }
+            | Error::BlockSize { offset, .. }
+            | Error::Compressed { offset, .. }
+            | Error::Index { offset }
+            | Error::EncoderFailed { offset }
+            | Error::DecoderFailed { offset } => Some(*offset),
+            Error::FileChecksum { .. }
+            | Error::PostApply { .. }
+            | Error::SnapshotChecksum { .. }
+            | Error::PageLength { .. }
+            | Error::Text { .. }
+            | Error::NothingToCompact
+            | Error::CompactGap { .. }
+            | Error::CompactPageSize { .. }
+            | Error::CompactChain { .. }
+            | Error::CompactNoChecksums { .. }
+            | Error::CompactMissingPage { .. }
+            | Error::CompactInput { .. } => None,
+        }
+    }
+}
