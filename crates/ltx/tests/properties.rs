@@ -256,6 +256,28 @@ fn rules_are_checked_besides_the_file_checksum() {
 }
 
 #[test]
+fn an_index_that_does_not_match_the_pages_is_an_error() {
+    let page = [9; 512];
+    let mut encoder = Encoder::new(Vec::new(), delta_header(512, 1)).unwrap();
+    encoder.encode_page(1, &page).unwrap();
+    let (_, bytes) = encoder.finish(Checksum::EMPTY).unwrap();
+    let index = bytes.len() - 16 - 12;
+    let block = 110..index - 6;
+    for at in index..index + 12 {
+        let mut wrong = bytes.clone();
+        wrong[at] ^= 2;
+        // With a file checksum that is right for it.
+        let summed = [&wrong[..110], &page, &wrong[block.end..wrong.len() - 8]].concat();
+        let crc = crc::Crc::<u64>::new(&crc::CRC_64_GO_ISO).checksum(&summed) | 1 << 63;
+        let len = wrong.len();
+        wrong[len - 8..].copy_from_slice(&crc.to_be_bytes());
+        let found = read(&wrong);
+        let expected = index as u64;
+        assert!(matches!(found, Err(Error::Index { offset }) if offset == expected), "{at}: {found:?}");
+    }
+}
+
+#[test]
 fn claimed_sizes_do_not_allocate() {
     let mut bytes = delta_header(65536, u32::MAX).encode().to_vec();
     bytes.extend([0, 0, 0, 1, 0, 1, 0xff, 0xff, 0xff, 0xff]);
