@@ -1,1 +1,285 @@
-//! Writes records to database files.
+//! Writes transactions to a database as an SQLite writer would, on the path that applications open.
+//!
+//! There are two ways, and which one is taken depends on what SQLite in other processes is doing:
+//!
+//! - **Through the WAL** (`append.rs`), for databases in WAL mode. The [`Applier`] connects like any application:
+//!   SHARED on the database, the dead man's switch on the wal-index. It appends frames under the write lock and
+//!   publishes them; readers keep their snapshots and are never in the way. It stays connected until
+//!   [`Applier::detach`], so that applications that come and go do not checkpoint or delete the WAL.
+//! - **In place** (`in_place.rs`), under EXCLUSIVE: in rollback mode, for a database that is new, changes its page
+//!   size or is dropped. A rollback journal protects readers from an agent that is killed half-way.
+//!
+//! Nothing is synced for a transaction: it is in the agent's log already. After a power failure the agent replays
+//! its log from the last [`Applier::sync`] before applications may read. Checkpoints sync like SQLite's.
+//!
+//! Page 1 is written as it comes. A reader in rollback mode notices a change by bytes 24 to 39 of page 1; a primary
+//! in `locking_mode=EXCLUSIVE` changes them only once, and SQLite knows no other way to be told.
+
+mod append;
+mod backfill;
+mod connection;
+mod database_lock;
+mod error;
+mod files;
+mod in_place;
+mod rollback_journal;
+mod source;
+#[cfg(test)]
+mod tests;
+
+pub use error::ApplyError;
+pub use source::{LtxTransactions, TransactionHeader, TransactionSource};
+
+use crate::DatabaseName;
+use connection::WalConnection;
+use database_lock::DatabaseLock;
+use files::{Files, Patience};
+use sqlite_file::header::DatabaseHeader;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a database is like between two transactions. All zero: there is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DatabaseShape {
+    /// Bytes in a page.
+    pub page_size: u32,
+    /// Size in pages.
+    pub page_count: u32,
+    /// Whether page 1 says WAL (bytes 18 and 19 are 2).
+    pub wal_mode: bool,
+}
+
+/// What a checkpoint achieved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CheckpointOutcome {
+    /// Frames in the WAL.
+    pub frames: u32,
+    /// How many of them, from the first, are in the database. The rest waits for readers to finish.
+    pub backfilled: u32,
+}
+
+/// Applies transactions to one database. Owned by one thread at a time; its only locks are file locks.
+#[derive(Debug)]
+pub struct Applier {
+    files: Arc<Files>,
+    connection: Option<WalConnection>,
+    in_place_when_unused: bool,
+}
+
+/// The database file under EXCLUSIVE, without WAL and hot journal.
+struct Exclusive {
+    database: Arc<File>,
+    lock: DatabaseLock,
+    created: bool,
+}
+
+impl Applier {
+    /// `path` is the main database file as applications open it. Opens nothing yet.
+    pub fn new(path: PathBuf, name: DatabaseName) -> Self {
+        Applier { files: Arc::new(Files::new(name, path)), connection: None, in_place_when_unused: false }
+    }
+
+    /// Whether a database in WAL mode that nobody has open is written in place instead of connecting to it: no
+    /// `-wal` and `-shm`, each page written once, but an application that opens it at that moment is told BUSY, as
+    /// it would be in rollback mode. Off by default; meant for bulk catch-up.
+    pub fn set_in_place_when_unused(&mut self, yes: bool) {
+        self.in_place_when_unused = yes;
+    }
+
+    /// Applies consecutive transactions and returns what the database is like then.
+    ///
+    /// `current` is what it is like before. `bound` is how long may be waited for the locks of others, in all. On
+    /// [`ApplyError::Busy`], and other errors, either nothing has changed or, if the transactions needed different
+    /// ways (page size change, drop), some of them are there: give all of them again.
+    pub fn apply(
+        &mut self,
+        current: DatabaseShape,
+        txns: &mut dyn TransactionSource,
+        bound: Duration,
+    ) -> Result<DatabaseShape, ApplyError> {
+        let patience = Patience::new(bound);
+        let files = Arc::clone(&self.files);
+        if let Some(connection) = &self.connection
+            && !connection.is_current()?
+        {
+            // Another file has taken the path: what is connected is of no interest to anybody who opens it now.
+            self.connection = None;
+        }
+        let mut shape = current;
+        let mut next = files.next_transaction(txns)?;
+        while let Some(transaction) = next {
+            (shape, next) = if transaction.commit == 0 {
+                self.drop_database(&patience)?;
+                (DatabaseShape::default(), files.next_transaction(txns)?)
+            } else {
+                self.apply_some(transaction, txns, shape, &patience)?
+            };
+        }
+        Ok(shape)
+    }
+
+    /// Applies as many transactions as go the same way.
+    fn apply_some(
+        &mut self,
+        first: TransactionHeader,
+        txns: &mut dyn TransactionSource,
+        shape: DatabaseShape,
+        patience: &Patience,
+    ) -> Result<(DatabaseShape, Option<TransactionHeader>), ApplyError> {
+        let files = Arc::clone(&self.files);
+        let goes_on = shape.page_count > 0 && shape.page_size == first.page_size;
+        if goes_on && (shape.wal_mode || connection::exists(&files, &files.wal)?) {
+            // In rollback mode a WAL is there only because readers of before the switch still use it.
+            let in_place = !shape.wal_mode || (self.in_place_when_unused && self.connection.is_none());
+            if in_place && let Some(exclusive) = self.try_exclusive(None, None)? {
+                return exclusive.run(&files, first, txns, shape);
+            }
+            if self.connection.is_none() {
+                self.connection = WalConnection::open(&files, patience)?;
+            }
+            if let Some(connection) = &mut self.connection
+                && let Some(done) = connection.append(first, txns, shape, patience)?
+            {
+                return Ok(done);
+            }
+        }
+        let exclusive = self.try_exclusive(Some(patience), Some(&first))?;
+        let exclusive = exclusive.ok_or_else(|| files.busy("EXCLUSIVE on the database", patience))?;
+        exclusive.run(&files, first, txns, shape)
+    }
+
+    /// EXCLUSIVE on the database, with everything that is in its WAL or hot journal brought into the file, and
+    /// those gone. `None`: others are connected, or there is no file and no transaction to `create` it for.
+    fn try_exclusive(
+        &mut self,
+        patience: Option<&Patience>,
+        create: Option<&TransactionHeader>,
+    ) -> Result<Option<Exclusive>, ApplyError> {
+        let files = Arc::clone(&self.files);
+        if let Some(mut connection) = self.connection.take() {
+            let mut exclusive =
+                connection.lock.make_exclusive(patience).map_err(files.io("lock", &files.database));
+            if matches!(exclusive, Ok(true)) {
+                // Nobody else can read or write now, so a checkpoint can only be complete, unless the wal-index is
+                // broken; then the WAL itself says what counts.
+                let outcome = connection.checkpoint();
+                exclusive = outcome.map(|_| true);
+            }
+            if !matches!(exclusive, Ok(true)) {
+                self.connection = Some(connection);
+                return exclusive.map(|_| None);
+            }
+            let complete = connection.outcome().is_some_and(|o| o.frames == o.backfilled);
+            let (database, lock) = connection.into_database();
+            if complete {
+                backfill::remove_wal(&files)?
+            } else {
+                backfill::fold_wal(&files, &database)?
+            }
+            return Ok(Some(Exclusive { database, lock, created: false }));
+        }
+        let (database, created) = match (files.open_database()?, create) {
+            (Some(file), _) => (file, false),
+            (None, Some(transaction)) => (in_place::create_database(&files, transaction)?, true),
+            (None, None) => return Ok(None),
+        };
+        let database = Arc::new(database);
+        let lock = DatabaseLock::exclusive(&database, patience).map_err(files.io("lock", &files.database))?;
+        let Some(lock) = lock else { return Ok(None) };
+        rollback_journal::recover(&files, &database)?;
+        backfill::fold_wal(&files, &database)?;
+        Ok(Some(Exclusive { database, lock, created }))
+    }
+
+    /// Removes the database. Those who still read it after the bound keep the file that they have open, as on the
+    /// primary when it was removed there.
+    fn drop_database(&mut self, patience: &Patience) -> Result<(), ApplyError> {
+        let files = &self.files;
+        // Held until the files are gone. What is in the WAL does not matter any more.
+        let mut connected = self.connection.take();
+        let mut unconnected = None;
+        let locked = match (&mut connected, files.open_database()?) {
+            (Some(connection), _) => connection.lock.make_exclusive(Some(patience)),
+            (None, Some(file)) => DatabaseLock::exclusive(&Arc::new(file), Some(patience)).map(|lock| {
+                unconnected = lock;
+                unconnected.is_some()
+            }),
+            (None, None) => Ok(true),
+        };
+        if !locked.map_err(files.io("lock", &files.database))? {
+            tracing::warn!(database = %files.name, "removing a database that applications still have open");
+        }
+        // The database first: what is left beside it by a crash is then ignored by SQLite and by us.
+        for path in [&files.database, &files.wal, &files.shm, &files.journal] {
+            files.remove(path)?;
+        }
+        Ok(())
+    }
+
+    /// Copies frames of the WAL into the database as far as readers allow, so that the WAL can begin anew.
+    pub fn checkpoint(&mut self) -> Result<CheckpointOutcome, ApplyError> {
+        match &mut self.connection {
+            Some(connection) => connection.checkpoint(),
+            None => Ok(CheckpointOutcome { frames: 0, backfilled: 0 }),
+        }
+    }
+
+    /// Lets go of the database if nobody else is connected: everything is in the database file then, there is no
+    /// WAL, and nothing is open. `false`: others are connected and everything stays as it is.
+    pub fn detach(&mut self) -> Result<bool, ApplyError> {
+        match &self.connection {
+            Some(connection) if !connection.is_current()? => self.connection = None,
+            Some(_) => return Ok(self.try_exclusive(None, None)?.is_some()),
+            None => {}
+        }
+        let files = &self.files;
+        if !connection::exists(files, &files.database)? || !connection::exists(files, &files.wal)? {
+            return Ok(true);
+        }
+        Ok(self.try_exclusive(None, None)?.is_some())
+    }
+
+    /// Frames in the WAL that are not in the database yet; 0 when not connected.
+    pub fn wal_frames(&self) -> usize {
+        let outcome = self.connection.as_ref().and_then(WalConnection::outcome);
+        outcome.map_or(0, |o| (o.frames - o.backfilled) as usize)
+    }
+
+    /// Whether the WAL of the database is open here.
+    pub fn is_attached(&self) -> bool {
+        self.connection.is_some()
+    }
+
+    /// Makes all that was applied so far durable: after a power failure the log has to be replayed from here.
+    pub fn sync(&mut self) -> Result<(), ApplyError> {
+        let files = &self.files;
+        // The WAL first: if it is removed in between, its content was synced with the database.
+        for path in [&files.wal, &files.database] {
+            match File::open(path) {
+                Ok(file) => file.sync_all().map_err(files.io("sync", path))?,
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(files.io("open", path)(e)),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Exclusive {
+    fn run(
+        self,
+        files: &Files,
+        first: TransactionHeader,
+        txns: &mut dyn TransactionSource,
+        shape: DatabaseShape,
+    ) -> Result<(DatabaseShape, Option<TransactionHeader>), ApplyError> {
+        in_place::InPlace::new(files, self.database, self.lock, self.created).run(first, txns, shape)
+    }
+}
+
+/// Whether a page 1 says WAL mode.
+fn is_wal(page1: &[u8]) -> bool {
+    DatabaseHeader::parse(page1).is_ok_and(|header| header.is_wal())
+}
