@@ -1,0 +1,253 @@
+//! Durability: one thread syncs what all databases appended, then tells everyone who waits for it.
+
+use super::commit_log::Shared;
+use super::error::LogError;
+use super::record::Lsn;
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use tokio::sync::watch;
+
+/// Called once a record is durable, or cannot be any more.
+pub type OnDurable = Box<dyn FnOnce(Result<(), LogError>) + Send>;
+
+/// State that the flusher shares with those who wait for it.
+pub struct Flush {
+    dir: PathBuf,
+    state: Mutex<FlushState>,
+    /// Wakes the flusher.
+    work: Condvar,
+    /// Wakes who waits for durability.
+    done: Condvar,
+    /// Whether the flusher sleeps, so that appending need not wake it each time.
+    asleep: AtomicBool,
+    durable: AtomicU64,
+    published: watch::Sender<Lsn>,
+    /// The first failed fsync. The kernel may have dropped what it could not write, so that a second fsync would
+    /// succeed without it: there is no way on.
+    failed: OnceLock<Arc<io::Error>>,
+}
+
+#[derive(Default)]
+struct FlushState {
+    callbacks: Vec<(Lsn, OnDurable)>,
+    stop: bool,
+    /// No flusher will ever run again.
+    stopped: bool,
+}
+
+impl Flush {
+    /// Everything before `durable` is durable.
+    pub fn new(dir: PathBuf, durable: Lsn) -> Self {
+        Flush {
+            dir,
+            state: Mutex::default(),
+            work: Condvar::new(),
+            done: Condvar::new(),
+            asleep: AtomicBool::new(false),
+            durable: AtomicU64::new(durable.0),
+            published: watch::Sender::new(durable),
+            failed: OnceLock::new(),
+        }
+    }
+
+    /// The error that everything answers after a failed fsync.
+    pub fn failure(&self) -> Option<LogError> {
+        let source = self.failed.get()?.clone();
+        Some(LogError::Failed { path: self.dir.clone(), source })
+    }
+
+    fn durable(&self) -> Lsn {
+        Lsn(self.durable.load(Ordering::Acquire))
+    }
+
+    /// Follows the durable LSN.
+    pub fn watch(&self) -> watch::Receiver<Lsn> {
+        self.published.subscribe()
+    }
+}
+
+impl Shared {
+    /// Everything before this is durable.
+    pub(super) fn durable(&self) -> Lsn {
+        self.flush.durable()
+    }
+
+    /// Wakes the flusher if it sleeps.
+    pub(super) fn wake_flusher(&self) {
+        // Pairs with the store in `flusher_sleep`: either it sees what was appended, or this sees it asleep.
+        if self.flush.asleep.load(Ordering::SeqCst) {
+            drop(self.flush.state.lock());
+            self.flush.work.notify_one();
+        }
+    }
+
+    /// Waits until everything before `lsn` is durable.
+    pub(super) fn wait_durable(&self, lsn: Lsn) -> Result<(), LogError> {
+        if self.durable() >= lsn {
+            return Ok(());
+        }
+        assert!(lsn.0 <= self.appended.load(Ordering::SeqCst), "nobody can wait for what was not appended");
+        if !self.threaded {
+            while self.durable() < lsn {
+                self.flush_once()?;
+            }
+            return Ok(());
+        }
+        self.wake_flusher();
+        let mut state = self.flush.state.lock();
+        while self.durable() < lsn {
+            if let Some(error) = self.flush.failure() {
+                return Err(error);
+            }
+            if state.stopped {
+                return Err(LogError::Closed(self.dir.clone()));
+            }
+            self.flush.done.wait(&mut state);
+        }
+        Ok(())
+    }
+
+    /// Has `callback` called by the flusher once everything before `lsn` is durable.
+    pub(super) fn on_durable(&self, lsn: Lsn, callback: OnDurable) {
+        let mut state = self.flush.state.lock();
+        if !state.stopped {
+            state.callbacks.push((lsn, callback));
+            drop(state);
+            self.flush.work.notify_one();
+            return;
+        }
+        drop(state);
+        let durable = self.durable() >= lsn;
+        callback(if durable { Ok(()) } else { Err(LogError::Closed(self.dir.clone())) });
+    }
+
+    /// Syncs what was appended so far and publishes it. After an error the log takes nothing more.
+    pub(super) fn flush_once(&self) -> Result<(), LogError> {
+        if let Some(error) = self.flush.failure() {
+            return Err(error);
+        }
+        let work = self.writer.lock().take_work();
+        for file in &work.files {
+            let synced = file.file.sync_data();
+            let synced =
+                synced.and_then(|()| if file.name_too { self.storage.sync_dir(&self.dir) } else { Ok(()) });
+            if let Err(e) = synced {
+                tracing::error!(segment = %self.segments.path(file.first).display(), error = %e, "fsync failed");
+                return Err(self.fail(e));
+            }
+        }
+        self.publish_durable(work.target);
+        if !work.to_seal.is_empty() {
+            self.keeper.seal(work.to_seal);
+        }
+        Ok(())
+    }
+
+    fn publish_durable(&self, target: Lsn) {
+        let mut state = self.flush.state.lock();
+        self.flush.durable.store(target.0, Ordering::Release);
+        let ready = take_ready(&mut state, |lsn| lsn <= target);
+        drop(state);
+        self.flush.done.notify_all();
+        self.flush.published.send_if_modified(|published| std::mem::replace(published, target) != target);
+        ready.into_iter().for_each(|callback| callback(Ok(())));
+    }
+
+    /// Stops the log for good after a failed fsync; everyone who waits is told. Returns the error to answer.
+    pub(super) fn fail(&self, error: io::Error) -> LogError {
+        let state = self.flush.state.lock();
+        let source = self.flush.failed.get_or_init(|| Arc::new(error)).clone();
+        drop(state);
+        self.flush.done.notify_all();
+        self.flush.work.notify_one();
+        LogError::Failed { path: self.dir.clone(), source }
+    }
+
+    /// Body of the flusher's thread.
+    pub(super) fn run_flusher(&self) {
+        let guard = FailOnPanic(self);
+        loop {
+            let mut state = self.flush.state.lock();
+            let stop = self.flusher_sleep(&mut state);
+            let failure = self.flush.failure();
+            let durable = self.durable();
+            let ready = take_ready(&mut state, |lsn| failure.is_some() || lsn <= durable);
+            drop(state);
+            for callback in ready {
+                callback(failure.clone().map_or(Ok(()), Err));
+            }
+            if failure.is_none() && self.appended.load(Ordering::SeqCst) > durable.0 {
+                // A failure is told to everyone by the next round.
+                let _ = self.flush_once();
+            } else if stop {
+                break;
+            }
+        }
+        std::mem::forget(guard);
+        self.stop_waiting();
+    }
+
+    /// Sleeps until there is something to do. `true`: the log is being closed.
+    fn flusher_sleep(&self, state: &mut MutexGuard<'_, FlushState>) -> bool {
+        let mut mark_due = self.options.idle_mark;
+        self.flush.asleep.store(true, Ordering::SeqCst);
+        loop {
+            let failed = self.flush.failed.get().is_some();
+            let durable = self.durable();
+            let pending = !failed && self.appended.load(Ordering::SeqCst) > durable.0;
+            let ready = state.callbacks.iter().any(|(lsn, _)| failed || *lsn <= durable);
+            if pending || ready || state.stop {
+                break;
+            }
+            match mark_due {
+                Some(after) if self.flush.work.wait_for(state, after).timed_out() => {
+                    mark_due = None;
+                    MutexGuard::unlocked(state, || self.append_mark());
+                }
+                Some(_) => {}
+                None => self.flush.work.wait(state),
+            }
+        }
+        self.flush.asleep.store(false, Ordering::SeqCst);
+        state.stop
+    }
+
+    /// Asks the flusher to end once everything is durable.
+    pub(super) fn stop_flusher(&self) {
+        self.flush.state.lock().stop = true;
+        self.flush.work.notify_one();
+    }
+
+    /// Tells everyone who still waits that nothing will come any more.
+    pub(super) fn stop_waiting(&self) {
+        let mut state = self.flush.state.lock();
+        state.stopped = true;
+        let left = std::mem::take(&mut state.callbacks);
+        drop(state);
+        self.flush.done.notify_all();
+        for (lsn, callback) in left {
+            let error = self.flush.failure().unwrap_or_else(|| LogError::Closed(self.dir.clone()));
+            callback(if lsn <= self.durable() { Ok(()) } else { Err(error) });
+        }
+    }
+}
+
+/// Takes the callbacks that are due, in the order of their LSNs.
+fn take_ready(state: &mut FlushState, due: impl Fn(Lsn) -> bool) -> Vec<OnDurable> {
+    let mut ready: Vec<_> = state.callbacks.extract_if(.., |(lsn, _)| due(*lsn)).collect();
+    ready.sort_by_key(|(lsn, _)| *lsn);
+    ready.into_iter().map(|(_, callback)| callback).collect()
+}
+
+/// A callback that panics must not leave everyone waiting.
+struct FailOnPanic<'a>(&'a Shared);
+
+impl Drop for FailOnPanic<'_> {
+    fn drop(&mut self) {
+        self.0.fail(io::Error::other("the flusher of the commit log panicked"));
+        self.0.stop_waiting();
+    }
+}
