@@ -22,6 +22,8 @@ use std::sync::Arc;
 
 /// Retired segments that are kept for use as spares.
 const RECYCLED_MAX: usize = 2;
+/// Damaged places that are remembered; a disk that has more needs no longer list.
+const DAMAGES_MAX: usize = 1000;
 /// Zeros written at once.
 const ZEROS_BYTES: u64 = 1 << 20;
 
@@ -282,7 +284,8 @@ impl Shared {
     /// Remembers damage that was found.
     pub(super) fn report(&self, damage: Damage) {
         let mut known = self.damaged.lock();
-        if known.iter().all(|d| d.lsn != damage.lsn) {
+        let covers = |d: &Damage| d.lsn == damage.lsn || (d.lsn < damage.lsn && damage.lsn < d.end);
+        if known.len() < DAMAGES_MAX && !known.iter().any(covers) {
             tracing::error!(%damage, "the commit log is damaged");
             known.push(damage);
         }

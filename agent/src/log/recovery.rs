@@ -9,8 +9,8 @@ use super::commit_log::Options;
 use super::error::{Damage, LogError};
 use super::external;
 use super::format::{
-    self, ALIGN_BYTES, FIRST_LSN, Place, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentKey, UNCLEAN_GAP_BYTES,
-    VERSION, offset_in_segment,
+    self, ALIGN_BYTES, BLOCK_BYTES, FIRST_LSN, Place, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentKey,
+    UNCLEAN_GAP_BYTES, VERSION, offset_in_segment,
 };
 use super::index::Index;
 use super::keeper::spare_number;
@@ -25,8 +25,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Bytes that are written again at once.
-const REWRITE_BYTES: u64 = 1 << 20;
 /// Spares that are taken over.
 const RECYCLED_MAX: usize = 2;
 
@@ -171,7 +169,7 @@ impl Recovery<'_> {
         let file = self.storage.open(&path, false).map_err(io)?;
         let file_bytes = file.len().map_err(io)?;
         let mut block = vec![0; SEGMENT_HEADER_BYTES as usize];
-        let n = file.read_at(&mut block, 0).map_err(io)?;
+        let n = file.read_at(&mut block, 0).unwrap_or(0);
         let (key, place) = match format::decode_segment_header(&block[..n]) {
             SegmentHeader::Good(key, place) => (Some(key), place),
             SegmentHeader::Damaged => (None, None),
@@ -281,6 +279,7 @@ impl Recovery<'_> {
                 return (index.end, false);
             }
             self.damage(candidate, first, limit, None, "the header of the segment is damaged");
+            self.damaged.last_mut().expect("just pushed").offset = 0;
             return (limit, false);
         };
         for Bad { lsn, end, database, reason } in probe.bad {
@@ -346,18 +345,16 @@ impl Recovery<'_> {
 }
 
 /// Writes what is there again. After a failed fsync the kernel may hold pages that it takes for written and that the
-/// disk does not have; only writing them again makes the next fsync tell the truth.
+/// disk does not have; only writing them again makes the next fsync tell the truth. What cannot be read stays.
 fn rewrite(file: &dyn StorageFile, from: u64, to: u64) -> io::Result<()> {
     let mut buffer = Vec::new();
     let mut at = from;
     while at < to {
-        buffer.resize((to - at).min(REWRITE_BYTES) as usize, 0);
-        let n = file.read_at(&mut buffer, at)?;
-        if n == 0 {
-            break;
+        buffer.resize((to.min((at / BLOCK_BYTES + 1) * BLOCK_BYTES) - at) as usize, 0);
+        if let Ok(n) = file.read_at(&mut buffer, at) {
+            file.write_at(&buffer[..n], at)?;
         }
-        file.write_at(&buffer[..n], at)?;
-        at += n as u64;
+        at += buffer.len() as u64;
     }
     Ok(())
 }

@@ -34,6 +34,8 @@ pub struct Scanner {
     /// Bytes of the file from `window_at` on.
     window: Vec<u8>,
     window_at: u64,
+    /// Whether the file ends where the window does.
+    window_is_last: bool,
     /// Whether the disk refused to give some of the bytes; they count as zeros.
     unreadable: bool,
 }
@@ -51,6 +53,7 @@ impl Scanner {
             verify_payloads: false,
             window: Vec::new(),
             window_at: 0,
+            window_is_last: false,
             unreadable: false,
         }
     }
@@ -66,19 +69,24 @@ impl Scanner {
         self.unreadable
     }
 
-    /// Makes `bytes(offset, len)` available; fewer at the end of the file.
+    /// Up to `len` bytes from `offset` of the file on; fewer at the limit or at the end of the file.
     fn bytes(&mut self, offset: u64, len: usize) -> &[u8] {
+        let limit = offset_in_segment(self.first, self.limit);
+        let len = len.min(limit.saturating_sub(offset) as usize);
         let end = self.window_at + self.window.len() as u64;
-        if offset < self.window_at || offset + len as u64 > end {
+        if offset < self.window_at || (offset + len as u64 > end && !self.window_is_last) {
             self.window_at = offset;
-            self.window.clear();
-            self.window.resize(len.max(CHUNK_BYTES), 0);
+            let wanted = (len.max(CHUNK_BYTES) as u64).min(limit.saturating_sub(offset));
+            self.window.resize(wanted as usize, 0);
             match self.file.read_at(&mut self.window, offset) {
-                Ok(n) => self.window.truncate(n),
+                Ok(n) => {
+                    self.window_is_last = n < self.window.len();
+                    self.window.truncate(n);
+                }
                 Err(_) => self.read_blocks(offset),
             }
         }
-        let from = ((offset - self.window_at) as usize).min(self.window.len());
+        let from = (offset - self.window_at).min(self.window.len() as u64) as usize;
         let to = (from + len).min(self.window.len());
         &self.window[from..to]
     }
@@ -86,6 +94,7 @@ impl Scanner {
     /// Reads what can be read around a bad block; zeros stand for the rest.
     fn read_blocks(&mut self, offset: u64) {
         self.unreadable = true;
+        self.window_is_last = false;
         for (i, block) in self.window.chunks_mut(BLOCK_BYTES as usize).enumerate() {
             match self.file.read_at(block, offset + i as u64 * BLOCK_BYTES) {
                 Ok(n) => block[n..].fill(0),

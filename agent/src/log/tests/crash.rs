@@ -37,7 +37,7 @@ struct Run {
 }
 
 fn options() -> Options {
-    Options { retention_bytes: 100 << 10, ..small() }
+    Options { retention_bytes: 40 << 10, ..small() }
 }
 
 impl Run {
@@ -206,8 +206,8 @@ fn torture(seed: u64, steps: usize, every: usize) {
 
 #[test]
 fn after_a_power_failure_anywhere_everything_durable_is_there() {
-    for seed in 0..12 {
-        torture(seed, 60, 3);
+    for seed in 0..20 {
+        torture(seed, 60, 2);
     }
 }
 

@@ -206,7 +206,7 @@ fn eight_threads_share_fsyncs() {
         }
     });
     assert_eq!(all_records(&log).len(), 400);
-    assert_eq!(*log.watch().borrow(), log.appended());
+    assert_eq!(log.durable(), log.appended());
     drop(log);
     let log = open_by_hand(&storage, small());
     for i in 0..8 {
