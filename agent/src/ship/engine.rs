@@ -123,7 +123,8 @@ pub enum EngineError {
     Other(String),
 }
 
-/// The side that is followed.
+/// The side that is followed. `epoch`, `position` and `follower_position` are called on the async threads and must
+/// not wait for the disk; all others may.
 pub trait Source: Send + Sync + 'static {
     /// This node's identity.
     fn node_id(&self) -> u64;
@@ -141,9 +142,11 @@ pub trait Source: Send + Sync + 'static {
     fn checksum_at(&self, name: &DatabaseName, txid: Txid) -> Result<Option<Checksum>, EngineError>;
     /// The durable record that begins with `min_txid`; `None` when there is none yet or it is no longer kept.
     fn record(&self, name: &DatabaseName, min_txid: Txid) -> Result<Option<ShippedRecord>, EngineError>;
-    /// Committed pages in `range`. May block on the disk: call it off the async threads.
+    /// Committed pages in `range`, which may reach past the end or lie beyond it. When the call returns, the commits
+    /// that wrote what it gives are durable: no page is newer than [`Source::position`] is then. May block on the
+    /// disk: call it off the async threads.
     fn pages(&self, name: &DatabaseName, range: RangeInclusive<u32>) -> Result<PageRange, EngineError>;
-    /// Says how far a follower is, so that retention keeps what it needs. `None`: it left.
+    /// Says how far a follower is, while it is connected, so that retention keeps what it needs. `None`: it left.
     fn follower_position(&self, follower: u64, name: &DatabaseName, needs_after: Option<Txid>);
 }
 
