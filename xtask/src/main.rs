@@ -1,2 +1,47 @@
-//! Developer tasks.
-fn main() {}
+//! Developer tasks, run as `cargo xtask TASK`.
+
+mod bench;
+mod demo;
+mod generated;
+mod run;
+mod setup;
+mod test;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+/// Tasks of this repository.
+#[derive(Parser)]
+#[command(name = "cargo xtask", arg_required_else_help = true)]
+enum Task {
+    /// Install the Debian packages that building and testing need, as far as they are missing
+    Setup,
+    /// Build, then show a primary and a replica at work on this machine
+    Demo,
+    /// Install what is needed and run every check and test
+    Test,
+    /// Write the manual pages to packaging/man
+    Man,
+    /// Write the shell completions to packaging/completions
+    Completions,
+    /// Compare this product with native SQLite on this machine
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    let done = match Task::parse() {
+        Task::Setup => setup::packages().and_then(|()| setup::rust_components()),
+        Task::Demo => demo::run(),
+        Task::Test => test::run(),
+        Task::Man => generated::write_man(),
+        Task::Completions => generated::write_completions(),
+        Task::Bench(options) => bench::run(options),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nfailed: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -3,8 +3,11 @@
 use super::failure::{self, Failure};
 use crate::config::KEYS;
 use clap_mangen::roff::{Roff, bold, italic, roman};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
+
+/// Where the pages come from, in their footer.
+const SOURCE: &str = concat!("litefs ", env!("CARGO_PKG_VERSION"));
 
 pub fn completions(
     mut command: clap::Command,
@@ -26,15 +29,25 @@ pub fn man(command: clap::Command, dir: Option<&Path>, out: &mut dyn Write) -> R
     };
     let failed = |error| Failure::file(failure::CANNOT_CREATE, dir, error);
     std::fs::create_dir_all(dir).map_err(failed)?;
-    clap_mangen::generate_to(command, dir).map_err(failed)?;
+    let mut command = command.disable_help_subcommand(true);
+    command.build();
+    command_pages(&command, dir).map_err(failed)?;
     std::fs::write(dir.join("litefs.toml.5"), configuration_page()).map_err(failed)?;
     Ok(0)
+}
+
+/// A page for a command and one for each of its commands that is not hidden.
+fn command_pages(command: &clap::Command, dir: &Path) -> io::Result<()> {
+    for inner in command.get_subcommands().filter(|inner| !inner.is_hide_set()) {
+        command_pages(inner, dir)?;
+    }
+    clap_mangen::Man::new(command.clone()).source(SOURCE).generate_to(dir).map(|_| ())
 }
 
 /// `litefs.toml(5)`, from the table of keys.
 fn configuration_page() -> String {
     let mut page = Roff::new();
-    page.control("TH", ["litefs.toml", "5", "", concat!("litefs ", env!("CARGO_PKG_VERSION"))]);
+    page.control("TH", ["litefs.toml", "5", "", SOURCE]);
     page.control("SH", ["NAME"]);
     page.text([roman("litefs.toml - configuration of a litefs agent")]);
     page.control("SH", ["SYNOPSIS"]);

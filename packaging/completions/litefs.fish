@@ -1,0 +1,127 @@
+# Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
+function __fish_litefs_global_optspecs
+    string join \n c/cluster= config= set= socket= h/help V/version
+end
+
+function __fish_litefs_needs_command
+    # Figure out if the current invocation already has a command.
+    set -l cmd (commandline -opc)
+    set -e cmd[1]
+    argparse -s (__fish_litefs_global_optspecs) -- $cmd 2>/dev/null
+    or return
+    if set -q argv[1]
+        # Also print the command, so this can be used to figure out what it is.
+        echo $argv[1]
+        return 1
+    end
+    return 0
+end
+
+function __fish_litefs_using_subcommand
+    set -l cmd (__fish_litefs_needs_command)
+    test -z "$cmd"
+    and return 1
+    contains -- $cmd[1] $argv
+end
+
+complete -c litefs -n "__fish_litefs_needs_command" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_needs_command" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_needs_command" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_needs_command" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_needs_command" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_needs_command" -s V -l version -d 'Print version'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "agent" -d 'Run the agent in the foreground'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "status" -d 'Show role, databases, lag and followers of this host'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "list" -d 'List the databases with their positions and sizes'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "export" -d 'Copy a database to a file, as of one transaction, and check the copy'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "import" -d 'Make a file the content of a database, as one transaction (primary only)'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "ltx" -d 'Look at files of transactions'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "config" -d 'Check or show the configuration'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "version" -d 'Print the version'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "completions" -d 'Print a completion script for a shell'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "man" -d 'Print the manual page of litefs, or write all pages to a directory'
+complete -c litefs -n "__fish_litefs_using_subcommand agent" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand agent" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand agent" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand agent" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand agent" -s h -l help -d 'Print help'
+complete -c litefs -n "__fish_litefs_using_subcommand status" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand status" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand status" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand status" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand status" -l json -d 'Print JSON instead of tables'
+complete -c litefs -n "__fish_litefs_using_subcommand status" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand list" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand list" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand list" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand list" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand list" -s h -l help -d 'Print help'
+complete -c litefs -n "__fish_litefs_using_subcommand export" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand export" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand export" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand export" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand export" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand import" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand import" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand import" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand import" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand import" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and not __fish_seen_subcommand_from list dump verify" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and not __fish_seen_subcommand_from list dump verify" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and not __fish_seen_subcommand_from list dump verify" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and not __fish_seen_subcommand_from list dump verify" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and not __fish_seen_subcommand_from list dump verify" -s h -l help -d 'Print help'
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and not __fish_seen_subcommand_from list dump verify" -f -a "list" -d 'List files with their transactions, pages and checksums'
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and not __fish_seen_subcommand_from list dump verify" -f -a "dump" -d 'Show header, pages and trailer of a file, or the content of one page'
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and not __fish_seen_subcommand_from list dump verify" -f -a "verify" -d 'Check files: structure, order of pages, checksums, and that nothing follows'
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from list" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from list" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from list" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from list" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from list" -l json -d 'Print JSON instead of a table'
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from dump" -l page -d 'Show the content of this page as hex' -r
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from dump" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from dump" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from dump" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from dump" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from dump" -s h -l help -d 'Print help'
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from verify" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from verify" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from verify" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from verify" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from verify" -l json -d 'Print JSON instead of text'
+complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from verify" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand config; and not __fish_seen_subcommand_from check show" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand config; and not __fish_seen_subcommand_from check show" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand config; and not __fish_seen_subcommand_from check show" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand config; and not __fish_seen_subcommand_from check show" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand config; and not __fish_seen_subcommand_from check show" -s h -l help -d 'Print help'
+complete -c litefs -n "__fish_litefs_using_subcommand config; and not __fish_seen_subcommand_from check show" -f -a "check" -d 'Report everything that is wrong with the configuration'
+complete -c litefs -n "__fish_litefs_using_subcommand config; and not __fish_seen_subcommand_from check show" -f -a "show" -d 'Print the effective configuration and where its values come from'
+complete -c litefs -n "__fish_litefs_using_subcommand config; and __fish_seen_subcommand_from check" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand config; and __fish_seen_subcommand_from check" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand config; and __fish_seen_subcommand_from check" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand config; and __fish_seen_subcommand_from check" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand config; and __fish_seen_subcommand_from check" -s h -l help -d 'Print help'
+complete -c litefs -n "__fish_litefs_using_subcommand config; and __fish_seen_subcommand_from show" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand config; and __fish_seen_subcommand_from show" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand config; and __fish_seen_subcommand_from show" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand config; and __fish_seen_subcommand_from show" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand config; and __fish_seen_subcommand_from show" -s h -l help -d 'Print help'
+complete -c litefs -n "__fish_litefs_using_subcommand version" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand version" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand version" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand version" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand version" -s h -l help -d 'Print help'
+complete -c litefs -n "__fish_litefs_using_subcommand completions" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand completions" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand completions" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand completions" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand completions" -s h -l help -d 'Print help'
+complete -c litefs -n "__fish_litefs_using_subcommand man" -l dir -d 'Directory to write to' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand man" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand man" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand man" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand man" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand man" -s h -l help -d 'Print help'

@@ -1,0 +1,99 @@
+//! Installs what building and testing need on a Debian machine, as far as it is missing.
+
+use crate::run::{self, cargo};
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A program that has to be there, and the Debian package that brings it.
+const PROGRAMS: [(&str, &str); 3] = [
+    // SQLite is compiled into some tests.
+    ("cc", "build-essential"),
+    // The unmodified application of the demo and the tests.
+    ("sqlite3", "sqlite3"),
+    // Another one, and the driver of the benchmark.
+    ("python3", "python3"),
+];
+
+/// Pinned, so that a check does not begin to fail by itself.
+const CARGO_DENY_VERSION: &str = "0.20.2";
+
+/// Installs missing packages.
+pub fn packages() -> Result<()> {
+    let missing: Vec<&str> = PROGRAMS
+        .iter()
+        .filter(|(program, _)| run::which(program).is_none())
+        .map(|(_, package)| *package)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let by_hand = format!("apt-get update && apt-get install -y {}", missing.join(" "));
+    if run::which("apt-get").is_none() {
+        bail!("missing: {}; install them with this system's package manager", missing.join(", "));
+    }
+    if !nix::unistd::geteuid().is_root() {
+        bail!("missing: {}; run as root: {by_hand}", missing.join(", "));
+    }
+    println!("installing {}", missing.join(", "));
+    run::run(Command::new("apt-get").args(["update", "-qq"]))?;
+    run::run(
+        Command::new("apt-get")
+            .args(["install", "-y", "-qq", "--no-install-recommends"])
+            .args(&missing)
+            .env("DEBIAN_FRONTEND", "noninteractive"),
+    )
+    .with_context(|| format!("cannot install packages; try by hand: {by_hand}"))
+}
+
+/// Installs rustfmt and clippy where a minimal toolchain has left them out.
+pub fn rust_components() -> Result<()> {
+    for (subcommand, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
+        if cargo(&[subcommand, "--version"]).output().is_ok_and(|output| output.status.success()) {
+            continue;
+        }
+        println!("installing {component}");
+        run::run(Command::new("rustup").args(["component", "add", component]).current_dir(run::root()))
+            .with_context(|| {
+                format!("{component} is missing; install the toolchain with its default components")
+            })?;
+    }
+    Ok(())
+}
+
+/// The path of cargo-deny, installed below `target/tools` when it is missing.
+pub fn cargo_deny() -> Result<PathBuf> {
+    if let Some(path) = run::which("cargo-deny") {
+        return Ok(path);
+    }
+    let tools = run::root().join("target/tools");
+    let path = tools.join("bin/cargo-deny");
+    if !path.is_file() {
+        println!(
+            "installing cargo-deny {CARGO_DENY_VERSION} below {}; this takes some minutes",
+            tools.display()
+        );
+        let version = format!("cargo-deny@{CARGO_DENY_VERSION}");
+        run::run(cargo(&["install", "--quiet", "--locked", "--root"]).arg(&tools).arg(version))?;
+    }
+    Ok(path)
+}
+
+/// Fails with advice where an agent could not mount.
+pub fn can_mount() -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("mounting needs root: run this as root");
+    }
+    let device = Path::new("/dev/fuse");
+    if !device.exists() {
+        // Loads the module where it is not built in; what comes of it is looked at below.
+        let _ = Command::new("modprobe").arg("fuse").status();
+    }
+    match std::fs::OpenOptions::new().read(true).write(true).open(device) {
+        Ok(_) => Ok(()),
+        Err(error) => bail!(
+            "cannot open /dev/fuse: {error}; load the kernel module (modprobe fuse), or give the container the device \
+             and CAP_SYS_ADMIN (docker run --device /dev/fuse --cap-add SYS_ADMIN)"
+        ),
+    }
+}

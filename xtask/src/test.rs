@@ -1,0 +1,130 @@
+//! `cargo xtask test`: everything that has to pass before a change is taken.
+
+use crate::run::{self, cargo};
+use crate::{generated, setup};
+use anyhow::{Context, Result, bail};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+/// A name, and what it does; the text it returns is shown in the summary.
+type Step = (&'static str, fn() -> Result<String>);
+
+const STEPS: [Step; 6] = [
+    ("format", || quiet(&mut cargo(&["fmt", "--all", "--check"]))),
+    ("lints", || {
+        let lints = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        quiet(&mut cargo(&lints))
+    }),
+    ("dependencies", || {
+        // Advisories need a download of their database on every run; they are a task for a schedule, not for a change.
+        let mut command = Command::new(setup::cargo_deny()?);
+        command
+            .args(["--log-level", "error", "check", "bans", "licenses", "sources"])
+            .current_dir(run::root());
+        quiet(&mut command)
+    }),
+    ("build", || quiet(&mut cargo(&["build", "--quiet", "--workspace"]))),
+    ("generated files", || generated::check().map(|()| String::new())),
+    ("tests", tests),
+];
+
+/// Runs all steps, also after one has failed, and prints a summary.
+pub fn run() -> Result<()> {
+    setup::packages()?;
+    setup::rust_components()?;
+    let mut summary = String::new();
+    let mut failed = Vec::new();
+    for (name, step) in STEPS {
+        println!("\n== {name}");
+        let start = Instant::now();
+        let done = step();
+        let seconds = start.elapsed().as_secs_f32();
+        let result = match &done {
+            Ok(result) => format!("ok      {name:<16} {seconds:>6.1} s  {result}"),
+            Err(_) => format!("FAILED  {name:<16} {seconds:>6.1} s"),
+        };
+        summary.push_str(result.trim_end());
+        summary.push('\n');
+        if let Err(error) = done {
+            println!("{error:#}");
+            failed.push(name);
+        }
+    }
+    println!("\n== summary\n{summary}");
+    if !failed.is_empty() {
+        bail!("{}", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn quiet(command: &mut Command) -> Result<String> {
+    run::run(command).map(|()| String::new())
+}
+
+/// Runs the tests, passes their output on and counts them.
+fn tests() -> Result<String> {
+    let mut command = cargo(&["test", "--workspace", "--no-fail-fast"]);
+    command.stdout(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("cannot run {}", run::show(&command)))?;
+    let stdout = child.stdout.take().context("no output of cargo")?;
+    let mut counts = Counts::default();
+    for line in BufReader::new(stdout).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        counts.add(&line);
+    }
+    let status = child.wait()?;
+    if !status.success() {
+        bail!("{} ended with {status}: {counts}", run::show(&command));
+    }
+    Ok(counts.to_string())
+}
+
+#[derive(Default)]
+struct Counts {
+    passed: u64,
+    failed: u64,
+    ignored: u64,
+}
+
+impl Counts {
+    /// Adds a line such as `test result: ok. 5 passed; 0 failed; 1 ignored; ...`.
+    fn add(&mut self, line: &str) {
+        let Some(result) = line.strip_prefix("test result: ") else { return };
+        let words: Vec<&str> =
+            result.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()).collect();
+        for pair in words.windows(2) {
+            let Ok(number) = pair[0].parse::<u64>() else { continue };
+            match pair[1] {
+                "passed" => self.passed += number,
+                "failed" => self.failed += number,
+                "ignored" => self.ignored += number,
+                _ => {}
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} passed, {} failed, {} ignored", self.passed, self.failed, self.ignored)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_of_several_programs_add_up() {
+        let mut counts = Counts::default();
+        counts.add("running 3 tests");
+        counts.add(
+            "test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.13s",
+        );
+        counts.add("test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s");
+        assert_eq!(counts.to_string(), "7 passed, 3 failed, 1 ignored");
+    }
+}
