@@ -5,14 +5,31 @@ use super::failure::{self, Failure};
 use super::{export, import, status};
 use crate::DatabaseName;
 use crate::status::api::DatabaseState;
-use crate::status::control;
 use crate::status::fake::{self, FakeNode};
+use crate::status::handle;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
 use ltx::Pos;
+use std::convert::Infallible;
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tokio_util::sync::CancellationToken;
+use tokio::net::UnixListener;
+
+/// Answers one connection after the other, as the agent's control socket does.
+async fn serve(listener: UnixListener, node: Arc<FakeNode>) {
+    while let Ok((stream, _)) = listener.accept().await {
+        let node = node.clone();
+        let service = service_fn(move |request| {
+            let node = node.clone();
+            async move { Ok::<_, Infallible>(handle(request, true, node).await) }
+        });
+        // A client that leaves early is no concern of the next one.
+        let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+    }
+}
 
 struct Host {
     node: Arc<FakeNode>,
@@ -24,8 +41,7 @@ impl Host {
     fn start() -> Host {
         let node = Arc::new(FakeNode::new());
         let socket = node.path("control.sock");
-        let listener = control::bind(&socket).unwrap();
-        tokio::spawn(control::serve(listener, node.clone(), CancellationToken::new()));
+        tokio::spawn(serve(UnixListener::bind(&socket).unwrap(), node.clone()));
         Host { node, socket, out: tempfile::tempdir().unwrap() }
     }
 
@@ -86,7 +102,7 @@ async fn no_agent_is_said_with_the_socket_and_its_own_code() {
         "{failure}"
     );
     // A socket that a dead agent left behind.
-    drop(control::bind(&socket).unwrap());
+    drop(UnixListener::bind(&socket).unwrap());
     let failure = status::status(Client::new(socket, None), false, &mut Vec::new()).await.unwrap_err();
     assert_eq!(failure.code, failure::NO_AGENT);
 }

@@ -1,10 +1,9 @@
 //! What an operator sees: status, metrics and events, and the commands of the control socket.
 //!
 //! [`handler::handle`] answers requests over a [`NodeView`], which the node implements. The same requests
-//! arrive on the control socket ([`control`], privileged) and on the agent's HTTP port (not privileged).
+//! arrive on the control socket (privileged) and on the agent's HTTP port (not privileged).
 
 pub mod api;
-pub mod control;
 pub mod database_file;
 pub mod events;
 pub mod handler;
