@@ -10,7 +10,9 @@ use std::time::Instant;
 /// A name, and what it does; the text it returns is shown in the summary.
 type Step = (&'static str, fn() -> Result<String>);
 
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 7] = [
+    // The tests of the whole system mount.
+    ("mounting", || setup::can_mount().map(|()| String::new())),
     ("format", || quiet(&mut cargo(&["fmt", "--all", "--check"]))),
     ("lints", || {
         let lints = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
