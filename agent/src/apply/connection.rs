@@ -78,8 +78,12 @@ impl WalConnection {
         Ok(Some(connection))
     }
 
-    /// Whether the files at the paths are still those that are open.
+    /// Whether the database at the path is still the one that is open, and the wal-index as long as it is mapped
+    /// (touching what somebody has cut off would be a SIGBUS).
     pub fn is_current(&self) -> Result<bool, ApplyError> {
+        if !self.index.is_whole().map_err(self.files.io("inspect", &self.files.shm))? {
+            return Ok(false);
+        }
         let open = self.database.metadata().map_err(self.files.io("inspect", &self.files.database))?;
         match std::fs::metadata(&self.files.database) {
             Ok(there) => Ok((there.dev(), there.ino()) == (open.dev(), open.ino())),

@@ -170,15 +170,18 @@ pub(super) fn create(path: &Path, mode: u32, owner: Option<(u32, u32)>) -> io::R
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true).custom_flags(libc::O_NOFOLLOW);
     let file = options.mode(mode).open(path)?;
-    file.set_permissions(Permissions::from_mode(mode))?;
-    if let Some((uid, gid)) = owner {
-        let now = file.metadata()?;
-        if (now.uid(), now.gid()) != (uid, gid) {
-            match std::os::unix::fs::fchown(&file, Some(uid), Some(gid)) {
-                // Not root: the file belongs to the agent's user, as it would to an application's.
-                Err(e) if e.kind() != io::ErrorKind::PermissionDenied => return Err(e),
-                _ => {}
-            }
+    let now = file.metadata()?;
+    if now.mode() & 0o777 != mode {
+        // The umask took something away.
+        file.set_permissions(Permissions::from_mode(mode))?;
+    }
+    if let Some((uid, gid)) = owner
+        && (now.uid(), now.gid()) != (uid, gid)
+    {
+        match std::os::unix::fs::fchown(&file, Some(uid), Some(gid)) {
+            // Not root: the file belongs to the agent's user, as it would to an application's.
+            Err(e) if e.kind() != io::ErrorKind::PermissionDenied => return Err(e),
+            _ => {}
         }
     }
     Ok(file)

@@ -7,7 +7,7 @@ use super::database_lock::DatabaseLock;
 use super::files::{self, Files};
 use super::rollback_journal::{self, RollbackJournal};
 use super::{ApplyError, DatabaseShape, TransactionHeader, TransactionSource};
-use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
+use sqlite_file::header::{DatabaseHeader, HEADER_BYTES, lock_page};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -75,18 +75,28 @@ impl<'a> InPlace<'a> {
         self.begin(&first)?;
         let mut next = Some(first);
         let mut page = Vec::new();
+        // Nothing of what was there before goes into a database that is new or has another page size.
+        let mut must_be_whole = shape.page_count == 0 || shape.page_size != first.page_size;
         while let Some(transaction) = next {
             // The pages of one session have one size; a drop is for others.
             if transaction.commit == 0 || transaction.page_size != first.page_size {
                 break;
             }
-            let mut last = 0;
+            let (mut last, mut count) = (0, 0);
             while let Some(pgno) = self.files.next_page(source, &transaction, last, &mut page)? {
                 last = pgno;
+                count += 1;
                 if pgno == 1 {
                     shape.wal_mode = super::is_wal(&page);
                 }
                 self.put(pgno, &page, transaction.page_size)?;
+            }
+            let whole =
+                transaction.commit - u32::from(transaction.commit >= lock_page(transaction.page_size));
+            if std::mem::take(&mut must_be_whole) && count != whole {
+                return Err(self
+                    .files
+                    .invalid(format!("it has {count} of the {whole} pages of a new database")));
             }
             shape.page_size = transaction.page_size;
             shape.page_count = transaction.commit;

@@ -104,7 +104,7 @@ impl Applier {
         if let Some(connection) = &self.connection
             && !connection.is_current()?
         {
-            // Another file has taken the path: what is connected is of no interest to anybody who opens it now.
+            // Another file has taken the path, or somebody cut the wal-index: begin anew.
             self.connection = None;
         }
         let mut shape = current;
@@ -164,8 +164,10 @@ impl Applier {
             if matches!(exclusive, Ok(true)) {
                 // Nobody else can read or write now, so a checkpoint can only be complete, unless the wal-index is
                 // broken; then the WAL itself says what counts.
-                let outcome = connection.checkpoint();
-                exclusive = outcome.map(|_| true);
+                if let Err(error) = connection.checkpoint() {
+                    connection.lock.make_shared().map_err(files.io("lock", &files.database))?;
+                    exclusive = Err(error);
+                }
             }
             if !matches!(exclusive, Ok(true)) {
                 self.connection = Some(connection);

@@ -31,10 +31,9 @@ pub(super) struct RollbackJournal {
 
 impl RollbackJournal {
     /// Begins a journal for a database of `pages` pages. The caller holds EXCLUSIVE and has made sure that there
-    /// is no hot journal.
+    /// is no journal ([`recover`]).
     pub fn begin(files: &Files, database: &File, page_size: u32, pages: u32) -> Result<Self, ApplyError> {
         let like = database.metadata().map_err(files.io("inspect", &files.database))?;
-        files.remove(&files.journal)?;
         let file = files::create(&files.journal, like.mode() & 0o777, Some((like.uid(), like.gid())))
             .map_err(files.io("create", &files.journal))?;
         let mut nonce = [0u8; 4];

@@ -176,6 +176,12 @@ impl WalIndex {
         self.blocks.len()
     }
 
+    /// Whether the file still has all that is mapped. Only the first to connect may cut it, so `false` means that
+    /// somebody broke the rules, and the next access would be a SIGBUS.
+    pub fn is_whole(&self) -> io::Result<bool> {
+        Ok(self.file.metadata()?.len() >= (self.blocks.len() * BLOCK_BYTES) as u64)
+    }
+
     fn ensure_block(&mut self, block: usize) -> Result<(), WalIndexError> {
         while self.blocks.len() <= block {
             let start = self.blocks.len() * BLOCK_BYTES;

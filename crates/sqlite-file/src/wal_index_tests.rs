@@ -200,3 +200,14 @@ fn sqlite_reads_through_an_index_that_was_rebuilt_here() {
     let check: String = db.query_row("pragma integrity_check", [], |r| r.get(0)).unwrap();
     assert_eq!(check, "ok");
 }
+
+#[test]
+fn a_file_that_was_cut_is_noticed_before_it_is_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = open(&dir.path().join("shm"));
+    let mut index = WalIndex::map(Arc::clone(&file)).unwrap();
+    index.append(1, 1).unwrap();
+    assert!(index.is_whole().unwrap());
+    file.set_len(BLOCK_BYTES as u64 - 1).unwrap();
+    assert!(!index.is_whole().unwrap());
+}

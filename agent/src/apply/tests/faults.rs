@@ -81,6 +81,34 @@ fn pages_that_no_database_has_are_refused() {
 }
 
 #[test]
+fn a_new_database_must_be_whole() {
+    let mut primary = Primary::new(1024, "wal");
+    let files = [primary.exec(CREATE), primary.insert(10, 10)];
+    let mut replica = Replica::new();
+    // Without the first transaction, which had all pages.
+    let error = replica.try_apply(&files[1..], LONG).unwrap_err();
+    assert!(error.to_string().contains("pages of a new database; fetch a snapshot"), "{error}");
+    for suffix in ["", "-journal", "-wal"] {
+        assert!(!replica.file(suffix).exists(), "{suffix}");
+    }
+    replica.apply(&files);
+    replica.assert_file_equals(&primary.image);
+}
+
+#[test]
+fn a_wal_index_that_somebody_cuts_is_built_anew() {
+    let (mut primary, mut replica) = ready("wal");
+    replica.apply(&[primary.insert(100, 300)]);
+    for length in [0, 100, 5000] {
+        File::options().write(true).open(replica.file("-shm")).unwrap().set_len(length).unwrap();
+        replica.apply(&[primary.insert(100, 300)]);
+        assert_eq!(Sqlite::open(&replica.path).digest(), digest_of(&primary.db));
+        replica.assert_equals(&primary.image);
+    }
+    replica.assert_file_equals(&primary.image);
+}
+
+#[test]
 fn a_file_that_is_no_database_is_replaced_by_a_snapshot() {
     let mut primary = Primary::new(1024, "wal");
     primary.db.execute_batch(CREATE).unwrap();

@@ -6,7 +6,8 @@ const ROLE: &str = "LITEFS_TEST_APPLY_ROLE";
 
 /// This test binary as another agent, which applies the record at `record` to the database at `path`.
 pub fn child(role: &str, path: &Path, record: &Path, limit: u64, shape: DatabaseShape) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
+    // By this name it is found even after a build has replaced the file.
+    let mut command = Command::new("/proc/self/exe");
     command.args(["--exact", "apply::tests::kill::agent_in_another_process", "--ignored", "--nocapture"]);
     command.env(ROLE, role).env("PATH_TO_DB", path).env("RECORD", record).env("LIMIT", limit.to_string());
     command.env("SHAPE", format!("{} {} {}", shape.page_size, shape.page_count, u8::from(shape.wal_mode)));

@@ -1,5 +1,6 @@
 //! Fixtures: a primary written by SQLite, a replica written by the [`Applier`], readers in other processes.
 
+mod concurrent;
 mod faults;
 mod kill;
 mod random;
