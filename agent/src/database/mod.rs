@@ -1,1 +1,389 @@
-//! One database.
+//! One database: its files, its position, its page checksums, and what the doors report of it.
+//!
+//! Lock order, which keeps the agent from waiting on itself: a thread holds at most one [`State`] at a time, and never
+//! while it touches a file *through the mount* (the threads that serve the mount take the same lock). Whoever goes
+//! through the mount ([`crate::apply`]) holds only the database's apply lock.
+
+pub mod checksums;
+pub mod import;
+pub mod install;
+pub mod pages;
+pub mod receive;
+pub mod recovery;
+pub mod shared;
+pub mod sync;
+
+use crate::DatabaseName;
+use crate::apply::Applier;
+use crate::capture::rollback::RollbackCapture;
+use crate::capture::wal::WalCapture;
+use crate::capture::{self, CaptureError, Logged};
+use crate::log::Lsn;
+use checksums::{Checksums, ChecksumsError, Mark};
+use ltx::Pos;
+use parking_lot::{Mutex, MutexGuard};
+use receive::ApplySide;
+pub use shared::{Dirs, Notice, Shared};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Paths of a database's files below the backing directory.
+#[derive(Debug, Clone)]
+pub struct Paths {
+    /// The main database file.
+    pub database: PathBuf,
+    /// Its WAL.
+    pub wal: PathBuf,
+    /// Its rollback journal.
+    pub journal: PathBuf,
+    /// Its wal-index.
+    pub shm: PathBuf,
+    /// Its page checksums.
+    pub checksums: PathBuf,
+}
+
+/// Whether a database may be used.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Health {
+    /// Yes.
+    #[default]
+    Ok,
+    /// No, for this reason; all other databases go on.
+    Quarantined(String),
+}
+
+/// One database of the cluster (or a name that may become one: its position is 0 until its first transaction).
+#[derive(Debug)]
+pub struct Database {
+    pub(crate) name: DatabaseName,
+    pub(crate) paths: Paths,
+    pub(crate) shared: Arc<Shared>,
+    state: Mutex<State>,
+    /// Newest position whose record is durable here.
+    durable: Mutex<Pos>,
+    /// Writes transactions through the applications' path. Taken before `state`, never while holding it.
+    pub(crate) apply: Mutex<ApplySide>,
+}
+
+/// What changes with every transaction.
+#[derive(Debug, Default)]
+pub struct State {
+    /// Newest transaction in the log.
+    pub position: Pos,
+    /// Bytes in a page; 0 while the database is empty.
+    pub page_size: u32,
+    /// Pages in the database.
+    pub page_count: u32,
+    /// How far the files are: equal to the log on the primary, maybe behind it on a replica.
+    pub applied: Mark,
+    /// Bytes 18 and 19 of page 1 say WAL.
+    pub wal_mode: bool,
+    journal_mode_known: bool,
+    /// The running WAL generation.
+    pub wal: WalCapture,
+    /// The running rollback-mode transaction.
+    pub rollback: RollbackCapture,
+    /// Open handles through which the door does not see writes.
+    pub passthrough_handles: u32,
+    /// Open handles of applications on the main file.
+    pub handles: u32,
+    /// End of the newest record in the log.
+    pub logged_end: Lsn,
+    /// When the newest transaction was committed, milliseconds since 1970.
+    pub last_change_ms: i64,
+    pub(crate) health: Health,
+    checksums: Option<Checksums>,
+    file: Option<Arc<File>>,
+    /// mtime and size of the file after the last capture.
+    stamp: Option<(i64, i64, u64)>,
+    /// Position of the mark in the sidecar.
+    pub(crate) marked: Pos,
+}
+
+impl Database {
+    /// A database by its name; nothing is opened.
+    pub fn new(name: DatabaseName, shared: Arc<Shared>) -> Arc<Self> {
+        let database = shared.dirs.files.join(&name);
+        let beside = |suffix: &str| {
+            let mut path = database.clone().into_os_string();
+            path.push(suffix);
+            PathBuf::from(path)
+        };
+        let paths = Paths {
+            wal: beside("-wal"),
+            journal: beside("-journal"),
+            shm: beside("-shm"),
+            checksums: shared.dirs.checksums.join(format!("{}.sum", name.escaped())),
+            database,
+        };
+        let applier = Applier::new(shared.dirs.mount.join(&name), name.clone());
+        Arc::new(Database {
+            name,
+            paths,
+            shared,
+            state: Mutex::default(),
+            durable: Mutex::default(),
+            apply: Mutex::new(ApplySide::new(applier)),
+        })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &DatabaseName {
+        &self.name
+    }
+
+    /// Its files.
+    pub fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
+    /// Locks the state. See the lock order at the head of this module.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// Newest position whose record is durable in this node's log.
+    pub fn durable_position(&self) -> Pos {
+        *self.durable.lock()
+    }
+
+    pub(crate) fn set_durable_position(&self, position: Pos) {
+        *self.durable.lock() = position;
+    }
+
+    /// Newest position that applications on this host can see.
+    pub fn visible_position(&self) -> Pos {
+        self.state().applied.position
+    }
+
+    /// Whether it has ever had a transaction.
+    pub fn is_tracked(&self) -> bool {
+        self.state().position.txid.0 > 0
+    }
+
+    /// A transaction was logged: once it is durable, followers may have it.
+    pub(crate) fn committed(self: &Database, position: Pos, end: Lsn) {
+        let Some(this) = self.shared.database(&self.name) else { return };
+        self.shared.log.on_durable(
+            end,
+            Box::new(move |result| {
+                if result.is_ok() {
+                    let mut durable = this.durable.lock();
+                    if durable.txid < position.txid {
+                        *durable = position;
+                    }
+                    drop(durable);
+                    this.shared.changed(&this.name);
+                    this.shared.applied(&this);
+                }
+            }),
+        );
+    }
+
+    pub(crate) fn wal_error(&self, source: io::Error) -> CaptureError {
+        CaptureError::Io { path: self.paths.wal.clone(), source }
+    }
+
+    pub(crate) fn database_error(&self, source: io::Error) -> CaptureError {
+        CaptureError::Io { path: self.paths.database.clone(), source }
+    }
+
+    /// Reads whole pages; what lies past the end of the file is zeros.
+    pub(crate) fn read_at_or_zero(
+        &self,
+        file: &File,
+        mut buf: &mut [u8],
+        mut offset: u64,
+    ) -> Result<(), CaptureError> {
+        while !buf.is_empty() {
+            match file.read_at(buf, offset) {
+                Ok(0) => {
+                    buf.fill(0);
+                    return Ok(());
+                }
+                Ok(n) => {
+                    buf = &mut buf[n..];
+                    offset += n as u64;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(self.database_error(e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads one page of the main file; the page size is the buffer's.
+    pub(crate) fn read_database_page(
+        &self,
+        file: &File,
+        pgno: u32,
+        buf: &mut [u8],
+    ) -> Result<(), CaptureError> {
+        let offset = u64::from(pgno - 1) * buf.len() as u64;
+        self.read_at_or_zero(file, buf, offset)
+    }
+
+    /// What it shares with all databases of the node.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Whether page 1 of the file says WAL; read from the file when it is not known yet.
+    pub fn load_journal_mode(&self, st: &mut State) -> bool {
+        if !st.journal_mode_known {
+            let mut first = [0; sqlite_file::header::HEADER_BYTES];
+            let read = File::open(&self.paths.database).and_then(|f| f.read_exact_at(&mut first, 0));
+            if read.is_ok()
+                && let Ok(header) = sqlite_file::header::DatabaseHeader::parse(&first)
+            {
+                st.wal_mode = header.is_wal();
+                st.journal_mode_known = true;
+            }
+        }
+        st.wal_mode
+    }
+
+    /// The journal ends, or the file is known to be consistent: captures the rollback-mode transaction.
+    pub fn capture_rollback(&self, st: &mut State) -> Result<Option<Logged>, CaptureError> {
+        let logged = capture::rollback::capture(self, st)?;
+        st.rollback.journal_active = false;
+        Ok(logged)
+    }
+}
+
+impl State {
+    /// The sidecar, opened (and created for a new database) on first use.
+    pub(crate) fn open_checksums(&mut self, db: &Database) -> Result<&mut Checksums, ChecksumsError> {
+        if self.checksums.is_none() {
+            let path = &db.paths.checksums;
+            let opened = match Checksums::open(path) {
+                Err(ChecksumsError::Io { source, .. })
+                    if source.kind() == io::ErrorKind::NotFound && self.page_count == 0 =>
+                {
+                    Checksums::create(path, &db.name)?
+                }
+                other => other?,
+            };
+            self.checksums = Some(opened);
+        }
+        Ok(self.checksums_mut())
+    }
+
+    /// Replaces the sidecar.
+    pub(crate) fn set_checksums(&mut self, checksums: Checksums) {
+        self.marked = checksums.mark().position;
+        self.checksums = Some(checksums);
+    }
+
+    pub(crate) fn checksums(&self) -> &Checksums {
+        match &self.checksums {
+            Some(checksums) => checksums,
+            None => unreachable!("open_checksums comes first"),
+        }
+    }
+
+    pub(crate) fn checksums_mut(&mut self) -> &mut Checksums {
+        match &mut self.checksums {
+            Some(checksums) => checksums,
+            None => unreachable!("open_checksums comes first"),
+        }
+    }
+
+    /// The main file, opened for reading and writing on first use.
+    pub(crate) fn database_file(&mut self, db: &Database) -> Result<Arc<File>, CaptureError> {
+        if let Some(file) = &self.file {
+            return Ok(file.clone());
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&db.paths.database)
+            .map_err(|e| db.database_error(e))?;
+        let file = Arc::new(file);
+        self.file = Some(file.clone());
+        Ok(file)
+    }
+
+    /// Gives the main file to use, or forgets it (it was replaced, removed, or nobody uses it now).
+    pub(crate) fn set_database_file(&mut self, file: Option<Arc<File>>) {
+        self.file = file;
+    }
+
+    /// Closes what an idle database holds: its descriptor and its mapping.
+    pub(crate) fn close_idle(&mut self) {
+        if self.handles == 0 && self.marked == self.position && !self.rollback.is_dirty() {
+            self.file = None;
+            self.checksums = None;
+        }
+    }
+
+    /// The position and shape that the log has.
+    pub(crate) fn logged_mark(&self) -> Mark {
+        Mark { position: self.position, page_size: self.page_size, page_count: self.page_count }
+    }
+
+    pub(crate) fn set_wal_mode(&mut self, wal_mode: bool) {
+        self.wal_mode = wal_mode;
+        self.journal_mode_known = true;
+    }
+
+    pub(crate) fn advance(&mut self, position: Pos, end: Lsn, timestamp_ms: i64) {
+        assert!(position.txid > self.position.txid, "positions grow: {position} after {}", self.position);
+        self.position = position;
+        self.logged_end = end;
+        self.last_change_ms = timestamp_ms;
+    }
+
+    pub(crate) fn check_health(&self) -> Result<(), CaptureError> {
+        match &self.health {
+            Health::Ok => Ok(()),
+            Health::Quarantined(reason) => Err(CaptureError::Quarantined(reason.clone())),
+        }
+    }
+
+    /// Why the database stands aside, if it does.
+    pub fn quarantine_reason(&self) -> Option<&str> {
+        match &self.health {
+            Health::Ok => None,
+            Health::Quarantined(reason) => Some(reason),
+        }
+    }
+
+    pub(crate) fn clear_quarantine(&mut self) {
+        self.health = Health::Ok;
+    }
+
+    /// The file may be another one now.
+    pub(crate) fn forget_journal_mode(&mut self) {
+        self.wal_mode = false;
+        self.journal_mode_known = false;
+    }
+
+    /// Sets the database aside, alone.
+    pub(crate) fn quarantine(&mut self, db: &Database, reason: String) {
+        tracing::error!(database = %db.name, %reason, "database is quarantined; all others go on");
+        db.shared.counters.quarantines.fetch_add(1, Ordering::Relaxed);
+        db.shared.notify(Notice::Quarantined(db.name.clone(), reason.clone()));
+        self.health = Health::Quarantined(reason);
+    }
+
+    /// Whether the file's size or times are not what the last capture left.
+    pub(crate) fn stamp_changed(&mut self, db: &Database) -> Result<bool, CaptureError> {
+        let stamp = self.read_stamp(db)?;
+        Ok(self.stamp != Some(stamp))
+    }
+
+    pub(crate) fn remember_stamp(&mut self, db: &Database) -> Result<(), CaptureError> {
+        self.stamp = Some(self.read_stamp(db)?);
+        Ok(())
+    }
+
+    fn read_stamp(&mut self, db: &Database) -> Result<(i64, i64, u64), CaptureError> {
+        let m = self.database_file(db)?.metadata().map_err(|e| db.database_error(e))?;
+        Ok((m.mtime(), m.mtime_nsec(), m.size()))
+    }
+}

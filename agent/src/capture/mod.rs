@@ -1,0 +1,281 @@
+//! Capture: from pages that SQLite has committed to one LTX record in the log.
+//!
+//! The doors say *when* (see [`wal`] and [`rollback`]); this module decides *what* changed, by comparing page
+//! checksums with the sidecar, and makes it the next transaction. Nothing is visible in the database's state until
+//! the log has the record, so a failure leaves everything as it was and the application's commit fails.
+
+pub mod rollback;
+pub mod wal;
+
+use crate::database::checksums::ChecksumsError;
+use crate::database::{Database, State};
+use crate::log::{LogError, Lsn, NewRecord, RecordKind, WalEnd};
+use ltx::{Checksum, Encoder, Header, Owner, Pos, Txid, lock_page, page_checksum};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Transactions whose pages add up to more than this are encoded into a file instead of memory.
+const IN_MEMORY_BYTES_MAX: u64 = 1024 * 1024;
+
+/// Why a commit could not be captured. The application gets [`CaptureError::errno`].
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// This node does not take writes for the database.
+    #[error("this node is not the primary")]
+    NotPrimary,
+    /// The database stands aside.
+    #[error("the database is quarantined: {0}")]
+    Quarantined(String),
+    /// A file of the database failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Reason.
+        source: io::Error,
+    },
+    /// The log failed.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The sidecar failed.
+    #[error(transparent)]
+    Checksums(#[from] ChecksumsError),
+    /// The transaction cannot be written as LTX.
+    #[error("cannot encode the transaction: {0}")]
+    Ltx(#[from] ltx::Error),
+    /// What was committed is no SQLite database.
+    #[error("not an SQLite database: {0}")]
+    NotADatabase(&'static str),
+}
+
+impl CaptureError {
+    /// The error number the application's system call returns; SQLite maps ENOSPC to SQLITE_FULL, EROFS and
+    /// EACCES at open to SQLITE_READONLY, anything else to SQLITE_IOERR.
+    pub fn errno(&self) -> i32 {
+        let io = |e: &io::Error| e.raw_os_error().unwrap_or(libc::EIO);
+        match self {
+            CaptureError::NotPrimary => libc::EROFS,
+            CaptureError::Io { source, .. } => io(source),
+            CaptureError::Log(LogError::NoSpace { .. }) => libc::ENOSPC,
+            CaptureError::Log(LogError::Io { source, .. }) => io(source),
+            CaptureError::Checksums(ChecksumsError::Io { source, .. }) => io(source),
+            _ => libc::EIO,
+        }
+    }
+}
+
+/// What a door knows of a commit.
+#[derive(Debug)]
+pub struct Commit<'a> {
+    /// Bytes in a page after the commit.
+    pub page_size: u32,
+    /// Pages in the database after the commit.
+    pub page_count: u32,
+    /// Pages that may have changed, ascending, without duplicates.
+    pub pages: &'a [u32],
+    /// Where the commit ends in the WAL, in WAL mode.
+    pub wal: Option<WalEnd>,
+}
+
+/// Reads one committed page into the buffer (whole pages; zeros where SQLite never wrote).
+pub type ReadPage<'a> = dyn FnMut(u32, &mut [u8]) -> Result<(), CaptureError> + 'a;
+
+/// A transaction that has been captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Logged {
+    /// End of its record in the log.
+    pub end: Lsn,
+    /// Pages in it.
+    pub pages: usize,
+}
+
+/// Makes the pages of `commit` that really differ the database's next transaction. `None`: nothing differs, as
+/// after a rollback, and no transaction number is used.
+pub fn log_transaction(
+    db: &Database,
+    st: &mut State,
+    commit: &Commit<'_>,
+    read: &mut ReadPage<'_>,
+) -> Result<Option<Logged>, CaptureError> {
+    db.shared.check_writable()?;
+    st.check_health()?;
+    let new_size = commit.page_size != st.page_size && st.page_count > 0;
+    let kept = if new_size { 0 } else { st.page_count.min(commit.page_count) };
+    let before = st.position;
+    let mut rolling = if new_size { Checksum::EMPTY } else { before.checksum_or_empty() };
+    let txid = Txid(before.txid.0 + 1);
+
+    st.open_checksums(db)?.reserve(commit.page_count)?;
+    if !new_size {
+        for pgno in commit.page_count + 1..=st.page_count {
+            if let Some(old) = st.checksums().get(pgno) {
+                rolling = rolling.xor(old);
+            }
+        }
+    }
+
+    let header = Header {
+        flags: 0,
+        page_size: commit.page_size,
+        commit: commit.page_count,
+        min_txid: txid,
+        max_txid: txid,
+        timestamp_ms: unix_ms(),
+        pre_apply: if txid.0 == 1 { Checksum(0) } else { before.checksum_or_empty() },
+        wal_offset: 0,
+        wal_size: 0,
+        wal_salt1: 0,
+        wal_salt2: 0,
+        node_id: db.shared.node_id,
+        epoch: db.shared.epoch().0,
+        owner: st.database_file(db).ok().and_then(|f| owner_of(&f)),
+    };
+    let timestamp_ms = header.timestamp_ms;
+    let lock_page = lock_page(commit.page_size);
+    let spool = Spool::for_bytes(db, commit.pages.len() as u64 * u64::from(commit.page_size))?;
+    let mut encoder = Encoder::new(spool, header)?;
+    let mut page = vec![0; commit.page_size as usize];
+    let mut changed: Vec<(u32, Checksum)> = Vec::with_capacity(commit.pages.len().min(4096));
+    let mut wal_mode = st.wal_mode;
+    for &pgno in commit.pages {
+        if pgno == lock_page || pgno > commit.page_count {
+            continue;
+        }
+        read(pgno, &mut page)?;
+        let new = page_checksum(pgno, &page);
+        let old = if pgno <= kept { st.checksums().get(pgno) } else { None };
+        if old == Some(new) {
+            continue;
+        }
+        if let Some(old) = old {
+            rolling = rolling.xor(old);
+        }
+        rolling = rolling.xor(new);
+        encoder.encode_page(pgno, &page)?;
+        changed.push((pgno, new));
+        if pgno == 1 {
+            wal_mode = page[18] == 2 && page[19] == 2;
+        }
+    }
+    if changed.is_empty() && commit.page_count == st.page_count {
+        return Ok(None);
+    }
+    if commit.page_count == 0 {
+        rolling = Checksum::EMPTY;
+    }
+    let (_, spool) = encoder.finish(rolling)?;
+    let record = NewRecord {
+        database: &db.name,
+        kind: RecordKind::Transaction,
+        epoch: db.shared.epoch(),
+        min_txid: txid,
+        max_txid: txid,
+        pre_apply: before.checksum_or_empty(),
+        post_apply: rolling,
+        page_size: commit.page_size,
+        commit: commit.page_count,
+        timestamp_ms,
+        wal: commit.wal,
+    };
+    let end = spool.append(db, record)?;
+
+    // The log has it: from here on nothing can fail.
+    let sums = st.checksums_mut();
+    if new_size {
+        sums.truncate(0);
+    } else {
+        sums.truncate(commit.page_count);
+    }
+    for (pgno, checksum) in &changed {
+        sums.set(*pgno, Some(*checksum));
+    }
+    st.page_size = commit.page_size;
+    st.page_count = commit.page_count;
+    st.set_wal_mode(wal_mode);
+    st.advance(Pos { txid, checksum: rolling }, end, timestamp_ms);
+    st.applied = st.logged_mark();
+    db.shared.counters.commits.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    db.committed(st.position, end);
+    Ok(Some(Logged { end, pages: changed.len() }))
+}
+
+/// Milliseconds since 1970, as LTX headers have them.
+pub fn unix_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64)
+}
+
+/// Owner and mode of a database file, for the replicas' copies.
+fn owner_of(file: &File) -> Option<Owner> {
+    let m = file.metadata().ok()?;
+    Some(Owner { uid: m.uid(), gid: m.gid(), mode: (m.mode() & 0o7777) as u16 })
+}
+
+/// Where an LTX file is being written: memory for the usual transaction, a file for a large one.
+enum Spool {
+    Memory(Vec<u8>),
+    File(BufWriter<tempfile::NamedTempFile>),
+}
+
+impl Spool {
+    fn for_bytes(db: &Database, bytes: u64) -> Result<Spool, CaptureError> {
+        if bytes <= IN_MEMORY_BYTES_MAX {
+            return Ok(Spool::Memory(Vec::with_capacity(bytes as usize / 2 + 512)));
+        }
+        let dir = &db.shared.dirs.staging;
+        let file = tempfile::Builder::new()
+            .prefix("transaction-")
+            .suffix(".ltx")
+            .tempfile_in(dir)
+            .map_err(|source| CaptureError::Io { path: dir.clone(), source })?;
+        Ok(Spool::File(BufWriter::with_capacity(1 << 17, file)))
+    }
+
+    fn append(self, db: &Database, record: NewRecord<'_>) -> Result<Lsn, CaptureError> {
+        let log = &db.shared.log;
+        match self {
+            Spool::Memory(bytes) => Ok(log.append(&record, &bytes)?),
+            Spool::File(writer) => {
+                let path = db.shared.dirs.staging.clone();
+                let file = writer
+                    .into_inner()
+                    .map_err(|e| CaptureError::Io { path: path.clone(), source: e.into_error() })?;
+                let kept = file.into_temp_path();
+                let end = log.append_file(&record, &kept)?;
+                // The log has renamed it away.
+                let _ = kept.keep();
+                Ok(end)
+            }
+        }
+    }
+}
+
+impl Write for Spool {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match self {
+            Spool::Memory(bytes) => bytes.write(buf),
+            Spool::File(file) => file.write(buf),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Spool::Memory(_) => Ok(()),
+            Spool::File(file) => file.flush(),
+        }
+    }
+}
+
+/// A position that stands for "nothing yet" (0/0) has the checksum of an empty database.
+pub trait ChecksumOrEmpty {
+    /// The checksum to go on from.
+    fn checksum_or_empty(&self) -> Checksum;
+}
+
+impl ChecksumOrEmpty for Pos {
+    fn checksum_or_empty(&self) -> Checksum {
+        if self.checksum.0 == 0 { Checksum::EMPTY } else { self.checksum }
+    }
+}

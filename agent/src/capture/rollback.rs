@@ -1,0 +1,147 @@
+//! Where a commit is seen in the rollback modes: the journal's end (unlink, truncation to nothing, or 28 zero bytes
+//! over its header).
+//!
+//! Which pages a transaction changed cannot be told from its journal alone: SQLite does not journal a page it takes
+//! from the free list (its old content matters to nobody), yet writes it. So the database file of a rollback-mode
+//! database is not passed through; the door reports every write, and where it could not (the file was opened while
+//! the database was in WAL mode) all pages are compared with their checksums.
+
+use super::{CaptureError, Commit, Logged, log_transaction};
+use crate::database::{Database, State};
+use sqlite_file::header::DatabaseHeader;
+use std::collections::BTreeSet;
+use std::os::unix::fs::FileExt;
+
+/// Pages read at once when a whole file is compared.
+const SCAN_BYTES: usize = 1024 * 1024;
+
+/// What is known of the running rollback-mode transaction.
+#[derive(Debug, Default)]
+pub struct RollbackCapture {
+    dirty: Dirty,
+    /// The journal has a header: a transaction runs, or is hot.
+    pub journal_active: bool,
+    /// The application synced a file of this transaction, so its commit must be durable when it ends.
+    pub synced: bool,
+}
+
+/// Pages written since the last capture.
+#[derive(Debug, Default)]
+enum Dirty {
+    #[default]
+    Nothing,
+    Pages(BTreeSet<u32>),
+    /// Compare them all.
+    Unknown,
+}
+
+impl RollbackCapture {
+    /// Whether the file was written since the last capture.
+    pub fn is_dirty(&self) -> bool {
+        !matches!(self.dirty, Dirty::Nothing)
+    }
+
+    /// The file was, or may have been, written somewhere.
+    pub fn mark_unknown(&mut self) {
+        self.dirty = Dirty::Unknown;
+    }
+
+    /// `len` bytes were written at `offset`; `page_size` is 0 while the database has none.
+    pub fn mark_written(&mut self, offset: u64, len: u64, page_size: u32) {
+        if page_size == 0 {
+            self.dirty = Dirty::Unknown;
+            return;
+        }
+        let size = u64::from(page_size);
+        let (first, last) = (offset / size + 1, (offset + len.max(1) - 1) / size + 1);
+        match (&mut self.dirty, u32::try_from(last)) {
+            (Dirty::Unknown, _) => {}
+            (_, Err(_)) => self.dirty = Dirty::Unknown,
+            (Dirty::Pages(pages), Ok(last)) => pages.extend(first as u32..=last),
+            (Dirty::Nothing, Ok(last)) => self.dirty = Dirty::Pages((first as u32..=last).collect()),
+        }
+    }
+}
+
+/// The journal is about to end, or the file is known to be consistent: captures what was written. The caller holds
+/// off writers (the application has its EXCLUSIVE lock, or the agent a SHARED one).
+pub fn capture(db: &Database, st: &mut State) -> Result<Option<Logged>, CaptureError> {
+    if st.passthrough_handles > 0 && !st.rollback.is_dirty() && st.stamp_changed(db)? {
+        st.rollback.mark_unknown();
+    }
+    if !st.rollback.is_dirty() {
+        return Ok(None);
+    }
+    let file = st.database_file(db)?;
+    let io = |source| db.database_error(source);
+    let len = file.metadata().map_err(io)?.len();
+    if len == 0 && st.page_count == 0 {
+        st.rollback.dirty = Dirty::Nothing;
+        return Ok(None);
+    }
+    let mut first = [0; 100];
+    if file.read_exact_at(&mut first, 0).is_err() {
+        return Err(CaptureError::NotADatabase("shorter than its header"));
+    }
+    let header = DatabaseHeader::parse(&first).map_err(|_| CaptureError::NotADatabase("no SQLite header"))?;
+    let page_size = header.page_size;
+    // The file is cut only after the journal's end, so the header's count is the one that holds.
+    let page_count = header.page_count(len);
+    let all = page_size != st.page_size || matches!(st.rollback.dirty, Dirty::Unknown);
+    let mut pages: BTreeSet<u32> = match &st.rollback.dirty {
+        _ if all => changed_pages(db, st, &file, page_size, page_count)?,
+        Dirty::Pages(pages) => pages.iter().copied().filter(|p| *p <= page_count).collect(),
+        Dirty::Nothing | Dirty::Unknown => BTreeSet::new(),
+    };
+    // Pages the file grew over without a write are zero pages, and part of the transaction.
+    if page_size == st.page_size {
+        pages.extend(st.page_count + 1..=page_count);
+    } else {
+        pages.extend(1..=page_count);
+    }
+    let pages: Vec<u32> = pages.into_iter().collect();
+    let commit = Commit { page_size, page_count, pages: &pages, wal: None };
+    let logged = log_transaction(db, st, &commit, &mut |pgno, buf| db.read_database_page(&file, pgno, buf))?;
+    // The log makes durable what it has. Pages that were written and are as they were before (a rollback) have
+    // only the file.
+    let all_logged =
+        matches!(st.rollback.dirty, Dirty::Pages(_)) && logged.is_some_and(|l| l.pages == pages.len());
+    if st.rollback.synced && !all_logged {
+        file.sync_data().map_err(io)?;
+    }
+    st.rollback.dirty = Dirty::Nothing;
+    st.remember_stamp(db)?;
+    Ok(logged)
+}
+
+/// Compares every page of the file with its checksum.
+fn changed_pages(
+    db: &Database,
+    st: &mut State,
+    file: &std::fs::File,
+    page_size: u32,
+    page_count: u32,
+) -> Result<BTreeSet<u32>, CaptureError> {
+    if page_size != st.page_size {
+        return Ok((1..=page_count).collect());
+    }
+    st.open_checksums(db)?;
+    let mut changed = BTreeSet::new();
+    let per_read = (SCAN_BYTES / page_size as usize).max(1) as u32;
+    let mut buf = vec![0; per_read as usize * page_size as usize];
+    let lock_page = ltx::lock_page(page_size);
+    let mut first = 1;
+    while first <= page_count {
+        let count = per_read.min(page_count - first + 1);
+        let bytes = &mut buf[..count as usize * page_size as usize];
+        db.read_at_or_zero(file, bytes, u64::from(first - 1) * u64::from(page_size))?;
+        for (i, page) in bytes.chunks_exact(page_size as usize).enumerate() {
+            let pgno = first + i as u32;
+            if pgno != lock_page && st.checksums().get(pgno) != Some(ltx::page_checksum(pgno, page)) {
+                changed.insert(pgno);
+            }
+        }
+        first += count;
+    }
+    Ok(changed)
+}

@@ -1,0 +1,274 @@
+//! Where a commit is seen in WAL mode: the write of a frame whose header states the database size.
+//!
+//! SQLite writes a frame as two calls, 24 header bytes and the page (WAL file format, section 4 of "Database File
+//! Format"). The header of a commit frame is kept back until its page has arrived and the log has the transaction;
+//! then header and page are written together. A refusal or a crash in between leaves no valid commit in the WAL.
+//! Frame checksums are not looked at here: SQLite may rewrite the headers of a spilled transaction after its commit
+//! frame, while the pages are final (walRewriteChecksums).
+
+use super::{CaptureError, Commit, Logged, log_transaction};
+use crate::database::{Database, State};
+use crate::log::WalEnd;
+use sqlite_file::wal::{CommittedWal, WalError, WalHeader, frame_bytes, frame_offset};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+const HEADER_BYTES: u64 = 32;
+const FRAME_HEADER_BYTES: u64 = 24;
+
+/// What is known of a database's WAL file.
+#[derive(Debug, Default)]
+pub struct WalCapture {
+    /// Page size and salts of the running generation.
+    generation: Option<Generation>,
+    /// Frames after the last commit: offset of the frame header and its page.
+    pending: BTreeMap<u64, u32>,
+    /// Newest committed frame of each page.
+    committed: HashMap<u32, u64>,
+    /// Offset after the last commit frame.
+    committed_end: u64,
+    /// Commit frame header whose page has not arrived.
+    held: Option<(u64, [u8; 24])>,
+    /// The file was written in a way this module did not follow (by the agent itself, or by a program that is not
+    /// SQLite): read it again before relying on the fields above.
+    stale: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Generation {
+    page_size: u32,
+    salt1: u32,
+    salt2: u32,
+}
+
+impl WalCapture {
+    /// Forgets everything: the file is empty or gone.
+    pub fn reset(&mut self) {
+        *self = WalCapture::default();
+    }
+
+    /// The file changed behind this module's back.
+    pub fn mark_stale(&mut self) {
+        self.stale = true;
+    }
+
+    /// Offset of the newest committed frame header of a page.
+    pub fn frame_of(&self, pgno: u32) -> Option<u64> {
+        self.committed.get(&pgno).copied()
+    }
+
+    /// Pages that have a committed frame.
+    pub fn committed_pages(&self) -> impl Iterator<Item = u32> {
+        self.committed.keys().copied()
+    }
+
+    /// Number of frames up to the last commit.
+    pub fn committed_frames(&self) -> u64 {
+        match self.generation {
+            Some(g) if self.committed_end > HEADER_BYTES => {
+                (self.committed_end - HEADER_BYTES) / frame_bytes(g.page_size)
+            }
+            _ => 0,
+        }
+    }
+
+    /// The held header, if `[offset, offset + len)` meets it: a reader must see what was written.
+    pub fn overlay(&self, offset: u64, data: &mut [u8]) {
+        let Some((at, header)) = &self.held else { return };
+        let (from, to) = ((*at).max(offset), (at + FRAME_HEADER_BYTES).min(offset + data.len() as u64));
+        if from < to {
+            let source = &header[(from - at) as usize..(to - at) as usize];
+            data[(from - offset) as usize..(to - offset) as usize].copy_from_slice(source);
+        }
+    }
+
+    /// End of the file as applications must see it.
+    pub fn visible_len(&self, len: u64) -> u64 {
+        self.held.map_or(len, |(at, _)| len.max(at + FRAME_HEADER_BYTES))
+    }
+
+    fn frame_header_at(&self, offset: u64) -> bool {
+        self.generation.is_some_and(|g| {
+            offset >= HEADER_BYTES && (offset - HEADER_BYTES).is_multiple_of(frame_bytes(g.page_size))
+        })
+    }
+
+    fn start_generation(&mut self, header: &WalHeader) {
+        let generation = Generation {
+            page_size: header.page_size,
+            salt1: header.salts.first(),
+            salt2: header.salts.second(),
+        };
+        *self = WalCapture { generation: Some(generation), committed_end: HEADER_BYTES, ..Self::default() };
+    }
+
+    /// Reads the file's committed frames again, if something was written that was not followed. Gives the size in
+    /// pages at the last commit when it did.
+    pub fn refresh(&mut self, file: &File) -> std::io::Result<Option<u32>> {
+        if !self.stale {
+            return Ok(None);
+        }
+        let mut fresh = WalCapture::default();
+        let mut page_count = None;
+        match CommittedWal::read(file) {
+            Ok(Some(wal)) => {
+                fresh.start_generation(&wal.header);
+                let offset = |(pgno, frame)| (pgno, frame_offset(frame, wal.header.page_size));
+                fresh.committed = wal.newest.into_iter().map(offset).collect();
+                fresh.committed_end = wal.end.offset;
+                page_count = (wal.end.frames > 0).then_some(wal.end.commit);
+            }
+            Ok(None) | Err(WalError::Invalid(_) | WalError::Version(_)) => {}
+            Err(WalError::Io(e)) => return Err(e),
+        }
+        *self = fresh;
+        Ok(page_count)
+    }
+}
+
+/// An application wrote to the WAL. `Ok(Some)`: this write committed a transaction.
+pub fn written(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    offset: u64,
+    data: &[u8],
+) -> Result<Option<Logged>, CaptureError> {
+    db.shared.check_writable()?;
+    st.check_health()?;
+    let io = |source| db.wal_error(source);
+    st.wal.refresh(file).map_err(io)?;
+    let page_size = st.wal.generation.map_or(0, |g| g.page_size as usize);
+
+    if offset == 0 && data.len() as u64 == HEADER_BYTES {
+        let header: &[u8; 32] = data.try_into().map_err(|_| CaptureError::NotADatabase("WAL header"))?;
+        let (header, _) = WalHeader::decode(header)
+            .map_err(|_| CaptureError::NotADatabase("its WAL header is not SQLite's"))?;
+        file.write_all_at(data, 0).map_err(io)?;
+        st.wal.start_generation(&header);
+        return Ok(None);
+    }
+
+    if data.len() as u64 == FRAME_HEADER_BYTES && st.wal.frame_header_at(offset) {
+        let word = |at: usize| u32::from_be_bytes([data[at], data[at + 1], data[at + 2], data[at + 3]]);
+        let (pgno, page_count) = (word(0), word(4));
+        // A header before the end of the last commit is a rewrite of its checksum.
+        if offset >= st.wal.committed_end {
+            // Frames from here on belonged to a transaction, or a savepoint, that was rolled back.
+            st.wal.pending.split_off(&offset);
+            st.wal.held = None;
+            st.wal.pending.insert(offset, pgno);
+            if page_count != 0 {
+                let mut header = [0; 24];
+                header.copy_from_slice(data);
+                st.wal.held = Some((offset, header));
+                return Ok(None);
+            }
+        }
+        file.write_all_at(data, offset).map_err(io)?;
+        return Ok(None);
+    }
+
+    if let Some((at, header)) = st.wal.held {
+        if offset == at + FRAME_HEADER_BYTES && data.len() == page_size {
+            return commit(db, st, file, at, &header, data);
+        }
+        // Not how SQLite writes: give the header back and follow the file by reading it.
+        st.wal.held = None;
+        file.write_all_at(&header, at).map_err(io)?;
+        st.wal.stale = true;
+    }
+    file.write_all_at(data, offset).map_err(io)?;
+    let frame_page = offset >= FRAME_HEADER_BYTES
+        && data.len() == page_size
+        && st.wal.frame_header_at(offset - FRAME_HEADER_BYTES);
+    if !frame_page {
+        st.wal.stale = true;
+    }
+    Ok(None)
+}
+
+/// The page of a commit frame has arrived: capture the transaction, then make its frame valid.
+fn commit(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    at: u64,
+    header: &[u8; 24],
+    page: &[u8],
+) -> Result<Option<Logged>, CaptureError> {
+    let Some(generation) = st.wal.generation else {
+        return Err(CaptureError::NotADatabase("WAL frame without a WAL header"));
+    };
+    let page_count = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+    let end_offset = at + frame_bytes(generation.page_size);
+    // Later frames of a page win.
+    let newest: BTreeMap<u32, u64> = st.wal.pending.iter().map(|(offset, pgno)| (*pgno, *offset)).collect();
+    let mut pages: Vec<u32> = newest.keys().copied().collect();
+    let grown = st.page_count + 1..=page_count;
+    if grown.clone().any(|pgno| !newest.contains_key(&pgno)) {
+        pages.extend(grown.filter(|pgno| !newest.contains_key(pgno)));
+        pages.sort_unstable();
+    }
+    let wal = WalEnd { salt1: generation.salt1, salt2: generation.salt2, end_offset };
+    let commit = Commit { page_size: generation.page_size, page_count, pages: &pages, wal: Some(wal) };
+    let mut read = |pgno: u32, buf: &mut [u8]| match newest.get(&pgno) {
+        Some(offset) if *offset == at => {
+            buf.copy_from_slice(page);
+            Ok(())
+        }
+        Some(offset) => file.read_exact_at(buf, offset + FRAME_HEADER_BYTES).map_err(|e| db.wal_error(e)),
+        None => {
+            buf.fill(0);
+            Ok(())
+        }
+    };
+    let logged = log_transaction(db, st, &commit, &mut read);
+    st.wal.held = None;
+    let logged = logged?;
+    let mut frame = Vec::with_capacity(24 + page.len());
+    frame.extend_from_slice(header);
+    frame.extend_from_slice(page);
+    // The log has the transaction. If this write fails the file lacks it until recovery puts it back, so the
+    // database must not be used on.
+    if let Err(e) = file.write_all_at(&frame, at) {
+        let reason = format!(
+            "{}: the logged transaction {} could not be written: {e}",
+            db.paths.wal.display(),
+            st.position.txid
+        );
+        st.quarantine(db, reason);
+        return Err(db.wal_error(e));
+    }
+    st.wal.pending.clear();
+    st.wal.committed.extend(newest);
+    st.wal.committed_end = end_offset;
+    Ok(logged)
+}
+
+/// Follows a WAL that was written in another way than SQLite's (a copy of database and WAL put in place): captures
+/// what has been committed in it since the last known commit.
+pub fn capture_foreign(db: &Database, st: &mut State, file: &File) -> Result<Option<Logged>, CaptureError> {
+    if !st.wal.stale {
+        return Ok(None);
+    }
+    let io = |source| db.wal_error(source);
+    let page_count = st.wal.refresh(file).map_err(io)?;
+    let (Some(generation), Some(page_count)) = (st.wal.generation, page_count) else { return Ok(None) };
+    let committed = std::mem::take(&mut st.wal.committed);
+    let mut pages: Vec<u32> = committed.keys().copied().chain(st.page_count + 1..=page_count).collect();
+    pages.sort_unstable();
+    pages.dedup();
+    let end_offset = st.wal.committed_end;
+    let wal = WalEnd { salt1: generation.salt1, salt2: generation.salt2, end_offset };
+    let commit = Commit { page_size: generation.page_size, page_count, pages: &pages, wal: Some(wal) };
+    let database = st.database_file(db)?;
+    let mut read = |pgno: u32, buf: &mut [u8]| match committed.get(&pgno) {
+        Some(offset) => file.read_exact_at(buf, offset + FRAME_HEADER_BYTES).map_err(io),
+        None => db.read_database_page(&database, pgno, buf),
+    };
+    let result = log_transaction(db, st, &commit, &mut read);
+    st.wal.committed = committed;
+    result
+}

@@ -1,0 +1,150 @@
+//! Reading committed pages without stopping writers, each checked against its checksum.
+//!
+//! A page's committed content is in the WAL, in the database file, or (while a rollback-mode transaction has already
+//! written over it) in the journal; which of them is right is told by the checksum.
+
+use super::{Database, State};
+use crate::capture::CaptureError;
+use crate::ship::engine::{EngineError, PageRange};
+use bytes::Bytes;
+use ltx::{lock_page, page_checksum};
+use sqlite_file::journal::Journal;
+use sqlite_file::wal::FRAME_HEADER_BYTES;
+use std::fs::File;
+use std::ops::RangeInclusive;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+/// A page that is being applied matches a moment later; longer than this it is damaged.
+const SETTLE: Duration = Duration::from_secs(5);
+const SETTLE_STEP: Duration = Duration::from_millis(2);
+
+impl Database {
+    /// Committed pages in `range`, as of the durable position at the call or later.
+    pub fn committed_pages(&self, range: RangeInclusive<u32>) -> Result<PageRange, EngineError> {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let position = self.durable_position();
+            let mut st = self.state();
+            if let Some(reason) = st.quarantine_reason() {
+                let reason = reason.to_owned();
+                return Err(EngineError::Quarantined { name: self.name.clone(), reason });
+            }
+            let mut pages = Vec::new();
+            let lock_page = if st.page_size == 0 { 0 } else { lock_page(st.page_size) };
+            let last = (*range.end()).min(st.page_count);
+            let mut missing = None;
+            let wal = File::open(&self.paths.wal).ok();
+            for pgno in *range.start()..=last {
+                if pgno == lock_page {
+                    continue;
+                }
+                match self
+                    .committed_page(&mut st, wal.as_ref(), pgno)
+                    .map_err(|e| EngineError::Other(e.to_string()))?
+                {
+                    Some(page) => pages.push((pgno, Bytes::from(page))),
+                    None => {
+                        missing = Some(pgno);
+                        break;
+                    }
+                }
+            }
+            match missing {
+                None => {
+                    return Ok(PageRange { position, page_size: st.page_size, commit: st.page_count, pages });
+                }
+                Some(pgno) if Instant::now() > deadline => {
+                    return Err(EngineError::Other(format!(
+                        "page {pgno} of {} does not have the checksum of transaction {}: the file was changed \
+                         behind the agent's back or the disk is failing; run `litefs verify` and restore it",
+                        self.name, st.position.txid
+                    )));
+                }
+                Some(_) => {
+                    drop(st);
+                    std::thread::sleep(SETTLE_STEP);
+                }
+            }
+        }
+    }
+
+    /// One committed page; `None` when nothing on the disk has its checksum at this moment.
+    pub(crate) fn committed_page(
+        &self,
+        st: &mut State,
+        wal: Option<&File>,
+        pgno: u32,
+    ) -> Result<Option<Vec<u8>>, CaptureError> {
+        let Some(expected) = st.open_checksums(self)?.get(pgno) else { return Ok(None) };
+        let mut page = vec![0; st.page_size as usize];
+        if let Some(wal) = wal {
+            st.wal.refresh(wal).map_err(|e| self.wal_error(e))?;
+            if let Some(offset) = st.wal.frame_of(pgno) {
+                wal.read_exact_at(&mut page, offset + FRAME_HEADER_BYTES as u64)
+                    .map_err(|e| self.wal_error(e))?;
+                if page_checksum(pgno, &page) == expected {
+                    return Ok(Some(page));
+                }
+            }
+        }
+        let file = st.database_file(self)?;
+        self.read_database_page(&file, pgno, &mut page)?;
+        if page_checksum(pgno, &page) == expected {
+            return Ok(Some(page));
+        }
+        if st.rollback.journal_active
+            && let Ok(file) = File::open(&self.paths.journal)
+            && let Ok(Some(journal)) = Journal::open(&file, Some(st.page_size))
+        {
+            for record in journal.records().flatten() {
+                if record.pgno == pgno && page_checksum(pgno, &record.page) == expected {
+                    return Ok(Some(record.page));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Before the WAL goes: each page it has must be in the database file.
+    pub(crate) fn check_wal_is_checkpointed(&self, st: &mut State) -> Result<(), CaptureError> {
+        let pages: Vec<u32> = st.wal.committed_pages().filter(|pgno| *pgno <= st.page_count).collect();
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let file = st.database_file(self)?;
+        let mut page = vec![0; st.page_size as usize];
+        for pgno in pages {
+            let expected = st.open_checksums(self)?.get(pgno);
+            self.read_database_page(&file, pgno, &mut page)?;
+            if expected.is_some_and(|sum| sum != page_checksum(pgno, &page)) {
+                let reason = "the WAL has transactions that are not in the database file yet; close all \
+                              connections (SQLite then checkpoints), do not remove the WAL by hand";
+                return Err(CaptureError::NotADatabase(reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the whole file with the checksums. Gives the pages that differ, at most `limit` of them.
+    pub fn differing_pages(&self, st: &mut State, limit: usize) -> Result<Vec<u32>, CaptureError> {
+        let mut differing = Vec::new();
+        if st.page_count == 0 {
+            return Ok(differing);
+        }
+        let file = st.database_file(self)?;
+        let lock_page = lock_page(st.page_size);
+        let mut page = vec![0; st.page_size as usize];
+        st.open_checksums(self)?;
+        for pgno in (1..=st.page_count).filter(|p| *p != lock_page) {
+            self.read_database_page(&file, pgno, &mut page)?;
+            if st.checksums().get(pgno) != Some(page_checksum(pgno, &page)) {
+                differing.push(pgno);
+                if differing.len() >= limit {
+                    break;
+                }
+            }
+        }
+        Ok(differing)
+    }
+}

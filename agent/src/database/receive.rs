@@ -1,0 +1,303 @@
+//! The follower's side of a database: a record goes to the log first, is made durable, and is then applied the way
+//! an SQLite writer would. What readers hold up waits in a queue; the log, and so the acknowledgement, does not.
+
+use super::checksums::Mark;
+use super::recovery::{RecoveryError, WAL_IS_FROM_THE_LOG, failed};
+use super::{Database, State};
+use crate::apply::{Applier, ApplyError, DatabaseShape, LtxTransactions};
+use crate::capture::{CaptureError, ChecksumOrEmpty};
+use crate::log::{CommitLog, LogError, NewRecord, Payload, RecordInfo, RecordKind};
+use crate::ship::engine::{EngineError, RecordPayload, ShippedRecord};
+use ltx::{Checksum, Decoder, Header, Pos, page_checksum};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, BufReader, Cursor, Read};
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Records that may wait for readers before a follower is told to wait.
+const PENDING_MAX: usize = 10_000;
+
+/// What applies transactions to a database. One thread at a time has it.
+#[derive(Debug)]
+pub struct ApplySide {
+    /// Writes through the applications' path.
+    pub applier: Applier,
+    /// In the log, not yet in the files; oldest first.
+    pub pending: VecDeque<RecordInfo>,
+    /// The last failure was told.
+    told: bool,
+}
+
+impl ApplySide {
+    pub(crate) fn new(applier: Applier) -> Self {
+        ApplySide { applier, pending: VecDeque::new(), told: false }
+    }
+}
+
+/// The bytes of a record, wherever they are.
+#[derive(Debug)]
+pub enum PayloadReader {
+    /// In memory.
+    Bytes(Cursor<bytes::Bytes>),
+    /// In a file.
+    File(BufReader<File>),
+    /// They could not be had; reading says so.
+    Failed(Option<io::Error>),
+}
+
+impl PayloadReader {
+    /// Opens the payload of a record in the log.
+    pub fn of(log: &CommitLog, record: &RecordInfo) -> Self {
+        let opened = log.read(record).map_err(io::Error::other).and_then(|payload| match payload {
+            Payload::Bytes(bytes) => Ok(PayloadReader::Bytes(Cursor::new(bytes))),
+            Payload::File { path, .. } => Ok(PayloadReader::File(BufReader::new(File::open(path)?))),
+        });
+        opened.unwrap_or_else(|e| PayloadReader::Failed(Some(e)))
+    }
+}
+
+impl Read for PayloadReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            PayloadReader::Bytes(bytes) => bytes.read(buf),
+            PayloadReader::File(file) => file.read(buf),
+            PayloadReader::Failed(e) => {
+                Err(e.take().unwrap_or_else(|| io::Error::other("the record was not read")))
+            }
+        }
+    }
+}
+
+impl Database {
+    /// Logs consecutive records, makes them durable and applies them, waiting at most `bound` for readers.
+    pub fn receive(&self, records: Vec<ShippedRecord>, bound: Duration) -> Result<Pos, EngineError> {
+        let mut side = self.apply.lock();
+        if side.pending.len() > PENDING_MAX {
+            self.apply_pending(&mut side, bound);
+            if side.pending.len() > PENDING_MAX {
+                return Err(EngineError::Busy(self.name.clone()));
+            }
+        }
+        let mut logged = Ok(());
+        for record in records {
+            logged = self.log_received(&mut side, record);
+            if logged.is_err() {
+                break;
+            }
+        }
+        let (position, end) = {
+            let st = self.state();
+            (st.position, st.logged_end)
+        };
+        self.shared.log.wait_durable(end).map_err(other)?;
+        self.set_durable_position(position);
+        self.shared.changed(&self.name);
+        self.apply_pending(&mut side, bound);
+        logged.map(|()| position)
+    }
+
+    /// Checks a record against the database and appends it to the log.
+    fn log_received(&self, side: &mut ApplySide, record: ShippedRecord) -> Result<(), EngineError> {
+        let mut st = self.state();
+        if let Some(reason) = st.quarantine_reason() {
+            let reason = reason.to_owned();
+            return Err(EngineError::Quarantined { name: self.name.clone(), reason });
+        }
+        let seen = self.shared.epoch();
+        if record.epoch > seen {
+            return Err(EngineError::OldEpoch { got: seen.0, seen: record.epoch.0 });
+        }
+        let out_of_sequence = |position| EngineError::OutOfSequence {
+            name: self.name.clone(),
+            min_txid: record.min_txid,
+            max_txid: record.max_txid,
+            position,
+        };
+        if record.min_txid.0 != st.position.txid.0 + 1 {
+            return Err(out_of_sequence(st.position));
+        }
+        let reader: Box<dyn Read> = match &record.payload {
+            RecordPayload::Bytes(bytes) => Box::new(Cursor::new(bytes.clone())),
+            RecordPayload::File { path, .. } => Box::new(BufReader::new(File::open(path).map_err(other)?)),
+        };
+        let (header, pages, post) = read_page_checksums(reader).map_err(|e| {
+            EngineError::Other(format!("a record for {} is damaged on its way: {e}", self.name))
+        })?;
+        let first = header.min_txid.0 == 1;
+        if header.min_txid != record.min_txid
+            || header.max_txid != record.max_txid
+            || !first && header.pre_apply != st.position.checksum_or_empty()
+        {
+            return Err(out_of_sequence(st.position));
+        }
+        let rolling = self.rolling_after(&mut st, &header, &pages).map_err(other)?;
+        if rolling != post {
+            let reason = format!(
+                "transaction {} gives checksum {rolling} here and {post} on the primary",
+                record.max_txid
+            );
+            st.quarantine(self, reason.clone());
+            return Err(EngineError::Quarantined { name: self.name.clone(), reason });
+        }
+        let new = NewRecord {
+            database: &self.name,
+            kind: RecordKind::Transaction,
+            epoch: record.epoch,
+            min_txid: header.min_txid,
+            max_txid: header.max_txid,
+            pre_apply: st.position.checksum_or_empty(),
+            post_apply: post,
+            page_size: header.page_size,
+            commit: header.commit,
+            timestamp_ms: header.timestamp_ms,
+            wal: Some(WAL_IS_FROM_THE_LOG),
+        };
+        let end = match &record.payload {
+            RecordPayload::Bytes(bytes) => self.shared.log.append(&new, bytes),
+            RecordPayload::File { path, .. } => self.shared.log.append_file(&new, path),
+        }
+        .map_err(other)?;
+        let resized = header.page_size != st.page_size;
+        let sums = st.checksums_mut();
+        sums.truncate(if resized { 0 } else { header.commit });
+        for (pgno, checksum) in pages {
+            sums.set(pgno, Some(checksum));
+        }
+        st.page_size = header.page_size;
+        st.page_count = header.commit;
+        st.advance(Pos { txid: header.max_txid, checksum: post }, end, header.timestamp_ms);
+        drop(st);
+        let info =
+            self.shared.log.last(&self.name).ok_or_else(|| other("the log lost a record just appended"))?;
+        side.pending.push_back(info);
+        Ok(())
+    }
+
+    /// The database's checksum after a transaction, from the pages' old and new checksums.
+    fn rolling_after(
+        &self,
+        st: &mut State,
+        header: &Header,
+        pages: &[(u32, Checksum)],
+    ) -> Result<Checksum, CaptureError> {
+        let resized = header.page_size != st.page_size && st.page_count > 0;
+        let kept = if resized { 0 } else { st.page_count };
+        let mut rolling = if kept == 0 { Checksum::EMPTY } else { st.position.checksum_or_empty() };
+        st.open_checksums(self)?.reserve(header.commit)?;
+        let sums = st.checksums();
+        let gone = (header.commit + 1..=kept).filter_map(|pgno| sums.get(pgno));
+        let replaced = pages.iter().filter(|(p, _)| *p <= kept).filter_map(|(p, _)| sums.get(*p));
+        for checksum in gone.chain(replaced).chain(pages.iter().map(|(_, new)| *new)) {
+            rolling = rolling.xor(checksum);
+        }
+        Ok(rolling)
+    }
+
+    /// Applies what waits, as far as readers let it within `bound`.
+    pub(crate) fn apply_pending(&self, side: &mut ApplySide, bound: Duration) {
+        if side.pending.is_empty() {
+            return;
+        }
+        let current = {
+            let mut st = self.state();
+            let wal_mode = self.load_journal_mode(&mut st);
+            DatabaseShape { page_size: st.applied.page_size, page_count: st.applied.page_count, wal_mode }
+        };
+        let count = side.pending.len();
+        let log = &self.shared.log;
+        let readers = side.pending.iter().map(|record| PayloadReader::of(log, record)).collect::<Vec<_>>();
+        let mut transactions = LtxTransactions::new(readers.into_iter());
+        match side.applier.apply(current, &mut transactions, bound) {
+            Ok(shape) => {
+                side.told = false;
+                if let Some(last) = side.pending.drain(..count).next_back() {
+                    let mut st = self.state();
+                    st.applied = Mark {
+                        position: Pos { txid: last.max_txid, checksum: last.post_apply },
+                        page_size: last.page_size,
+                        page_count: last.commit,
+                    };
+                    st.set_wal_mode(shape.wal_mode);
+                }
+                self.shared.counters.applies.fetch_add(count as u64, Ordering::Relaxed);
+                self.shared.pending_done(&self.name);
+                self.shared.applied(self);
+            }
+            Err(error @ (ApplyError::Record { .. } | ApplyError::InvalidTransaction { .. })) => {
+                self.state().quarantine(self, error.to_string());
+                side.pending.clear();
+                self.shared.pending_done(&self.name);
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut side.told, true) {
+                    tracing::warn!(database = %self.name, %error, waiting = count, "applying waits and tries again");
+                }
+                self.shared.pending_again(&self.name);
+            }
+        }
+    }
+
+    /// Tries again to apply what waited.
+    pub fn retry_pending(&self, bound: Duration) {
+        if let Some(mut side) = self.apply.try_lock() {
+            self.apply_pending(&mut side, bound);
+        } else {
+            self.shared.pending_again(&self.name);
+        }
+    }
+
+    /// Moves what applying put into the WAL to the database file, and lets go of the database when nobody else has
+    /// it open.
+    pub fn settle_applied(&self) -> Result<(), ApplyError> {
+        let Some(mut side) = self.apply.try_lock() else { return Ok(()) };
+        if side.pending.is_empty() && side.applier.wal_frames() > 0 {
+            side.applier.checkpoint()?;
+        }
+        Ok(())
+    }
+
+    /// Lets go of everything applying holds, if nobody else has the database open.
+    pub fn detach(&self) -> Result<bool, ApplyError> {
+        self.apply.lock().applier.detach()
+    }
+}
+
+/// Reads a whole LTX file: header, checksum of each page, and the database's checksum after it.
+pub(crate) fn read_page_checksums(
+    reader: impl Read,
+) -> Result<(Header, Vec<(u32, Checksum)>, Checksum), ltx::Error> {
+    let mut decoder = Decoder::new(reader)?;
+    let header = decoder.header().clone();
+    let (mut page, mut pages) = (Vec::new(), Vec::new());
+    while let Some(pgno) = decoder.next_page(&mut page)? {
+        pages.push((pgno, page_checksum(pgno, &page)));
+    }
+    let trailer = decoder.finish()?;
+    Ok((header, pages, trailer.post_apply))
+}
+
+pub(crate) fn other(error: impl std::fmt::Display) -> EngineError {
+    EngineError::Other(error.to_string())
+}
+
+impl From<RecoveryError> for EngineError {
+    fn from(e: RecoveryError) -> Self {
+        EngineError::Other(e.0)
+    }
+}
+
+impl From<LogError> for RecoveryError {
+    fn from(e: LogError) -> Self {
+        failed(e)
+    }
+}
+
+/// Makes a rename durable.
+pub(crate) fn sync_dir_of(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(dir) => File::open(dir)?.sync_all(),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,424 @@
+//! Recovery at start, before anything is mounted: afterwards each database file is exactly at the log's newest
+//! transaction, without journal, WAL or wal-index beside it.
+//!
+//! The log is the truth. A file may be behind it (the log is made durable first) or ahead of it (what SQLite wrote
+//! without a sync, when power failed). In this order:
+//!
+//! 1. A hot journal is played back as SQLite would, unless its super-journal is gone: then its transaction counts.
+//! 2. Frames of the WAL that the log knows are moved into the file; the others are dropped.
+//! 3. The records after the sidecar's mark are written to file and sidecar.
+//! 4. Only where something may have been written that the log does not know, all pages are compared: after a hot
+//!    journal (SQLite does not restore pages it took from the free list), and after a power failure the databases
+//!    that were being written. What differs becomes a transaction on the primary.
+
+use super::checksums::{Checksums, ChecksumsError, Mark};
+use super::{Database, State};
+use crate::capture::{CaptureError, ChecksumOrEmpty};
+use crate::log::{Payload, RecordInfo, RecordKind, WalEnd};
+use ltx::{Decoder, Pos, page_checksum};
+use sqlite_file::header::DatabaseHeader;
+use sqlite_file::journal::{self, Journal};
+use sqlite_file::wal::{FRAME_HEADER_BYTES, Scanner, WalError, frame_offset};
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Why one database could not be recovered: it is set aside, the others run.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct RecoveryError(pub String);
+
+/// Records written by applying have this WAL end: all of the WAL came from the log.
+pub const WAL_IS_FROM_THE_LOG: WalEnd = WalEnd { salt1: 0, salt2: 0, end_offset: u64::MAX };
+
+/// What a recovery found and did.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Recovered {
+    /// Records written to the files.
+    pub replayed: u64,
+    /// A hot journal was played back or discarded.
+    pub journal: bool,
+    /// Committed WAL frames that the log did not know.
+    pub dropped_frames: u64,
+    /// All pages must be compared before the file is used.
+    pub compare: bool,
+}
+
+impl Database {
+    /// Recovers the files and sets the state. `power_failed`: the host did not stop cleanly since the last run.
+    pub fn recover(&self, power_failed: bool) -> Result<Recovered, RecoveryError> {
+        let mut st = self.state();
+        let mut done = Recovered::default();
+        let last = self.shared.log.last(&self.name);
+        let (mark, intact) = self.open_or_reset_checksums(&mut st, last.as_ref())?;
+        if !intact {
+            done.compare = true;
+        }
+        let target =
+            last.as_ref().map_or(mark, |r| if r.max_txid > mark.position.txid { mark_of(r) } else { mark });
+        st.position = target.position;
+        st.page_size = target.page_size;
+        st.page_count = target.page_count;
+        st.applied = target;
+        st.last_change_ms = last.as_ref().map_or(0, |r| r.timestamp_ms);
+        st.logged_end = last.as_ref().map_or_else(Default::default, RecordInfo::end);
+        self.set_durable_position(target.position);
+
+        let behind = last.as_ref().is_some_and(|r| r.max_txid > mark.position.txid);
+        let journal = self.recover_journal(&mut done)?;
+        let wal = self.recover_wal(last.as_ref(), &mut done)?;
+        if behind {
+            self.replay(&mut st, mark, target, &mut done)?;
+        }
+        done.compare |= power_failed && (behind || wal || journal);
+        if behind || journal || wal || !intact {
+            remove_if_there(&self.paths.shm)?;
+            self.finish(&mut st, target, intact)?;
+            tracing::info!(database = %self.name, position = %st.position, ?done, "database recovered");
+        }
+        st.close_idle();
+        Ok(done)
+    }
+
+    /// Opens the sidecar; one that is missing or damaged is rebuilt from the file once the log has been replayed.
+    fn open_or_reset_checksums(
+        &self,
+        st: &mut State,
+        last: Option<&RecordInfo>,
+    ) -> Result<(Mark, bool), RecoveryError> {
+        match Checksums::open(&self.paths.checksums) {
+            Ok(sums) => {
+                let mark = sums.mark();
+                st.set_checksums(sums);
+                Ok((mark, true))
+            }
+            Err(ChecksumsError::Io { source, .. })
+                if source.kind() == io::ErrorKind::NotFound && last.is_none() =>
+            {
+                Ok((Mark::default(), true))
+            }
+            Err(e) => {
+                if last.is_some_and(|r| r.min_txid.0 > 1) {
+                    tracing::warn!(database = %self.name, error = %e, "page checksums are rebuilt from the file");
+                }
+                let sums = Checksums::create(&self.paths.checksums, &self.name).map_err(failed)?;
+                st.set_checksums(sums);
+                // Everything the log still has is replayed.
+                let first = last.is_none_or(|r| r.min_txid.0 == 1);
+                Ok((Mark::default(), first))
+            }
+        }
+    }
+
+    /// Step 1. Returns whether there was a journal.
+    fn recover_journal(&self, done: &mut Recovered) -> Result<bool, RecoveryError> {
+        let Some(journal_file) = open_if_there(&self.paths.journal)? else { return Ok(false) };
+        let hot = journal::is_hot(&journal_file).map_err(failed)?;
+        if hot && let Some(database) = open_if_there(&self.paths.database)? {
+            let committed = match journal::super_journal(&journal_file).map_err(failed)? {
+                Some(path) => !self.backing_of(&path).exists(),
+                None => false,
+            };
+            if !committed {
+                journal::rollback(&journal_file, &database).map_err(failed)?;
+            } else if let Ok(Some(journal)) = Journal::open(&journal_file, None) {
+                tracing::info!(
+                    database = %self.name,
+                    pages = journal.header().initial_pages,
+                    "the journal of a commit over several databases is finished, not rolled back"
+                );
+            }
+            done.journal = true;
+            done.compare = true;
+        }
+        remove_if_there(&self.paths.journal)?;
+        Ok(hot)
+    }
+
+    /// A super-journal is named by its path in the mount.
+    fn backing_of(&self, path: &Path) -> std::path::PathBuf {
+        match path.strip_prefix(&self.shared.dirs.mount) {
+            Ok(below) => self.shared.dirs.files.join(below),
+            Err(_) => path.to_owned(),
+        }
+    }
+
+    /// Step 2. Returns whether there was a WAL with frames.
+    fn recover_wal(&self, last: Option<&RecordInfo>, done: &mut Recovered) -> Result<bool, RecoveryError> {
+        let Some(wal) = open_if_there(&self.paths.wal)? else { return Ok(false) };
+        let known_end = |salts: (u32, u32)| match last.and_then(|r| r.wal) {
+            Some(end) if end == WAL_IS_FROM_THE_LOG => u64::MAX,
+            Some(end) if (end.salt1, end.salt2) == salts => end.end_offset,
+            _ => 0,
+        };
+        let mut had_frames = false;
+        match Scanner::open(&wal) {
+            Ok(Some(mut scan)) => {
+                let page_size = scan.header().page_size;
+                let end = known_end((scan.header().salts.first(), scan.header().salts.second()));
+                let (mut newest, mut open, mut page_count) = (BTreeMap::new(), Vec::new(), 0);
+                while let Some(frame) = scan.next_frame().map_err(failed)? {
+                    had_frames = true;
+                    open.push((frame.pgno, frame.number));
+                    if frame.commit == 0 {
+                        continue;
+                    }
+                    if frame_offset(frame.number + 1, page_size) <= end {
+                        page_count = frame.commit;
+                        newest.extend(open.drain(..));
+                    } else {
+                        done.dropped_frames += open.drain(..).count() as u64;
+                    }
+                }
+                if page_count > 0
+                    && let Some(database) = open_if_there(&self.paths.database)?
+                {
+                    let mut page = vec![0; page_size as usize];
+                    for (pgno, number) in newest.into_iter().filter(|(pgno, _)| *pgno <= page_count) {
+                        let offset = frame_offset(number, page_size) + FRAME_HEADER_BYTES as u64;
+                        wal.read_exact_at(&mut page, offset).map_err(failed)?;
+                        let at = u64::from(pgno - 1) * u64::from(page_size);
+                        database.write_all_at(&page, at).map_err(failed)?;
+                    }
+                    database.set_len(u64::from(page_count) * u64::from(page_size)).map_err(failed)?;
+                    database.sync_all().map_err(failed)?;
+                }
+            }
+            Ok(None) | Err(WalError::Invalid(_) | WalError::Version(_)) => {}
+            Err(WalError::Io(e)) => return Err(failed(e)),
+        }
+        if done.dropped_frames > 0 {
+            tracing::warn!(
+                database = %self.name,
+                frames = done.dropped_frames,
+                "the WAL had commits that never reached the log (written without a sync before the host died): dropped"
+            );
+            done.compare = true;
+        }
+        remove_if_there(&self.paths.wal)?;
+        Ok(had_frames)
+    }
+
+    /// Step 3.
+    fn replay(
+        &self,
+        st: &mut State,
+        mark: Mark,
+        target: Mark,
+        done: &mut Recovered,
+    ) -> Result<(), RecoveryError> {
+        let mut next = mark.position.txid.0 + 1;
+        if let Some((oldest, _)) = self.shared.log.kept(&self.name).map_err(failed)?
+            && oldest.0 > next
+        {
+            // The file had those when the mark was lost; the comparison in step 4 tells.
+            next = oldest.0;
+        }
+        let mut shape = mark;
+        while next <= target.position.txid.0 {
+            let found = self.shared.log.find(&self.name, ltx::Txid(next)).map_err(failed)?;
+            let record = found.ok_or_else(|| {
+                RecoveryError(format!(
+                    "the log lacks transaction {} that the files need (they are at {}); restore the database or \
+                     let it follow a primary",
+                    ltx::Txid(next),
+                    mark.position
+                ))
+            })?;
+            self.replay_record(st, &record, &mut shape)?;
+            done.replayed += 1;
+            next = record.max_txid.0 + 1;
+        }
+        Ok(())
+    }
+
+    fn replay_record(
+        &self,
+        st: &mut State,
+        record: &RecordInfo,
+        shape: &mut Mark,
+    ) -> Result<(), RecoveryError> {
+        if record.kind == RecordKind::Reset {
+            self.install_staged_file(st, record)?;
+            *shape = mark_of(record);
+            return Ok(());
+        }
+        if record.commit == 0 {
+            remove_if_there(&self.paths.database)?;
+            st.set_database_file(None);
+            st.open_checksums(self).map_err(failed)?.truncate(0);
+            *shape = mark_of(record);
+            return Ok(());
+        }
+        let database = self.open_or_create_database()?;
+        let resized = record.page_size != shape.page_size;
+        let sums = st.open_checksums(self).map_err(failed)?;
+        sums.reserve(record.commit).map_err(failed)?;
+        sums.truncate(if resized { 0 } else { record.commit });
+        let reader: Box<dyn Read> = match self.shared.log.read(record).map_err(failed)? {
+            Payload::Bytes(bytes) => Box::new(io::Cursor::new(bytes)),
+            Payload::File { path, .. } => Box::new(BufReader::new(File::open(&path).map_err(failed)?)),
+        };
+        let mut decoder = Decoder::new(reader).map_err(failed)?;
+        let mut page = Vec::new();
+        while let Some(pgno) = decoder.next_page(&mut page).map_err(failed)? {
+            let at = u64::from(pgno - 1) * u64::from(record.page_size);
+            database.write_all_at(&page, at).map_err(failed)?;
+            st.checksums_mut().set(pgno, Some(page_checksum(pgno, &page)));
+        }
+        decoder.finish().map_err(failed)?;
+        database.set_len(u64::from(record.commit) * u64::from(record.page_size)).map_err(failed)?;
+        *shape = mark_of(record);
+        Ok(())
+    }
+
+    fn open_or_create_database(&self) -> Result<File, RecoveryError> {
+        let path = &self.paths.database;
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir).map_err(failed)?;
+        }
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)
+    }
+
+    /// The staged file of a Reset record becomes the database file, if it is still there; otherwise it already has.
+    fn install_staged_file(&self, st: &mut State, record: &RecordInfo) -> Result<(), RecoveryError> {
+        let staged = self.staged_path(record.max_txid);
+        if staged.exists() {
+            if let Some(dir) = self.paths.database.parent() {
+                std::fs::create_dir_all(dir).map_err(failed)?;
+            }
+            std::fs::rename(&staged, &self.paths.database).map_err(failed)?;
+        }
+        if record.commit == 0 {
+            remove_if_there(&self.paths.database)?;
+        }
+        st.set_database_file(None);
+        self.rebuild_checksums(st, mark_of(record))
+    }
+
+    /// Fills the sidecar from the database file.
+    fn rebuild_checksums(&self, st: &mut State, mark: Mark) -> Result<(), RecoveryError> {
+        self.rebuild_checksums_from(st, mark, &self.paths.database)
+    }
+
+    /// Fills the sidecar from a file that is exactly at `mark`.
+    pub(crate) fn rebuild_checksums_from(
+        &self,
+        st: &mut State,
+        mark: Mark,
+        path: &Path,
+    ) -> Result<(), RecoveryError> {
+        let mut sums = Checksums::create(&self.paths.checksums, &self.name).map_err(failed)?;
+        if mark.page_count > 0 {
+            sums.reserve(mark.page_count).map_err(failed)?;
+            let file = File::open(path).map_err(failed)?;
+            let lock_page = ltx::lock_page(mark.page_size);
+            let mut page = vec![0; mark.page_size as usize];
+            for pgno in (1..=mark.page_count).filter(|p| *p != lock_page) {
+                self.read_database_page(&file, pgno, &mut page).map_err(failed)?;
+                sums.set(pgno, Some(page_checksum(pgno, &page)));
+            }
+        }
+        st.set_checksums(sums);
+        Ok(())
+    }
+
+    /// Checks the sum of all page checksums, makes the files durable, writes the mark.
+    fn finish(&self, st: &mut State, target: Mark, intact: bool) -> Result<(), RecoveryError> {
+        if !intact && st.page_count > 0 {
+            self.rebuild_checksums(st, target)?;
+        }
+        if st.page_count > 0 {
+            let file = open_if_there(&self.paths.database)?.ok_or_else(|| {
+                RecoveryError(format!(
+                    "{} is gone; restore it or let it follow a primary",
+                    self.paths.database.display()
+                ))
+            })?;
+            file.set_len(u64::from(st.page_count) * u64::from(st.page_size)).map_err(failed)?;
+            file.sync_all().map_err(failed)?;
+            let mut first = [0; sqlite_file::header::HEADER_BYTES];
+            file.read_exact_at(&mut first, 0).map_err(failed)?;
+            let header = DatabaseHeader::parse(&first).map_err(failed)?;
+            st.set_wal_mode(header.is_wal());
+            st.set_database_file(Some(Arc::new(file)));
+        }
+        if let Some(dir) = self.paths.database.parent().filter(|d| d.exists()) {
+            File::open(dir).and_then(|d| d.sync_all()).map_err(failed)?;
+        }
+        if target.position.txid.0 == 0 {
+            return Ok(());
+        }
+        let sums = st.open_checksums(self).map_err(failed)?;
+        let folded = sums.fold(target.page_count);
+        if folded != target.position.checksum_or_empty() {
+            return Err(RecoveryError(format!(
+                "its page checksums add up to {folded}, but the log says {} at transaction {}; restore the database \
+                 from a copy, or let it follow a primary",
+                target.position.checksum, target.position.txid
+            )));
+        }
+        sums.persist(&self.name, target).map_err(failed)?;
+        st.marked = target.position;
+        Ok(())
+    }
+
+    /// Step 4, on the primary once it may write: what differs becomes a transaction. Elsewhere it is damage.
+    pub fn compare_after_crash(&self) -> Result<(), CaptureError> {
+        let mut st = self.state();
+        let differing = self.differing_pages(&mut st, usize::MAX)?;
+        if differing.is_empty() {
+            return Ok(());
+        }
+        if !self.shared.is_writable() {
+            let reason = format!("{} pages differ from the log after a crash", differing.len());
+            st.quarantine(self, reason);
+            return Ok(());
+        }
+        tracing::warn!(
+            database = %self.name,
+            pages = differing.len(),
+            "the file has pages that never reached the log; they become a transaction of their own"
+        );
+        st.rollback.mark_unknown();
+        self.capture_rollback(&mut st)?;
+        Ok(())
+    }
+
+    /// Where the staged file of a Reset record is.
+    pub(crate) fn staged_path(&self, txid: ltx::Txid) -> std::path::PathBuf {
+        self.shared.dirs.staging.join(format!("{}@{txid}.snapshot", self.name.escaped()))
+    }
+}
+
+fn mark_of(record: &RecordInfo) -> Mark {
+    Mark {
+        position: Pos { txid: record.max_txid, checksum: record.post_apply },
+        page_size: record.page_size,
+        page_count: record.commit,
+    }
+}
+
+pub(crate) fn failed(error: impl std::fmt::Display) -> RecoveryError {
+    RecoveryError(error.to_string())
+}
+
+fn open_if_there(path: &Path) -> Result<Option<File>, RecoveryError> {
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(RecoveryError(format!("cannot open {}: {e}", path.display()))),
+    }
+}
+
+pub(crate) fn remove_if_there(path: &Path) -> Result<(), RecoveryError> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(RecoveryError(format!("cannot remove {}: {e}", path.display())))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,242 @@
+//! What all databases of a node share: the log, the role, the directories, the counters.
+
+use super::Database;
+use crate::DatabaseName;
+use crate::capture::CaptureError;
+use crate::door::fuse::NameInvalidator;
+use crate::log::CommitLog;
+use crate::ship::engine::Epoch;
+use parking_lot::{Mutex, RwLock};
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use tokio::sync::broadcast;
+
+/// Change notices kept for a slow receiver; one that lags reads all positions again.
+const CHANGES_BACKLOG: usize = 4096;
+
+/// Directories of a node.
+#[derive(Debug, Clone)]
+pub struct Dirs {
+    /// The data directory.
+    pub data: PathBuf,
+    /// Backing files of what applications see.
+    pub files: PathBuf,
+    /// Page-checksum sidecars.
+    pub checksums: PathBuf,
+    /// Files on their way: snapshots, imports, large transactions.
+    pub staging: PathBuf,
+    /// What this node had alone when it was made to follow.
+    pub diverged: PathBuf,
+    /// The commit log.
+    pub log: PathBuf,
+    /// Where applications find their databases.
+    pub mount: PathBuf,
+}
+
+impl Dirs {
+    /// The layout below a data directory.
+    pub fn new(data: PathBuf, mount: PathBuf) -> Self {
+        Dirs {
+            files: data.join("files"),
+            checksums: data.join("checksums"),
+            staging: data.join("staging"),
+            diverged: data.join("diverged"),
+            log: data.join("log"),
+            data,
+            mount,
+        }
+    }
+}
+
+/// Counts since the start.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Transactions captured here.
+    pub commits: AtomicU64,
+    /// Transactions applied here.
+    pub applies: AtomicU64,
+    /// Databases set aside.
+    pub quarantines: AtomicU64,
+}
+
+/// Something that happened to a database, for events.
+#[derive(Debug, Clone)]
+pub enum Notice {
+    /// A transaction is durable here, and visible.
+    Transaction(Arc<Database>),
+    /// It was set aside, for this reason.
+    Quarantined(DatabaseName, String),
+}
+
+type NoticeHook = Box<dyn Fn(Notice) + Send + Sync>;
+
+/// Shared by all databases of a node.
+pub struct Shared {
+    /// The commit log.
+    pub log: Arc<CommitLog>,
+    /// Directories.
+    pub dirs: Dirs,
+    /// This node.
+    pub node_id: u64,
+    /// Counts.
+    pub counters: Counters,
+    epoch: AtomicU64,
+    writable: AtomicBool,
+    changes: broadcast::Sender<DatabaseName>,
+    databases: RwLock<BTreeMap<DatabaseName, Arc<Database>>>,
+    /// Databases with changes that are in the log but not marked durable in their files.
+    unmarked: Mutex<HashSet<DatabaseName>>,
+    /// Databases with records that wait to be applied.
+    pending: Mutex<HashSet<DatabaseName>>,
+    invalidator: OnceLock<Arc<dyn NameInvalidator>>,
+    notice: OnceLock<NoticeHook>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("node_id", &self.node_id).field("epoch", &self.epoch()).finish()
+    }
+}
+
+impl Shared {
+    /// Nothing is read; see [`super::recovery`].
+    pub fn new(log: Arc<CommitLog>, dirs: Dirs, node_id: u64, epoch: Epoch) -> Arc<Self> {
+        Arc::new(Shared {
+            log,
+            dirs,
+            node_id,
+            counters: Counters::default(),
+            epoch: AtomicU64::new(epoch.0),
+            writable: AtomicBool::new(false),
+            changes: broadcast::channel(CHANGES_BACKLOG).0,
+            databases: RwLock::default(),
+            unmarked: Mutex::default(),
+            pending: Mutex::default(),
+            invalidator: OnceLock::new(),
+            notice: OnceLock::new(),
+        })
+    }
+
+    /// Epoch of the running term.
+    pub fn epoch(&self) -> Epoch {
+        Epoch(self.epoch.load(Ordering::Acquire))
+    }
+
+    /// Sets role and epoch, which the doors look at for every write.
+    pub fn set_role(&self, epoch: Epoch, writable: bool) {
+        self.epoch.store(epoch.0, Ordering::Release);
+        self.writable.store(writable, Ordering::Release);
+    }
+
+    /// Whether applications may write here.
+    pub fn is_writable(&self) -> bool {
+        self.writable.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn check_writable(&self) -> Result<(), CaptureError> {
+        if self.is_writable() { Ok(()) } else { Err(CaptureError::NotPrimary) }
+    }
+
+    /// Names of databases whose durable position moved.
+    pub fn changes(&self) -> broadcast::Receiver<DatabaseName> {
+        self.changes.subscribe()
+    }
+
+    pub(crate) fn changed(&self, name: &DatabaseName) {
+        self.unmarked.lock().insert(name.clone());
+        // Without a receiver nobody needs to know.
+        let _ = self.changes.send(name.clone());
+    }
+
+    /// Marking failed: again next time.
+    pub(crate) fn mark_later(&self, name: &DatabaseName) {
+        self.unmarked.lock().insert(name.clone());
+    }
+
+    /// Databases that changed since the last marks.
+    pub(crate) fn applying(&self) -> Vec<DatabaseName> {
+        if self.is_writable() { Vec::new() } else { self.unmarked.lock().iter().cloned().collect() }
+    }
+
+    pub(crate) fn take_unmarked(&self) -> HashSet<DatabaseName> {
+        std::mem::take(&mut self.unmarked.lock())
+    }
+
+    /// The door is open: names can be forgotten.
+    pub fn set_invalidator(&self, invalidator: Arc<dyn NameInvalidator>) {
+        // A door that was opened again has the same mount; the first invalidator's kernel connection is gone.
+        let _ = self.invalidator.set(invalidator);
+    }
+
+    /// A file was put in place behind the kernel's back.
+    pub(crate) fn forget_name(&self, db: &Database) {
+        if let Some(invalidator) = self.invalidator.get() {
+            invalidator.forget(db);
+        }
+    }
+
+    /// Says what to do with notices; once.
+    pub fn on_notice(&self, hook: impl Fn(Notice) + Send + Sync + 'static) {
+        let _ = self.notice.set(Box::new(hook));
+    }
+
+    pub(crate) fn notify(&self, notice: Notice) {
+        if let Some(hook) = self.notice.get() {
+            hook(notice);
+        }
+    }
+
+    /// Transactions were applied.
+    pub(crate) fn applied(&self, db: &Database) {
+        if let Some(db) = self.database(&db.name) {
+            self.notify(Notice::Transaction(db));
+        }
+    }
+
+    pub(crate) fn pending_again(&self, name: &DatabaseName) {
+        self.pending.lock().insert(name.clone());
+    }
+
+    pub(crate) fn pending_done(&self, name: &DatabaseName) {
+        self.pending.lock().remove(name);
+    }
+
+    /// Databases whose records wait for readers.
+    pub fn take_pending(&self) -> HashSet<DatabaseName> {
+        std::mem::take(&mut self.pending.lock())
+    }
+
+    /// A known database.
+    pub fn database(&self, name: &DatabaseName) -> Option<Arc<Database>> {
+        self.databases.read().get(name).cloned()
+    }
+
+    /// A database by name, known from now on.
+    pub fn database_or_new(self: &Arc<Self>, name: &DatabaseName) -> Arc<Database> {
+        if let Some(db) = self.database(name) {
+            return db;
+        }
+        let mut all = self.databases.write();
+        all.entry(name.clone()).or_insert_with(|| Database::new(name.clone(), self.clone())).clone()
+    }
+
+    /// All databases that have had a transaction.
+    pub fn databases(&self) -> Vec<Arc<Database>> {
+        let all: Vec<_> = self.databases.read().values().cloned().collect();
+        all.into_iter().filter(|db| db.is_tracked()).collect()
+    }
+
+    /// All names that are known, databases or not.
+    pub fn known(&self) -> Vec<Arc<Database>> {
+        self.databases.read().values().cloned().collect()
+    }
+
+    /// Whether a database lies at this name or below it.
+    pub fn any_below(&self, dir: &DatabaseName) -> bool {
+        let prefix = format!("{dir}/");
+        let all = self.databases.read();
+        all.iter().any(|(name, db)| name.as_str().starts_with(&prefix) && db.state().page_count > 0)
+    }
+}
