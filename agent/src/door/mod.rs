@@ -1,1 +1,3 @@
-//! How applications reach their databases.
+//! How applications reach their databases. Today by FUSE; the preload door comes beside it.
+
+pub mod fuse;

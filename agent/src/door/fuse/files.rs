@@ -1,0 +1,398 @@
+//! Open files of the mount, and what each kind does with a read, a write, a sync and a close.
+
+use super::inodes::{Inode, Special};
+use super::names::Kind;
+use super::staged::StagedWrite;
+use crate::capture::{CaptureError, wal};
+use crate::database::{Database, State};
+use crate::log::Lsn;
+use fuse_session::fuse::{INodeNo, Notifier, ReplyEmpty};
+use parking_lot::{Mutex, RwLock};
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+
+/// Length of the zeros that end a journal in PERSIST mode: its header's fields (file format, section 3).
+const JOURNAL_HEADER_BYTES: usize = 28;
+
+/// A file of a database, or a plain file, open on its backing file.
+#[derive(Debug)]
+pub struct OpenFile {
+    /// Its inode.
+    pub inode: Arc<Inode>,
+    /// What its name says it is.
+    pub kind: Kind,
+    /// The database it belongs to; `None` for a name no database can have.
+    pub db: Option<Arc<Database>>,
+    /// The backing file.
+    pub file: Arc<File>,
+    /// Opened by this process, which writes only what the log already has.
+    pub internal: bool,
+    /// Reads and writes do not come here.
+    pub passthrough: bool,
+    /// Written by a program that is not SQLite: looked at when it is closed.
+    pub adopt: bool,
+    /// Something was written through this handle.
+    pub written: AtomicBool,
+}
+
+/// An open handle.
+#[derive(Debug)]
+pub enum Handle {
+    /// A backing file.
+    File(OpenFile),
+    /// A plain copy on its way over a database.
+    Staged(Arc<StagedWrite>),
+    /// A made-up file.
+    Special(Special),
+    /// A directory's entries: inode, is a directory, name.
+    Directory(Vec<(u64, bool, OsString)>),
+}
+
+/// Open handles by number.
+#[derive(Debug, Default)]
+pub struct Handles {
+    next: AtomicU64,
+    open: RwLock<HashMap<u64, Arc<Handle>>>,
+}
+
+impl Handles {
+    /// Keeps a handle; returns its number.
+    pub fn add(&self, handle: Handle) -> u64 {
+        let number = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        self.open.write().insert(number, Arc::new(handle));
+        number
+    }
+
+    /// A handle by number.
+    pub fn get(&self, number: u64) -> Option<Arc<Handle>> {
+        self.open.read().get(&number).cloned()
+    }
+
+    /// Forgets a handle.
+    pub fn remove(&self, number: u64) -> Option<Arc<Handle>> {
+        self.open.write().remove(&number)
+    }
+}
+
+/// When a request may be answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// Now.
+    Now,
+    /// When the log is durable up to here.
+    WhenDurable(Lsn),
+}
+
+/// Turns a failure into the error number the application gets, and says it once in the log where it is not an
+/// everyday refusal.
+pub fn errno_of(db: &Database, doing: &str, error: &CaptureError) -> i32 {
+    let errno = error.errno();
+    match error {
+        CaptureError::NotPrimary => tracing::debug!(database = %db.name(), doing, "refused: not the primary"),
+        _ => {
+            tracing::error!(database = %db.name(), doing, %error, errno, "an application's operation failed")
+        }
+    }
+    errno
+}
+
+impl OpenFile {
+    /// Reads at most `size` bytes.
+    pub fn read(&self, offset: u64, size: u32) -> io::Result<Vec<u8>> {
+        let mut data = vec![0; size as usize];
+        let mut filled = 0;
+        while filled < data.len() {
+            match self.file.read_at(&mut data[filled..], offset + filled as u64) {
+                Ok(0) => break,
+                Ok(n) => filled += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if let (Kind::Wal, Some(db)) = (self.kind, &self.db) {
+            let st = db.state();
+            let visible = st.wal.visible_len(offset + filled as u64).min(offset + u64::from(size));
+            filled = filled.max((visible.saturating_sub(offset)) as usize);
+            st.wal.overlay(offset, &mut data[..filled]);
+        }
+        data.truncate(filled);
+        Ok(data)
+    }
+
+    /// Writes; where this ends a transaction, says when it may be answered.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<Answer, i32> {
+        let plain =
+            |file: &File| file.write_all_at(data, offset).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+        self.written.store(true, Ordering::Relaxed);
+        let Some(db) = &self.db else { return plain(&self.file).map(|()| Answer::Now) };
+        if self.internal {
+            plain(&self.file)?;
+            if self.kind == Kind::Wal {
+                db.state().wal.mark_stale();
+            }
+            return Ok(Answer::Now);
+        }
+        let mut st = db.state();
+        let result = match self.kind {
+            Kind::Wal => wal::written(db, &mut st, &self.file, offset, data).map(|_| Answer::Now),
+            Kind::Journal => journal_written(db, &mut st, &self.file, offset, data),
+            Kind::Main => main_written(db, &mut st, &self.file, offset, data),
+            Kind::Shm | Kind::SuperJournal => return plain(&self.file).map(|()| Answer::Now),
+        };
+        result.map_err(|e| errno_of(db, "write", &e))
+    }
+
+    /// Makes the file durable, as far as the log does not do it already.
+    pub fn sync(&self) -> Result<Answer, i32> {
+        let sync = || self.file.sync_data().map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+        let Some(db) = &self.db else { return sync().map(|()| Answer::Now) };
+        if self.internal {
+            return sync().map(|()| Answer::Now);
+        }
+        let mut st = db.state();
+        match self.kind {
+            Kind::Wal => {
+                wal::capture_foreign(db, &mut st, &self.file).map_err(|e| errno_of(db, "sync", &e))?;
+                // The log is the truth: recovery puts back what the WAL lost.
+                Ok(Answer::WhenDurable(st.logged_end))
+            }
+            Kind::Journal if st.rollback.journal_active => {
+                st.rollback.synced = true;
+                drop(st);
+                sync().map(|()| Answer::Now)
+            }
+            // The sync after the journal's end (TRUNCATE, PERSIST): should the end be lost, the journal is rolled
+            // back and the log rolled forward.
+            Kind::Journal => Ok(Answer::WhenDurable(st.logged_end)),
+            Kind::Main if st.rollback.journal_active => {
+                // What the transaction wrote reaches the log with its commit, which waits for the log instead.
+                st.rollback.synced = true;
+                Ok(Answer::Now)
+            }
+            Kind::Main if !st.wal_mode && st.rollback.is_dirty() => {
+                // journal_mode=MEMORY or OFF: SQLite syncs the file once all of a transaction is in it.
+                capture_unjournaled(db, &mut st).map_err(|e| errno_of(db, "sync", &e))?;
+                let end = st.logged_end;
+                drop(st);
+                sync()?;
+                Ok(Answer::WhenDurable(end))
+            }
+            Kind::Main | Kind::SuperJournal => {
+                drop(st);
+                sync().map(|()| Answer::Now)
+            }
+            Kind::Shm => Ok(Answer::Now),
+        }
+    }
+
+    /// Sets the file's length.
+    pub fn set_len(&self, len: u64) -> Result<Answer, i32> {
+        let cut = |file: &File| file.set_len(len).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+        let Some(db) = &self.db else { return cut(&self.file).map(|()| Answer::Now) };
+        if self.internal {
+            cut(&self.file)?;
+            if self.kind == Kind::Wal {
+                db.state().wal.mark_stale();
+            }
+            return Ok(Answer::Now);
+        }
+        let mut st = db.state();
+        let answer = match self.kind {
+            Kind::Journal if len == 0 => journal_ends(db, &mut st).map_err(|e| errno_of(db, "commit", &e))?,
+            Kind::Wal if len == 0 => {
+                wal_ends(db, &mut st).map_err(|e| errno_of(db, "truncate the WAL", &e))?;
+                Answer::Now
+            }
+            Kind::Main if !self.inode_is_followed(&st) => {
+                st.rollback.mark_unknown();
+                Answer::Now
+            }
+            _ => Answer::Now,
+        };
+        drop(st);
+        if let (Answer::WhenDurable(end), Kind::Journal) = (answer, self.kind) {
+            db.shared().log.wait_durable(end).map_err(|_| libc::EIO)?;
+        }
+        cut(&self.file)?;
+        Ok(Answer::Now)
+    }
+
+    /// A tracked database is cut by SQLite only as its header already says.
+    fn inode_is_followed(&self, st: &State) -> bool {
+        st.page_count > 0
+    }
+
+    /// The last write of this handle is done: a copy that is now a database becomes one.
+    pub fn closed(&self) -> Result<Answer, i32> {
+        let Some(db) = &self.db else { return Ok(Answer::Now) };
+        if self.internal || !self.written.load(Ordering::Relaxed) {
+            return Ok(Answer::Now);
+        }
+        let mut st = db.state();
+        let captured = match self.kind {
+            Kind::Main if self.adopt => adopt(db, &mut st),
+            Kind::Wal if st.page_count > 0 => wal::capture_foreign(db, &mut st, &self.file).map(|_| ()),
+            _ => return Ok(Answer::Now),
+        };
+        captured.map(|()| Answer::Now).map_err(|e| errno_of(db, "take in", &e))
+    }
+}
+
+/// A file that was copied in is complete: if it is a database it becomes one, else it stays a plain file.
+pub fn adopt(db: &Database, st: &mut State) -> Result<(), CaptureError> {
+    if st.rollback.journal_active {
+        return Ok(());
+    }
+    st.rollback.mark_unknown();
+    capture_unjournaled(db, st)
+}
+
+/// Captures a file that was written without a journal; a plain file is left alone.
+fn capture_unjournaled(db: &Database, st: &mut State) -> Result<(), CaptureError> {
+    match db.capture_rollback(st) {
+        Ok(_) => Ok(()),
+        Err(CaptureError::NotADatabase(_)) if st.position.txid.0 == 0 => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+fn main_written(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    offset: u64,
+    data: &[u8],
+) -> Result<Answer, CaptureError> {
+    if st.page_count > 0 || !db.shared().is_writable() {
+        db.shared().check_writable()?;
+    }
+    st.check_health()?;
+    file.write_all_at(data, offset).map_err(|e| db.database_error(e))?;
+    // In WAL mode SQLite writes here what the WAL, and so the log, already has.
+    let checkpoint = st.wal_mode && !st.rollback.journal_active;
+    if !checkpoint {
+        st.rollback.mark_written(offset, data.len() as u64, st.page_size);
+    }
+    Ok(Answer::Now)
+}
+
+fn journal_written(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    offset: u64,
+    data: &[u8],
+) -> Result<Answer, CaptureError> {
+    db.shared().check_writable()?;
+    st.check_health()?;
+    let ends = offset == 0 && data.len() == JOURNAL_HEADER_BYTES && data.iter().all(|b| *b == 0);
+    let answer = if ends { journal_ends(db, st)? } else { Answer::Now };
+    if let Answer::WhenDurable(end) = answer {
+        db.shared().log.wait_durable(end)?;
+    }
+    file.write_all_at(data, offset)
+        .map_err(|source| CaptureError::Io { path: db.paths().journal.clone(), source })?;
+    st.rollback.journal_active = !ends;
+    Ok(Answer::Now)
+}
+
+/// The journal is about to be ended by the application: captures the transaction. The journal must stay until
+/// the answer's point is reached.
+pub fn journal_ends(db: &Database, st: &mut State) -> Result<Answer, CaptureError> {
+    let logged = db.capture_rollback(st)?;
+    let synced = std::mem::take(&mut st.rollback.synced);
+    Ok(match logged {
+        Some(logged) if synced => Answer::WhenDurable(logged.end),
+        _ => Answer::Now,
+    })
+}
+
+/// The WAL is about to be emptied or removed: everything in it must be in the database file.
+pub fn wal_ends(db: &Database, st: &mut State) -> Result<(), CaptureError> {
+    if st.page_count > 0 {
+        if let Ok(file) = File::open(&db.paths().wal) {
+            wal::capture_foreign(db, st, &file)?;
+        }
+        db.check_wal_is_checkpointed(st)?;
+    }
+    st.wal.reset();
+    Ok(())
+}
+
+/// Tells the kernel to forget; from a thread of its own, since the kernel may wait for a request that is being served.
+#[derive(Debug)]
+pub struct Invalidator {
+    notifier: Mutex<Option<Notifier>>,
+    resolve: mpsc::Sender<OsString>,
+    queue: Mutex<Option<mpsc::Receiver<OsString>>>,
+}
+
+impl Default for Invalidator {
+    fn default() -> Self {
+        let (resolve, queue) = mpsc::channel();
+        Invalidator { notifier: Mutex::default(), resolve, queue: Mutex::new(Some(queue)) }
+    }
+}
+
+impl Invalidator {
+    /// The session is running.
+    pub fn set_notifier(&self, notifier: Notifier) {
+        *self.notifier.lock() = Some(notifier);
+    }
+
+    /// Forgets the entry of a path below the mount, wherever its directory is known.
+    pub fn forget_name(&self, path: &Path) {
+        let _ = self.resolve.send(path.as_os_str().to_owned());
+    }
+
+    /// Runs the queue on a thread; `directory` finds the inode of a directory the kernel knows.
+    pub fn run(
+        self: &Arc<Self>,
+        directory: impl Fn(&Path) -> Option<u64> + Send + 'static,
+    ) -> io::Result<()> {
+        let Some(queue) = self.queue.lock().take() else { return Ok(()) };
+        let this = Arc::downgrade(self);
+        std::thread::Builder::new().name("fuse-invalidate".into()).spawn(move || {
+            while let Ok(path) = queue.recv() {
+                let Some(this) = this.upgrade() else { return };
+                let path = Path::new(&path);
+                let Some(name) = path.file_name() else { continue };
+                let parent = directory(path.parent().unwrap_or(Path::new("")));
+                if let (Some(notifier), Some(parent)) = (&*this.notifier.lock(), parent) {
+                    // ENOENT: the kernel did not know the entry.
+                    let _ = notifier.inval_entry(INodeNo(parent), name);
+                }
+            }
+        })?;
+        Ok(())
+    }
+}
+
+/// Answers an empty reply at its time.
+pub fn answer_empty(db: Option<&Arc<Database>>, answer: Result<Answer, i32>, reply: ReplyEmpty) {
+    match (answer, db) {
+        (Ok(Answer::WhenDurable(end)), Some(db)) => {
+            db.shared().log.on_durable(
+                end,
+                Box::new(move |result| match result {
+                    Ok(()) => reply.ok(),
+                    Err(_) => reply.error(fuse_session::fuse::Errno::from_i32(libc::EIO)),
+                }),
+            );
+        }
+        (Ok(_), _) => reply.ok(),
+        (Err(errno), _) => reply.error(fuse_session::fuse::Errno::from_i32(errno)),
+    }
+}
+
+/// Device and inode of a file, to tell whether two paths are one file.
+pub fn same_file(a: &std::fs::Metadata, b: &std::fs::Metadata) -> bool {
+    a.dev() == b.dev() && a.ino() == b.ino()
+}

@@ -1,0 +1,961 @@
+//! The requests of the kernel: finds what a request is about and hands it on. What a commit is, is decided in
+//! [`super::files`].
+
+use super::files::{self, Answer, Handle, Handles, Invalidator, OpenFile, answer_empty};
+use super::inodes::{Inode, Inodes, Node, OpenState, ROOT, SPECIAL_BIT, Special};
+use super::names::{Kind, POSITION_SUFFIX, classify};
+use super::special::RoleView;
+use super::staged::StagedWrite;
+use crate::DatabaseName;
+use crate::database::Shared;
+use fuse_session::fuse::*;
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, Metadata, OpenOptions};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Every change of a backing file goes through the mount, or is followed by an invalidation; so the kernel may keep
+/// what it knows. Without this a read in rollback mode costs an upcall to see that there is no journal.
+const KEEP: Duration = Duration::from_secs(3600);
+/// Special files come and go by themselves.
+const FORGET: Duration = Duration::ZERO;
+/// Largest write of the kernel in one request.
+const WRITE_BYTES_MAX: u32 = 1024 * 1024;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// The file system behind the mount.
+#[derive(Debug)]
+pub struct LitefsFilesystem {
+    shared: Arc<Shared>,
+    view: ViewDebug,
+    root: PathBuf,
+    inodes: Arc<Inodes>,
+    handles: Handles,
+    want_passthrough: bool,
+    passthrough: Arc<AtomicBool>,
+    invalidator: Arc<Invalidator>,
+    /// Work that goes through the mount itself. Unbounded, but it holds at most one job per closing file.
+    worker: mpsc::Sender<Job>,
+}
+
+/// A role view, without its content in debug output.
+struct ViewDebug(Arc<dyn RoleView>);
+
+impl std::fmt::Debug for ViewDebug {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("RoleView")
+    }
+}
+
+impl LitefsFilesystem {
+    /// A file system over the node's backing files.
+    pub fn new(
+        shared: Arc<Shared>,
+        view: Arc<dyn RoleView>,
+        want_passthrough: bool,
+        passthrough: Arc<AtomicBool>,
+    ) -> io::Result<Self> {
+        let (worker, jobs) = mpsc::channel::<Job>();
+        std::thread::Builder::new().name("door-worker".into()).spawn(move || {
+            while let Ok(job) = jobs.recv() {
+                job();
+            }
+        })?;
+        let inodes = Arc::new(Inodes::default());
+        let invalidator = Arc::new(Invalidator::default());
+        let root = shared.dirs.files.clone();
+        {
+            let root = root.clone();
+            invalidator.run(move |dir| {
+                if dir.as_os_str().is_empty() {
+                    Some(ROOT)
+                } else {
+                    root.join(dir).metadata().ok().map(|m| m.ino())
+                }
+            })?;
+        }
+        Ok(LitefsFilesystem {
+            root,
+            shared,
+            view: ViewDebug(view),
+            inodes,
+            handles: Handles::default(),
+            want_passthrough,
+            passthrough,
+            invalidator,
+            worker,
+        })
+    }
+
+    /// What makes the kernel forget names.
+    pub fn invalidator(&self) -> Arc<Invalidator> {
+        self.invalidator.clone()
+    }
+
+    fn backing(&self, path: &Path) -> PathBuf {
+        self.root.join(path)
+    }
+
+    fn node_for(&self, path: &Path, is_dir: bool) -> Node {
+        if is_dir {
+            return Node::Directory;
+        }
+        let (kind, base) = classify(path);
+        let db = match kind {
+            Kind::SuperJournal => None,
+            _ => DatabaseName::new(&base).ok().map(|name| self.shared.database_or_new(&name)),
+        };
+        Node::File(kind, db)
+    }
+
+    fn child(&self, parent: INodeNo, name: &OsStr) -> Result<PathBuf, Errno> {
+        let dir = self.inodes.get(parent.0).ok_or(Errno::ENOENT)?;
+        match dir.node() {
+            Node::Directory => Ok(dir.path().join(name)),
+            _ => Err(Errno::ENOTDIR),
+        }
+    }
+
+    /// The special file at a path, where there is one now.
+    fn special_at(&self, path: &Path) -> Option<Special> {
+        match path.to_str()? {
+            ".primary" => Some(Special::Primary),
+            ".lag" => Some(Special::Lag),
+            text => {
+                let name = DatabaseName::new(text.strip_suffix(POSITION_SUFFIX)?).ok()?;
+                self.shared.database(&name).filter(|db| db.is_tracked()).map(Special::Position)
+            }
+        }
+    }
+
+    fn find(&self, path: &Path) -> Result<(Arc<Inode>, FileAttr), Errno> {
+        if let Some(special) = self.special_at(path) {
+            let content = special.content(&*self.view.0).ok_or(Errno::ENOENT)?;
+            let mut hasher = DefaultHasher::new();
+            path.hash(&mut hasher);
+            let number = SPECIAL_BIT | (hasher.finish() & (SPECIAL_BIT - 1));
+            let attr = special_attr(number, &special, content.len() as u64);
+            return Ok((self.inodes.looked_up(number, path, || Node::Special(special)), attr));
+        }
+        let meta = self.backing(path).symlink_metadata().map_err(errno)?;
+        let inode = self.inodes.looked_up(meta.ino(), path, || self.node_for(path, meta.is_dir()));
+        let attr = self.attr(&inode, &meta);
+        Ok((inode, attr))
+    }
+
+    fn attr(&self, inode: &Inode, meta: &Metadata) -> FileAttr {
+        let mut attr = attr_of(inode.number, meta);
+        if let Node::File(Kind::Wal, Some(db)) = inode.node() {
+            attr.size = db.state().wal.visible_len(attr.size);
+        }
+        attr
+    }
+
+    fn may_write(&self, internal: bool) -> bool {
+        internal || self.shared.is_writable()
+    }
+
+    /// Opens a regular file: decides how, and keeps the handle.
+    fn open_file(
+        &self,
+        inode: &Arc<Inode>,
+        flags: i32,
+        internal: bool,
+        created: bool,
+        backing_id: &dyn Fn(&File) -> io::Result<BackingId>,
+    ) -> Result<(u64, FopenFlags, Option<Arc<BackingId>>), Errno> {
+        let Node::File(kind, db) = inode.node() else { return Err(Errno::EISDIR) };
+        let writes = flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0;
+        // SQLite opens databases for reading and writing, and never truncates them at open.
+        let plain_program =
+            !internal && (flags & libc::O_ACCMODE == libc::O_WRONLY || flags & libc::O_TRUNC != 0);
+        if writes && !self.may_write(internal) && !matches!(kind, Kind::Wal | Kind::Shm) {
+            // SQLite goes on read-only after EROFS; a journal it must not be able to make.
+            return Err(if kind == Kind::Journal { Errno::EACCES } else { Errno::EROFS });
+        }
+        let (mut tracked, mut wal_mode) = (false, false);
+        if let (Kind::Main, Some(db)) = (kind, &db) {
+            let mut st = db.state();
+            tracked = st.page_count > 0;
+            if tracked
+                && !internal
+                && let Some(reason) = st.quarantine_reason()
+            {
+                tracing::warn!(database = %db.name(), reason, "an application opened a quarantined database");
+                return Err(Errno::EIO);
+            }
+            wal_mode = db.load_journal_mode(&mut st);
+        }
+        let replaces = kind == Kind::Main && tracked && plain_program;
+        if replaces && flags & libc::O_TRUNC == 0 {
+            tracing::info!(path = %inode.path().display(), "refused to open a live database for writing in place");
+            return Err(Errno::EPERM);
+        }
+
+        let mut open = inode.open.lock();
+        let file = match &open.file {
+            Some(file) => file.clone(),
+            None => Arc::new(open_backing_file(&self.backing(&inode.path())).map_err(errno)?),
+        };
+        let suits = match kind {
+            Kind::Main => wal_mode,
+            Kind::Shm => true,
+            Kind::Journal | Kind::Wal | Kind::SuperJournal => false,
+        };
+        let passes = self.passthrough.load(Ordering::Acquire)
+            && if open.handles > 0 { open.backing.is_some() } else { suits };
+        let backing = match (&open.backing, passes) {
+            (Some(id), true) => Some(id.clone()),
+            (None, true) => Some(Arc::new(backing_id(&file).map_err(|e| {
+                tracing::error!(path = %inode.path().display(), error = %e, "cannot register a backing file");
+                Errno::EIO
+            })?)),
+            _ => None,
+        };
+
+        let mut fopen = FopenFlags::empty();
+        let handle = if replaces {
+            let db = db.clone().ok_or(Errno::EIO)?;
+            // The kernel must not keep what is written: the database is as it was until the copy is complete.
+            fopen |= FopenFlags::FOPEN_DIRECT_IO;
+            Handle::Staged(Arc::new(StagedWrite::new(db).map_err(errno)?))
+        } else {
+            let adopt =
+                kind == Kind::Main && !tracked && (plain_program || (created && flags & libc::O_EXCL != 0));
+            if !adopt && kind != Kind::Wal {
+                fopen |= FopenFlags::FOPEN_NOFLUSH;
+            }
+            if backing.is_none() {
+                fopen |= FopenFlags::FOPEN_KEEP_CACHE;
+            }
+            if flags & libc::O_TRUNC != 0 && !created {
+                file.set_len(0).map_err(errno)?;
+            }
+            Handle::File(OpenFile {
+                inode: inode.clone(),
+                kind,
+                db: db.clone(),
+                file: file.clone(),
+                internal,
+                passthrough: backing.is_some(),
+                adopt,
+                written: AtomicBool::new(flags & libc::O_TRUNC != 0),
+            })
+        };
+        open.handles += 1;
+        open.file = Some(file.clone());
+        open.backing.clone_from(&backing);
+        drop(open);
+        if let (Kind::Main, Some(db)) = (kind, &db) {
+            let mut st = db.state();
+            st.handles += u32::from(!internal);
+            st.passthrough_handles += u32::from(backing.is_some());
+            if st.passthrough_handles == 1 && backing.is_some() {
+                let _ = st.remember_stamp(db);
+            }
+            st.set_database_file(Some(file));
+        }
+        Ok((self.handles.add(handle), fopen, backing))
+    }
+
+    fn close_file(&self, inode: &Inode, file: Option<&OpenFile>) {
+        let mut open = inode.open.lock();
+        open.handles = open.handles.saturating_sub(1);
+        if open.handles == 0 {
+            *open = OpenState::default();
+        }
+        drop(open);
+        if let (Node::File(Kind::Main, Some(db)), Some(file)) = (inode.node(), file) {
+            let mut st = db.state();
+            st.handles = st.handles.saturating_sub(u32::from(!file.internal));
+            st.passthrough_handles = st.passthrough_handles.saturating_sub(u32::from(file.passthrough));
+        }
+    }
+
+    fn unlink_file(&self, path: &Path, internal: bool, reply: ReplyEmpty) {
+        let backing = self.backing(path);
+        let remove = move || std::fs::remove_file(&backing).map_err(errno);
+        let (kind, base) = classify(path);
+        let db = DatabaseName::new(&base).ok().and_then(|name| self.shared.database(&name));
+        let Some(db) = db.filter(|_| !internal) else { return finish(remove(), reply) };
+        if !self.shared.is_writable() && !matches!(kind, Kind::Wal | Kind::Shm) {
+            return reply.error(Errno::EROFS);
+        }
+        let mut st = db.state();
+        let result = match kind {
+            Kind::Journal => match files::journal_ends(&db, &mut st) {
+                Ok(Answer::WhenDurable(end)) => {
+                    drop(st);
+                    let done = Box::new(move |result: Result<(), _>| match result {
+                        Ok(()) => finish(remove(), reply),
+                        Err(_) => reply.error(Errno::EIO),
+                    });
+                    return self.shared.log.on_durable(end, done);
+                }
+                other => other.map(|_| ()),
+            },
+            Kind::Wal => files::wal_ends(&db, &mut st),
+            Kind::Main if st.page_count > 0 => db.log_drop(&mut st),
+            _ => Ok(()),
+        };
+        drop(st);
+        match result {
+            Ok(()) => finish(remove(), reply),
+            Err(e) => reply.error(Errno::from_i32(files::errno_of(&db, "remove", &e))),
+        }
+    }
+
+    /// Renames; a database moves as a new database and a drop, a plain copy over a database becomes its content.
+    fn rename_path(&self, from: PathBuf, to: PathBuf, no_replace: bool, reply: ReplyEmpty) {
+        let result = (|| {
+            let meta = self.backing(&from).symlink_metadata().map_err(errno)?;
+            let target = self.backing(&to).symlink_metadata();
+            if no_replace && target.is_ok() {
+                return Err(Errno::EEXIST);
+            }
+            if target.is_ok_and(|t| files::same_file(&t, &meta)) {
+                return Ok(None);
+            }
+            if meta.is_dir() {
+                let below = DatabaseName::new(&from).is_ok_and(|dir| self.shared.any_below(&dir));
+                // A caller like mv copies on EXDEV, and each database is then taken in as a copy.
+                return if below { Err(Errno::from_i32(libc::EXDEV)) } else { Ok(Some(None)) };
+            }
+            let place = |path: &Path| {
+                let (kind, base) = classify(path);
+                let db = DatabaseName::new(base).ok().map(|name| self.shared.database_or_new(&name));
+                let live = db.as_ref().is_some_and(|db| db.state().page_count > 0);
+                (kind, db, live)
+            };
+            let ((from_kind, from_db, from_live), (to_kind, to_db, to_live)) = (place(&from), place(&to));
+            let companion = |kind, live| live && matches!(kind, Kind::Journal | Kind::Wal | Kind::Shm);
+            if companion(from_kind, from_live) || companion(to_kind, to_live) {
+                return Err(Errno::EPERM);
+            }
+            let is_database = |kind, live| kind == Kind::Main && live;
+            if !is_database(from_kind, from_live) && !is_database(to_kind, to_live) {
+                return Ok(Some(None));
+            }
+            if to_kind != Kind::Main {
+                return Err(Errno::EPERM);
+            }
+            Ok(Some(from_db.zip(to_db)))
+        })();
+        match result {
+            Err(e) => reply.error(e),
+            Ok(None) => reply.ok(),
+            Ok(Some(None)) => {
+                let renamed = std::fs::rename(self.backing(&from), self.backing(&to)).map_err(errno);
+                if renamed.is_ok() {
+                    self.inodes.renamed(&from, &to, |path| self.node_for(path, false));
+                    if let Node::File(Kind::Main, Some(db)) =
+                        self.node_for(&to, meta_is_dir(&self.backing(&to)))
+                    {
+                        let mut st = db.state();
+                        st.set_database_file(None);
+                        if let Err(e) = files::adopt(&db, &mut st) {
+                            files::errno_of(&db, "take in", &e);
+                        }
+                    }
+                }
+                finish(renamed, reply);
+            }
+            Ok(Some(Some((from_db, to_db)))) => {
+                // Both sides go through the mount, which this thread serves.
+                let _ = self.worker.send(Box::new(move || match to_db.replace_by(&from_db) {
+                    Ok(()) => reply.ok(),
+                    Err(e) => {
+                        tracing::error!(from = %from_db.name(), to = %to_db.name(), error = %e, "rename failed");
+                        reply.error(Errno::from_i32(e.errno()));
+                    }
+                }));
+            }
+        }
+    }
+}
+
+fn meta_is_dir(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|m| m.is_dir())
+}
+
+fn finish(result: Result<(), Errno>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(e),
+    }
+}
+
+fn errno(e: io::Error) -> Errno {
+    Errno::from_i32(e.raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// The kernel has checked the application's rights (`default_permissions`); the agent's own suffice for both ways.
+fn open_backing_file(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(path)
+}
+
+/// Whether a request comes from this process. Its threads are the only ones it may trust with what the log has.
+fn is_internal(req: &Request) -> bool {
+    Path::new("/proc/self/task").join(req.pid().to_string()).exists()
+}
+
+fn time(seconds: i64, nanoseconds: i64) -> SystemTime {
+    let nanos = Duration::from_nanos(nanoseconds.unsigned_abs());
+    match u64::try_from(seconds) {
+        Ok(s) => UNIX_EPOCH + Duration::from_secs(s) + nanos,
+        Err(_) => UNIX_EPOCH - Duration::from_secs(seconds.unsigned_abs()) + nanos,
+    }
+}
+
+fn attr_of(number: u64, m: &Metadata) -> FileAttr {
+    let kind = FileType::from_std(m.file_type()).unwrap_or(FileType::RegularFile);
+    FileAttr {
+        ino: INodeNo(number),
+        size: m.size(),
+        blocks: m.blocks(),
+        atime: time(m.atime(), m.atime_nsec()),
+        mtime: time(m.mtime(), m.mtime_nsec()),
+        ctime: time(m.ctime(), m.ctime_nsec()),
+        crtime: UNIX_EPOCH,
+        kind,
+        perm: (m.mode() & 0o7777) as u16,
+        nlink: m.nlink() as u32,
+        uid: m.uid(),
+        gid: m.gid(),
+        rdev: 0,
+        flags: 0,
+        blksize: 4096,
+    }
+}
+
+fn special_attr(number: u64, special: &Special, size: u64) -> FileAttr {
+    let changed = match special {
+        Special::Position(db) => time(db.state().last_change_ms / 1000, 0),
+        Special::Primary | Special::Lag => SystemTime::now(),
+    };
+    FileAttr {
+        ino: INodeNo(number),
+        size,
+        blocks: 1,
+        atime: changed,
+        mtime: changed,
+        ctime: changed,
+        crtime: UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0o444,
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        flags: 0,
+        blksize: 4096,
+    }
+}
+
+impl Filesystem for LitefsFilesystem {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = InitFlags::FUSE_ATOMIC_O_TRUNC | InitFlags::FUSE_PARALLEL_DIROPS;
+        if let Err(missing) = config.add_capabilities(wanted) {
+            tracing::debug!(?missing, "the kernel lacks FUSE capabilities");
+            let _ = config.add_capabilities(wanted - missing);
+        }
+        let _ = config.set_max_write(WRITE_BYTES_MAX);
+        if self.want_passthrough
+            && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
+            && config.set_max_stack_depth(1).is_ok()
+        {
+            self.passthrough.store(true, Ordering::Release);
+        } else {
+            tracing::info!("database files are served by the agent: no FUSE passthrough");
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let path = match self.child(parent, name) {
+            Ok(path) => path,
+            Err(e) => return reply.error(e),
+        };
+        let comes_and_goes = path.to_str().is_some_and(|p| p == ".primary" || p.ends_with(POSITION_SUFFIX));
+        match self.find(&path) {
+            Ok((inode, attr)) => {
+                let keep = if matches!(inode.node(), Node::Special(_)) { FORGET } else { KEEP };
+                reply.entry(&keep, &attr, Generation(0));
+            }
+            // A negative entry that the kernel keeps saves a request for each journal that is not there.
+            Err(e) if e.code() == libc::ENOENT && !comes_and_goes => {
+                let attr = FileAttr { ino: INodeNo(0), ..special_attr(0, &Special::Lag, 0) };
+                reply.entry(&KEEP, &attr, Generation(0));
+            }
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        self.inodes.forget(ino.0, nlookup);
+    }
+
+    fn getattr(&self, _req: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
+        let Some(inode) = self.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
+        if let Node::Special(special) = inode.node() {
+            return match special.content(&*self.view.0) {
+                Some(content) => reply.attr(&FORGET, &special_attr(ino.0, &special, content.len() as u64)),
+                None => reply.error(Errno::ENOENT),
+            };
+        }
+        // An unlinked file that is still open has no path.
+        let open = fh.and_then(|fh| self.handles.get(fh.0)).and_then(|h| match &*h {
+            Handle::File(f) => f.file.metadata().ok(),
+            _ => None,
+        });
+        let open = open.or_else(|| inode.open.lock().file.as_ref().and_then(|f| f.metadata().ok()));
+        match open.map_or_else(|| self.backing(&inode.path()).symlink_metadata(), Ok) {
+            Ok(meta) => reply.attr(&KEEP, &self.attr(&inode, &meta)),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<fuse_session::fuse::BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let Some(inode) = self.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
+        let internal = is_internal(req);
+        let node = inode.node();
+        let companion = matches!(node, Node::File(Kind::Wal | Kind::Shm, _));
+        if matches!(node, Node::Special(_)) {
+            return reply.error(Errno::EPERM);
+        }
+        if !self.may_write(internal) && !companion {
+            return reply.error(Errno::EROFS);
+        }
+        let path = self.backing(&inode.path());
+        if let Some(size) = size {
+            let handle = fh.and_then(|fh| self.handles.get(fh.0));
+            let result = match handle.as_deref() {
+                Some(Handle::File(file)) => file.set_len(size).map(|_| ()),
+                Some(Handle::Staged(copy)) => {
+                    copy.set_len(size).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
+                }
+                Some(_) => Err(libc::EINVAL),
+                None => truncate_by_path(&node, &path, size),
+            };
+            if let Err(e) = result {
+                return reply.error(Errno::from_i32(e));
+            }
+        }
+        if let Err(e) = set_ownership(&path, mode, uid, gid).and_then(|()| set_times(&path, atime, mtime)) {
+            return reply.error(errno(e));
+        }
+        self.getattr(req, ino, fh, reply);
+    }
+
+    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+        let made = (|| {
+            let path = self.child(parent, name)?;
+            if !self.may_write(is_internal(req)) {
+                return Err(Errno::EROFS);
+            }
+            if self.special_at(&path).is_some() {
+                return Err(Errno::EEXIST);
+            }
+            let backing = self.backing(&path);
+            std::fs::DirBuilder::new().mode(mode).create(&backing).map_err(errno)?;
+            std::os::unix::fs::chown(&backing, Some(req.uid()), Some(req.gid())).map_err(errno)?;
+            self.find(&path)
+        })();
+        match made {
+            Ok((_, attr)) => reply.entry(&KEEP, &attr, Generation(0)),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn rmdir(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let removed = self.child(parent, name).and_then(|path| {
+            if !self.may_write(is_internal(req)) {
+                return Err(Errno::EROFS);
+            }
+            std::fs::remove_dir(self.backing(&path)).map_err(errno)
+        });
+        finish(removed, reply);
+    }
+
+    fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        match self.child(parent, name) {
+            Ok(path) if self.special_at(&path).is_some() => reply.error(Errno::EPERM),
+            Ok(path) => self.unlink_file(&path, is_internal(req), reply),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn rename(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let paths = self.child(parent, name).and_then(|from| Ok((from, self.child(newparent, newname)?)));
+        let (from, to) = match paths {
+            Ok(paths) => paths,
+            Err(e) => return reply.error(e),
+        };
+        if self.special_at(&from).is_some() || self.special_at(&to).is_some() {
+            return reply.error(Errno::EPERM);
+        }
+        if !self.may_write(is_internal(req)) {
+            return reply.error(Errno::EROFS);
+        }
+        if flags.contains(RenameFlags::RENAME_EXCHANGE) {
+            return reply.error(Errno::EINVAL);
+        }
+        self.rename_path(from, to, flags.contains(RenameFlags::RENAME_NOREPLACE), reply);
+    }
+
+    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let Some(inode) = self.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
+        if let Node::Special(special) = inode.node() {
+            if flags.acc_mode() != OpenAccMode::O_RDONLY {
+                return reply.error(Errno::EACCES);
+            }
+            let handle = self.handles.add(Handle::Special(special));
+            return reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH);
+        }
+        match self.open_file(&inode, flags.0, is_internal(req), false, &|f| reply.open_backing(f)) {
+            Ok((fh, fopen, Some(id))) => reply.opened_passthrough(FileHandle(fh), fopen, &id),
+            Ok((fh, fopen, None)) => reply.opened(FileHandle(fh), fopen),
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn create(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let internal = is_internal(req);
+        let made = (|| {
+            let path = self.child(parent, name)?;
+            if self.special_at(&path).is_some() {
+                return Err(Errno::EEXIST);
+            }
+            let kind = classify(&path).0;
+            if !self.may_write(internal) && !matches!(kind, Kind::Wal | Kind::Shm) {
+                return Err(if kind == Kind::Journal { Errno::EACCES } else { Errno::EROFS });
+            }
+            let backing = self.backing(&path);
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(flags & libc::O_EXCL != 0)
+                .create(true)
+                .truncate(false)
+                .mode(mode)
+                .custom_flags(libc::O_NOFOLLOW)
+                .open(&backing)
+                .map_err(errno)?;
+            // The umask of this process must not count, the application's already has.
+            file.set_permissions(std::fs::Permissions::from_mode(mode & 0o7777)).map_err(errno)?;
+            if !internal {
+                std::os::unix::fs::fchown(&file, Some(req.uid()), Some(req.gid())).map_err(errno)?;
+            }
+            let (inode, attr) = self.find(&path)?;
+            if let Node::File(Kind::Wal, Some(db)) = inode.node() {
+                db.state().wal.reset();
+            }
+            let opened = self.open_file(&inode, flags, internal, true, &|f| reply.open_backing(f))?;
+            Ok((attr, opened))
+        })();
+        match made {
+            Ok((attr, (fh, fopen, Some(id)))) => {
+                reply.created_passthrough(&KEEP, &attr, Generation(0), FileHandle(fh), fopen, &id);
+            }
+            Ok((attr, (fh, fopen, None))) => {
+                reply.created(&KEEP, &attr, Generation(0), FileHandle(fh), fopen)
+            }
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        match self.handles.get(fh.0).as_deref() {
+            Some(Handle::File(file)) => match file.read(offset, size) {
+                Ok(data) => reply.data(&data),
+                Err(e) => reply.error(errno(e)),
+            },
+            Some(Handle::Special(special)) => {
+                let content = special.content(&*self.view.0).unwrap_or_default();
+                let from = (offset as usize).min(content.len());
+                reply.data(&content[from..(from + size as usize).min(content.len())]);
+            }
+            _ => reply.error(Errno::EBADF),
+        }
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let written = match self.handles.get(fh.0).as_deref() {
+            Some(Handle::File(file)) => file.write(offset, data).map(|_| ()),
+            Some(Handle::Staged(copy)) => {
+                copy.write(offset, data).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
+            }
+            _ => Err(libc::EBADF),
+        };
+        match written {
+            Ok(()) => reply.written(data.len() as u32),
+            Err(e) => reply.error(Errno::from_i32(e)),
+        }
+    }
+
+    fn flush(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        match self.handles.get(fh.0).as_deref() {
+            Some(Handle::File(file)) => answer_empty(file.db.as_ref(), file.closed(), reply),
+            Some(Handle::Staged(copy)) => {
+                let copy = copy.clone();
+                let _ = self.worker.send(Box::new(move || match copy.install() {
+                    Ok(()) => reply.ok(),
+                    Err(e) => {
+                        tracing::error!(database = %copy.name(), error = %e, "a copy over the database was refused");
+                        reply.error(Errno::from_i32(e.errno()));
+                    }
+                }));
+            }
+            _ => reply.ok(),
+        }
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        match self.handles.remove(fh.0).as_deref() {
+            Some(Handle::File(file)) => self.close_file(&file.inode, Some(file)),
+            Some(Handle::Staged(_)) => {
+                if let Some(inode) = self.inodes.get(ino.0) {
+                    self.close_file(&inode, None);
+                }
+            }
+            _ => {}
+        }
+        reply.ok();
+    }
+
+    fn fsync(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        match self.handles.get(fh.0).as_deref() {
+            Some(Handle::File(file)) => answer_empty(file.db.as_ref(), file.sync(), reply),
+            _ => reply.ok(),
+        }
+    }
+
+    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let listed = (|| {
+            let inode = self.inodes.get(ino.0).ok_or(Errno::ENOENT)?;
+            let dir = inode.path();
+            let mut entries = vec![(ino.0, true, OsString::from(".")), (ROOT, true, OsString::from(".."))];
+            for entry in std::fs::read_dir(self.backing(&dir)).map_err(errno)? {
+                let entry = entry.map_err(errno)?;
+                let meta = entry.metadata().map_err(errno)?;
+                let name = entry.file_name();
+                if let Node::File(Kind::Main, Some(db)) = self.node_for(&dir.join(&name), meta.is_dir())
+                    && db.state().page_count > 0
+                {
+                    let mut position = name.clone();
+                    position.push(POSITION_SUFFIX);
+                    entries.push((SPECIAL_BIT | meta.ino(), false, position));
+                }
+                entries.push((meta.ino(), meta.is_dir(), name));
+            }
+            if inode.number == ROOT {
+                entries.push((SPECIAL_BIT, false, OsString::from(".lag")));
+                if self.view.0.primary_hostname().is_some() {
+                    entries.push((SPECIAL_BIT | 1, false, OsString::from(".primary")));
+                }
+            }
+            Ok(entries)
+        })();
+        match listed {
+            Ok(entries) => {
+                let handle = self.handles.add(Handle::Directory(entries));
+                reply.opened(FileHandle(handle), FopenFlags::empty());
+            }
+            Err(e) => reply.error(e),
+        }
+    }
+
+    fn readdir(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let handle = self.handles.get(fh.0);
+        let Some(Handle::Directory(entries)) = handle.as_deref() else { return reply.error(Errno::EBADF) };
+        for (i, (number, is_dir, name)) in entries.iter().enumerate().skip(offset as usize) {
+            let kind = if *is_dir { FileType::Directory } else { FileType::RegularFile };
+            if reply.add(INodeNo(*number), i as u64 + 1, kind, name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.handles.remove(fh.0);
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        let synced = self.inodes.get(ino.0).ok_or(Errno::ENOENT).and_then(|inode| {
+            File::open(self.backing(&inode.path())).and_then(|dir| dir.sync_all()).map_err(errno)
+        });
+        finish(synced, reply);
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        match nix::sys::statvfs::statvfs(&self.root) {
+            Ok(s) => reply.statfs(
+                s.blocks(),
+                s.blocks_free(),
+                s.blocks_available(),
+                s.files(),
+                s.files_free(),
+                s.block_size() as u32,
+                s.name_max() as u32,
+                s.fragment_size() as u32,
+            ),
+            Err(e) => reply.error(Errno::from_i32(e as i32)),
+        }
+    }
+
+    fn getxattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+}
+
+/// truncate(2) without an open file: never how SQLite cuts a database.
+fn truncate_by_path(node: &Node, path: &Path, size: u64) -> Result<(), i32> {
+    if let Node::File(kind, Some(db)) = node {
+        let mut st = db.state();
+        match kind {
+            Kind::Main if st.page_count > 0 => return Err(libc::EPERM),
+            Kind::Journal if size == 0 => {
+                files::journal_ends(db, &mut st).map_err(|e| files::errno_of(db, "commit", &e))?;
+            }
+            Kind::Wal if size == 0 => {
+                files::wal_ends(db, &mut st).map_err(|e| files::errno_of(db, "truncate the WAL", &e))?;
+            }
+            _ => {}
+        }
+    }
+    OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|file| file.set_len(size))
+        .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
+}
+
+fn set_ownership(path: &Path, mode: Option<u32>, uid: Option<u32>, gid: Option<u32>) -> io::Result<()> {
+    if let Some(mode) = mode {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode & 0o7777))?;
+    }
+    if uid.is_some() || gid.is_some() {
+        std::os::unix::fs::chown(path, uid, gid)?;
+    }
+    Ok(())
+}
+
+fn set_times(path: &Path, atime: Option<TimeOrNow>, mtime: Option<TimeOrNow>) -> io::Result<()> {
+    use nix::sys::stat::{UtimensatFlags, utimensat};
+    use nix::sys::time::TimeSpec;
+    if atime.is_none() && mtime.is_none() {
+        return Ok(());
+    }
+    let spec = |t: Option<TimeOrNow>| match t {
+        None => TimeSpec::UTIME_OMIT,
+        Some(TimeOrNow::Now) => TimeSpec::UTIME_NOW,
+        Some(TimeOrNow::SpecificTime(t)) => {
+            TimeSpec::from_duration(t.duration_since(UNIX_EPOCH).unwrap_or_default())
+        }
+    };
+    let (atime, mtime) = (spec(atime), spec(mtime));
+    utimensat(nix::fcntl::AT_FDCWD, path, &atime, &mtime, UtimensatFlags::NoFollowSymlink)
+        .map_err(io::Error::from)
+}

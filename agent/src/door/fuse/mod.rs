@@ -1,0 +1,149 @@
+//! The FUSE door: the cluster's directory as a file system, served by this process.
+//!
+//! How a file is open decides what the agent sees of it:
+//!
+//! | file                          | reads and writes                                   | why                          |
+//! |-------------------------------|----------------------------------------------------|------------------------------|
+//! | database in WAL mode, `-shm`  | passed through to the backing file by the kernel   | native speed; nothing to see |
+//! | database in a rollback mode   | cached by the kernel, every write comes here       | which pages changed          |
+//! | `-wal`, `-journal`            | cached by the kernel, every write comes here       | where a commit is seen       |
+//!
+//! POSIX locks stay in the kernel, on the inodes of the mount. Whoever in this process must lock or write like an
+//! SQLite connection opens the file through the mount and is told from an application by its thread.
+
+mod files;
+mod filesystem;
+mod inodes;
+mod names;
+mod special;
+mod staged;
+
+pub use special::RoleView;
+
+use crate::database::{Database, Shared};
+use fuse_session::{MountError, MountState, Session, mount_state, unmount};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// How the door is opened.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where applications find their databases.
+    pub mount: PathBuf,
+    /// Shown as the source in the mount table: the cluster's name.
+    pub source: String,
+    /// Use FUSE passthrough where the kernel has it.
+    pub passthrough: bool,
+    /// Threads that serve requests.
+    pub threads: usize,
+}
+
+/// Why the door could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DoorError {
+    /// From the FUSE session.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// Another file system is mounted there.
+    #[error("{dir} already has a {fs_type} file system mounted; unmount it or choose another [mount] dir")]
+    InUse {
+        /// The mount point.
+        dir: PathBuf,
+        /// What is there.
+        fs_type: String,
+    },
+    /// The directory has files of its own, which the mount would hide.
+    #[error(
+        "{dir} is not empty; move its files away before mounting over them (they can be copied in afterwards)"
+    )]
+    NotEmpty {
+        /// The mount point.
+        dir: PathBuf,
+    },
+    /// The directory cannot be made or read.
+    #[error("{dir}: {source}")]
+    Directory {
+        /// The mount point.
+        dir: PathBuf,
+        /// Reason.
+        source: std::io::Error,
+    },
+}
+
+/// The open door.
+#[derive(Debug)]
+pub struct Door {
+    session: Session,
+    invalidator: Arc<files::Invalidator>,
+    passthrough: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl Door {
+    /// Mounts the cluster's directory. A mount that a dead agent left behind is taken away first.
+    pub fn open(shared: Arc<Shared>, view: Arc<dyn RoleView>, options: &Options) -> Result<Door, DoorError> {
+        let dir = &options.mount;
+        match mount_state(dir)? {
+            MountState::Free => {}
+            MountState::Stale => {
+                tracing::warn!(mount = %dir.display(), "taking away the mount that a dead agent left behind");
+                unmount(dir)?;
+            }
+            MountState::Served => {
+                return Err(DoorError::InUse {
+                    dir: dir.clone(),
+                    fs_type: "litefs (served by another agent)".into(),
+                });
+            }
+            MountState::Other(fs_type) => return Err(DoorError::InUse { dir: dir.clone(), fs_type }),
+        }
+        let directory = |source| DoorError::Directory { dir: dir.clone(), source };
+        std::fs::create_dir_all(dir).map_err(directory)?;
+        if std::fs::read_dir(dir).map_err(directory)?.next().is_some() {
+            return Err(DoorError::NotEmpty { dir: dir.clone() });
+        }
+        let passthrough = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let fs = filesystem::LitefsFilesystem::new(shared, view, options.passthrough, passthrough.clone())
+            .map_err(directory)?;
+        let invalidator = fs.invalidator();
+        let session = Session::start(fs, dir, &options.source, options.threads)?;
+        invalidator.set_notifier(session.notifier());
+        Ok(Door { session, invalidator, passthrough })
+    }
+
+    /// Whether the kernel passes database files through.
+    pub fn passes_through(&self) -> bool {
+        self.passthrough.load(std::sync::atomic::Ordering::Acquire)
+    }
+
+    /// A database's file was put in place behind the kernel's back: forget what it knows of the name.
+    pub fn forget_name(&self, db: &Database) {
+        self.invalidator.forget_name(db.name().as_ref());
+    }
+
+    /// Something that opens the way for [`Door::forget_name`] to other threads.
+    pub fn invalidator(&self) -> Arc<dyn NameInvalidator> {
+        self.invalidator.clone()
+    }
+
+    /// Whether the mount is gone, taken away from outside.
+    pub fn is_gone(&self) -> bool {
+        self.session.ended()
+    }
+
+    /// Takes the mount away.
+    pub fn close(self) -> Result<(), MountError> {
+        self.session.stop()
+    }
+}
+
+/// Makes the kernel forget what it knows of a name.
+pub trait NameInvalidator: Send + Sync {
+    /// Forgets the entry of a database, and the attributes of its inode.
+    fn forget(&self, db: &Database);
+}
+
+impl NameInvalidator for files::Invalidator {
+    fn forget(&self, db: &Database) {
+        self.forget_name(db.name().as_ref());
+    }
+}
