@@ -5,7 +5,8 @@
 //! | module       | what it does                                                                      |
 //! |--------------|-----------------------------------------------------------------------------------|
 //! | [`door`]     | how applications reach their databases (FUSE), and where a commit is seen          |
-//! | [`database`] | one database: capture of a commit, page checksums, recovery                        |
+//! | [`capture`]  | from a commit to an LTX record, for WAL and rollback journals                      |
+//! | [`database`] | one database: its files, page checksums, recovery, imports, snapshots              |
 //! | [`log`]      | the commit log: one fsync for the commits of all databases, positions, retention   |
 //! | [`ship`]     | streams records and snapshots to followers, and follows an upstream                |
 //! | [`apply`]    | writes a record to a database file the way an SQLite writer would                  |
@@ -14,6 +15,7 @@
 //! | [`config`], [`cli`] | the configuration file and the command line                                 |
 
 pub mod apply;
+pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod database;

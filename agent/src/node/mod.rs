@@ -1,1 +1,406 @@
-//! All databases of one host.
+//! One host's agent: all its databases, its role and epoch, and the order in which everything starts and stops.
+//!
+//! ```text
+//!   start: lock data directory -> log -> recover databases -> role -> compare -> door -> sockets -> follow
+//!   stop:  no more writes -> door away -> followers drained -> sockets -> files marked durable -> log closed
+//! ```
+
+mod background;
+mod discovery;
+mod identity;
+mod sink;
+mod source;
+mod view;
+
+pub use identity::{Identity, IdentityError};
+
+use crate::config::{Config, LeaseRole, Passthrough};
+use crate::database::{Dirs, Shared};
+use crate::door::fuse::{Door, Options as DoorOptions};
+use crate::log::{CommitLog, Options as LogOptions};
+use crate::ship::engine::Epoch;
+use crate::ship::follow::{FollowOptions, Follower, FollowerHandle};
+use crate::ship::http::{HttpOptions, Listener, serve};
+use crate::ship::server::{Server, ServerOptions};
+use crate::status::events::{Event, EventBus, RoleData};
+use crate::status::{Metrics, api::RoleName};
+use anyhow::Context;
+use parking_lot::{Mutex, RwLock};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Followers get this long to take what they do not have yet when the agent stops.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// What a node follows.
+#[derive(Debug, Clone)]
+pub(crate) struct Upstream {
+    url: String,
+    hostname: Option<String>,
+    connected: bool,
+}
+
+/// The role of a node.
+#[derive(Debug, Clone)]
+pub(crate) struct Role {
+    name: RoleName,
+    since_unix_ms: i64,
+    upstream: Option<Upstream>,
+}
+
+/// Newest position of an upstream's database, and when it was told.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Heard {
+    position: ltx::Pos,
+    at: std::time::Instant,
+    /// Since when this node has not been there.
+    behind_since: Option<std::time::Instant>,
+}
+
+/// One host's agent.
+pub struct Node {
+    pub(crate) config: RwLock<Config>,
+    pub(crate) shared: Arc<Shared>,
+    identity: Identity,
+    role: RwLock<Role>,
+    heard: Mutex<HashMap<crate::DatabaseName, Heard>>,
+    last_heard_unix_ms: AtomicI64,
+    /// What followers have: keyed by follower and database.
+    followed: Mutex<HashMap<(u64, crate::DatabaseName), ltx::Txid>>,
+    server: Mutex<Option<Arc<Server>>>,
+    door: Mutex<Option<Door>>,
+    pub(crate) events: EventBus,
+    pub(crate) metrics: Metrics,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node").field("id", &self.identity.node_id).field("role", &*self.role.read()).finish()
+    }
+}
+
+/// Runs the agent until it is told to stop.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(64)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let result = runtime.block_on(serve_until_stopped(config));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+impl Node {
+    /// Opens the data directory and recovers what is in it. Nothing is served yet.
+    pub fn open(config: Config) -> anyhow::Result<Arc<Node>> {
+        let dirs = Dirs::new(config.data.dir.clone(), config.mount.dir.clone());
+        let identity = Identity::open(&dirs.data)?;
+        for dir in [&dirs.files, &dirs.checksums, &dirs.staging, &dirs.diverged, &dirs.log] {
+            std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        }
+        let options = LogOptions {
+            segment_bytes: config.log.segment_size,
+            retention_age: config.log.retention_age,
+            retention_bytes: config.log.retention_size,
+            ..LogOptions::default()
+        };
+        let log = CommitLog::open(&dirs.log, options).context("cannot open the commit log")?;
+        for damage in log.damaged() {
+            tracing::error!(%damage, "the commit log is damaged; databases that need this part are set aside");
+        }
+        let role = match config.lease.role {
+            LeaseRole::Primary => RoleName::Primary,
+            LeaseRole::Replica => RoleName::Replica,
+        };
+        // Every term has an epoch of its own, stored before anything is written in it.
+        let epoch = match role {
+            RoleName::Primary => Epoch(identity.epoch.0 + 1),
+            _ => identity.epoch,
+        };
+        identity.store_epoch(epoch)?;
+        let shared = Shared::new(Arc::new(log), dirs, identity.node_id, epoch);
+        let found =
+            discovery::discover(&shared, identity.power_failed).context("cannot read the data directory")?;
+        background::remove_leftovers(&shared)?;
+        shared.set_role(epoch, role == RoleName::Primary);
+        discovery::settle(&found, shared.is_writable());
+        tracing::info!(
+            databases = found.databases,
+            role = role.as_str(),
+            epoch = epoch.0,
+            "databases are ready"
+        );
+        let upstream =
+            config.lease.primary_url.clone().map(|url| Upstream { url, hostname: None, connected: false });
+        Ok(Arc::new(Node {
+            shared,
+            identity,
+            role: RwLock::new(Role { name: role, since_unix_ms: crate::capture::unix_ms(), upstream }),
+            heard: Mutex::default(),
+            last_heard_unix_ms: AtomicI64::new(0),
+            followed: Mutex::default(),
+            server: Mutex::default(),
+            door: Mutex::default(),
+            events: EventBus::default(),
+            metrics: Metrics::default(),
+            config: RwLock::new(config),
+        }))
+    }
+
+    /// Mounts the cluster's directory.
+    pub fn open_door(self: &Arc<Self>) -> anyhow::Result<()> {
+        let options = {
+            let config = self.config.read();
+            DoorOptions {
+                mount: config.mount.dir.clone(),
+                source: config.cluster.clone(),
+                passthrough: config.mount.passthrough == Passthrough::Auto,
+                threads: config.mount.threads,
+            }
+        };
+        let door = Door::open(self.shared.clone(), self.clone(), &options)?;
+        self.shared.set_invalidator(door.invalidator());
+        tracing::info!(mount = %options.mount.display(), passthrough = door.passes_through(), "mounted");
+        *self.door.lock() = Some(door);
+        Ok(())
+    }
+
+    /// Takes the mount away.
+    pub fn close_door(&self) {
+        if let Some(door) = self.door.lock().take()
+            && let Err(error) = door.close()
+        {
+            tracing::error!(%error, "the mount could not be taken away");
+        }
+    }
+
+    fn role_changed(&self) {
+        let status = self.role_status();
+        self.events.publish(Event::PrimaryChange { data: RoleData::from(&status) });
+    }
+
+    fn follow_options(&self) -> FollowOptions {
+        let config = self.config.read();
+        let mut options = FollowOptions::new(config.node.name.clone(), config.cluster.clone());
+        options.timeout = config.replication.timeout;
+        options.heartbeat = config.replication.heartbeat;
+        options.retry = (config.replication.reconnect_min, config.replication.reconnect_max);
+        options
+    }
+}
+
+async fn serve_until_stopped(config: Config) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let opening = config.clone();
+    let node = tokio::task::spawn_blocking(move || Node::open(opening)).await??;
+
+    let stop = CancellationToken::new();
+    let mut server_options = ServerOptions::new(config.node.name.clone(), config.cluster.clone());
+    server_options.heartbeat = config.replication.heartbeat;
+    server_options.timeout = config.replication.timeout;
+    node.publish_notices();
+    let server = Server::new(node.clone(), server_options, stop.clone());
+    *node.server.lock() = Some(server.clone());
+    // Before the door: a port that is taken must not leave a mount behind.
+    let tcp = Listener::bind_tcp(config.http.listen).await?;
+    if let Some(dir) = config.socket.path.parent() {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    }
+    let unix = Listener::bind_unix(&config.socket.path, 0o660).await?;
+    {
+        let node = node.clone();
+        tokio::task::spawn_blocking(move || node.open_door()).await??;
+    }
+    let handler = Arc::new(view::HttpHandler { node: node.clone() });
+    let http =
+        tokio::spawn(serve(vec![tcp, unix], server.clone(), handler, HttpOptions::default(), stop.clone()));
+    let background = background::spawn(node.clone(), stop.clone());
+    let mut follower = start_following(&node, &stop)?;
+    notify_ready(&node);
+    tracing::info!(listen = %config.http.listen, socket = %config.socket.path.display(), "ready");
+
+    let mut door_check = tokio::time::interval(Duration::from_millis(500));
+    let outcome = loop {
+        tokio::select! {
+            _ = terminate.recv() => break Ok(()),
+            _ = interrupt.recv() => break Ok(()),
+            _ = hangup.recv() => follower = reload(&node, follower, &stop).await,
+            _ = door_check.tick() => {
+                if node.door.lock().as_ref().is_some_and(Door::is_gone) {
+                    break Err(anyhow::anyhow!("the mount at {} was taken away from outside", config.mount.dir.display()));
+                }
+            }
+        }
+    };
+
+    tracing::info!("stopping");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    node.shared.set_role(node.shared.epoch(), false);
+    {
+        let node = node.clone();
+        tokio::task::spawn_blocking(move || node.close_door()).await?;
+    }
+    node.drain_followers(DRAIN).await;
+    if let Some(follower) = follower {
+        follower.stop().await;
+    }
+    stop.cancel();
+    server.stopped().await;
+    let _ = http.await;
+    let _ = background.await;
+    let stopping = node.clone();
+    tokio::task::spawn_blocking(move || stopping.close_files()).await?;
+    let _ = std::fs::remove_file(&config.socket.path);
+    outcome
+}
+
+fn start_following(node: &Arc<Node>, stop: &CancellationToken) -> anyhow::Result<Option<FollowerHandle>> {
+    let Some(url) = node.role.read().upstream.as_ref().map(|u| u.url.clone()) else { return Ok(None) };
+    let upstream = url.parse().with_context(|| format!("[lease] primary-url {url:?}"))?;
+    Ok(Some(Follower::spawn(upstream, node.clone(), node.follow_options(), stop.child_token())))
+}
+
+/// SIGHUP: reads the configuration again and takes over what can change while running: role and upstream, retention.
+async fn reload(
+    node: &Arc<Node>,
+    follower: Option<FollowerHandle>,
+    stop: &CancellationToken,
+) -> Option<FollowerHandle> {
+    let reloading =
+        [Some(sd_notify::NotifyState::Reloading), sd_notify::NotifyState::monotonic_usec_now().ok()];
+    let _ = sd_notify::notify(&reloading.into_iter().flatten().collect::<Vec<_>>());
+    let loaded = node.config.read().reload();
+    let follower = match loaded {
+        Err(error) => {
+            tracing::error!(%error, "the configuration was not taken over");
+            follower
+        }
+        Ok(new) => {
+            let old = node.config.read().clone();
+            let restart_only = old.data != new.data
+                || old.mount != new.mount
+                || old.http != new.http
+                || old.socket != new.socket
+                || old.cluster != new.cluster;
+            if restart_only {
+                tracing::warn!(
+                    "[data], [mount], [http], [socket] and cluster take effect with the next start"
+                );
+            }
+            let role_changes = old.lease != new.lease;
+            *node.config.write() = new.clone();
+            if role_changes {
+                if let Some(follower) = follower {
+                    follower.stop().await;
+                }
+                let changing = node.clone();
+                let changed = tokio::task::spawn_blocking(move || changing.change_role(&new)).await;
+                if let Err(error) = changed.map_err(anyhow::Error::from).and_then(|r| Ok(r?)) {
+                    tracing::error!(%error, "the role was not changed");
+                }
+                start_following(node, stop).unwrap_or_else(|error| {
+                    tracing::error!(%error, "this node follows nobody");
+                    None
+                })
+            } else {
+                follower
+            }
+        }
+    };
+    notify_ready(node);
+    follower
+}
+
+fn notify_ready(node: &Node) {
+    let status = format!(
+        "{} of epoch {}, {} databases",
+        node.role.read().name.as_str(),
+        node.shared.epoch().0,
+        node.shared.databases().len()
+    );
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(&status)]);
+}
+
+impl Node {
+    /// Takes over the role of a new configuration.
+    fn change_role(&self, config: &Config) -> Result<(), IdentityError> {
+        let epoch = self.shared.epoch();
+        let name = match config.lease.role {
+            LeaseRole::Primary => RoleName::Primary,
+            LeaseRole::Replica => RoleName::Replica,
+        };
+        let was = self.role.read().name;
+        if name == RoleName::Primary && was != RoleName::Primary {
+            let next = Epoch(epoch.0 + 1);
+            self.identity.store_epoch(next)?;
+            self.detach_all();
+            self.shared.set_role(next, true);
+        } else if name != RoleName::Primary {
+            self.shared.set_role(epoch, false);
+        }
+        *self.role.write() = Role {
+            name,
+            since_unix_ms: crate::capture::unix_ms(),
+            upstream: config.lease.primary_url.clone().map(|url| Upstream {
+                url,
+                hostname: None,
+                connected: false,
+            }),
+        };
+        tracing::info!(role = name.as_str(), epoch = self.shared.epoch().0, "role changed");
+        self.role_changed();
+        Ok(())
+    }
+
+    /// Lets go of what applying holds, so that applications are the only writers.
+    fn detach_all(&self) {
+        for db in self.shared.known() {
+            if let Err(error) = db.detach() {
+                tracing::warn!(database = %db.name(), %error, "applying could not let go of the database");
+            }
+        }
+    }
+
+    /// Waits until every follower has what is durable here, at most `limit`.
+    async fn drain_followers(&self, limit: Duration) {
+        let deadline = tokio::time::Instant::now() + limit;
+        while !self.followers_have_all() {
+            if tokio::time::Instant::now() > deadline {
+                tracing::warn!("stopping although a follower has not acknowledged everything");
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Marks all databases durable; the next start has nothing to recover.
+    fn close_files(&self) {
+        let mut clean = true;
+        for db in self.shared.known() {
+            let detached = db.detach();
+            if let Err(error) = detached {
+                tracing::warn!(database = %db.name(), %error, "cannot let go of the database");
+                clean = false;
+            }
+            if let Err(error) = db.mark_durable() {
+                tracing::warn!(database = %db.name(), %error, "cannot mark the database durable; the next start replays");
+                clean = false;
+            }
+        }
+        if clean && let Err(error) = self.identity.stopped_cleanly() {
+            tracing::warn!(%error, "cannot note the clean stop");
+        }
+    }
+
+    pub(crate) fn note_heard(&self) {
+        self.last_heard_unix_ms.store(crate::capture::unix_ms(), Ordering::Relaxed);
+    }
+}

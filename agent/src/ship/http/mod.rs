@@ -5,7 +5,7 @@ mod first_bytes;
 
 use crate::ship::body::Body;
 use crate::ship::frame::full_text;
-use crate::ship::server::Server;
+use crate::ship::server::{DATABASES_PREFIX, FOLLOW_PATH, Server};
 use first_bytes::FirstBytes;
 use futures_util::future::BoxFuture;
 use http::{Request, Response};
@@ -269,7 +269,8 @@ where
 }
 
 async fn route(site: &Site, request: Request<Incoming>, privileged: bool) -> Response<Body> {
-    if request.uri().path().starts_with("/v1/") {
+    let path = request.uri().path();
+    if path == FOLLOW_PATH || path.starts_with(DATABASES_PREFIX) {
         return site.ship.handle(request).await;
     }
     site.handler.handle(request, privileged).await

@@ -23,6 +23,8 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+/// Below this are the streams of single databases.
+pub const DATABASES_PREFIX: &str = "/v1/databases/";
 /// Path of the control stream.
 pub const FOLLOW_PATH: &str = "/v1/follow";
 /// Path of a database's log.

@@ -1,0 +1,205 @@
+//! What runs beside the doors and the streams: marks, retention, waiting applies, databases written without a journal,
+//! and letting go of what is idle.
+
+use super::Node;
+use crate::capture::unix_ms;
+use crate::database::{Database, Shared};
+use crate::log::Lsn;
+use anyhow::Context;
+use sqlite_file::locks::{self, LockGuard, LockKind};
+use std::fs::File;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// Between marks: how much log a recovery replays at most, in time.
+const MARK_EVERY: Duration = Duration::from_secs(5);
+/// Between looks at retention and at idle databases.
+const TIDY_EVERY: Duration = Duration::from_secs(10);
+/// Between tries of what readers hold up.
+const RETRY_EVERY: Duration = Duration::from_millis(20);
+/// Between looks for databases that were written without a journal.
+const SWEEP_EVERY: Duration = Duration::from_millis(200);
+/// Frames of applied transactions in the WAL before they are moved to the file: SQLite's own default is the same.
+const CHECKPOINT_FRAMES: usize = 1000;
+
+/// Removes what a crash left in the staging directory; staged snapshots belong to recovery.
+pub fn remove_leftovers(shared: &Shared) -> anyhow::Result<()> {
+    for entry in std::fs::read_dir(&shared.dirs.staging)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let temporary = ["transaction-", "copy-", "rename-", "import-", "export-"];
+        if name.to_str().is_some_and(|n| temporary.iter().any(|t| n.starts_with(t))) {
+            std::fs::remove_file(entry.path())
+                .with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Starts the background work; it ends after `stop`.
+pub fn spawn(node: Arc<Node>, stop: CancellationToken) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let every = |period, work: fn(&Node)| {
+            let (node, stop) = (node.clone(), stop.clone());
+            tokio::spawn(async move {
+                let mut ticks = tokio::time::interval(period);
+                ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+                loop {
+                    tokio::select! {
+                        () = stop.cancelled() => return,
+                        _ = ticks.tick() => {}
+                    }
+                    let node = node.clone();
+                    if tokio::task::spawn_blocking(move || work(&node)).await.is_err() {
+                        tracing::error!("background work panicked");
+                    }
+                }
+            })
+        };
+        let tasks = [
+            every(MARK_EVERY, mark),
+            every(TIDY_EVERY, tidy),
+            every(RETRY_EVERY, retry),
+            every(SWEEP_EVERY, sweep),
+        ];
+        for task in tasks {
+            let _ = task.await;
+        }
+    })
+}
+
+fn mark(node: &Node) {
+    for name in node.shared.take_unmarked() {
+        let Some(db) = node.shared.database(&name) else { continue };
+        if let Err(error) = db.settle_applied() {
+            tracing::debug!(database = %name, %error, "checkpoint waits");
+        }
+        if let Err(error) = db.mark_durable() {
+            tracing::warn!(database = %name, %error, "cannot make the database durable; trying again");
+            node.shared.mark_later(&name);
+        }
+    }
+}
+
+fn tidy(node: &Node) {
+    for db in node.shared.known() {
+        let (idle, handles) = {
+            let st = db.state();
+            (unix_ms() - st.last_change_ms > TIDY_EVERY.as_millis() as i64, st.handles)
+        };
+        if !idle {
+            continue;
+        }
+        if handles == 0
+            && let Err(error) = db.detach()
+        {
+            tracing::debug!(database = %db.name(), %error, "cannot let go of an idle database yet");
+        }
+        db.state().close_idle();
+    }
+    let retained = node.shared.log.enforce_retention(unix_ms(), node.log_needed(), node.followers_need());
+    match retained {
+        Ok(retained) if retained.followers_cut => {
+            tracing::warn!(
+                oldest = %retained.oldest,
+                "the log is larger than [log] retention-size: records that a connected follower has not taken yet \
+                 were removed, it gets a snapshot"
+            );
+        }
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "retention could not remove old segments"),
+    }
+}
+
+fn retry(node: &Node) {
+    let bound = node.config.read().replication.apply_wait;
+    for name in node.shared.take_pending() {
+        if let Some(db) = node.shared.database(&name) {
+            db.retry_pending(bound);
+        }
+    }
+    for name in node.shared.applying() {
+        if let Some(db) = node.shared.database(&name)
+            && db.apply.try_lock().is_some_and(|side| side.applier.wal_frames() > CHECKPOINT_FRAMES)
+            && let Err(error) = db.settle_applied()
+        {
+            tracing::debug!(database = %name, %error, "checkpoint waits");
+        }
+    }
+}
+
+/// journal_mode=OFF and MEMORY give no event at their commit. What was written is captured as soon as nobody is in a
+/// write transaction.
+fn sweep(node: &Node) {
+    if !node.shared.is_writable() {
+        return;
+    }
+    for db in node.shared.known() {
+        let look = {
+            let mut st = db.state();
+            let unseen = st.passthrough_handles > 0
+                && !db.load_journal_mode(&mut st)
+                && st.stamp_changed(&db).unwrap_or(false);
+            !st.wal_mode && !st.rollback.journal_active && (st.rollback.is_dirty() || unseen)
+        };
+        if look && let Err(error) = sweep_one(&db) {
+            tracing::warn!(database = %db.name(), %error, "cannot capture what was written without a journal");
+        }
+    }
+}
+
+fn sweep_one(db: &Arc<Database>) -> anyhow::Result<()> {
+    let path = db.shared().dirs.mount.join(db.name());
+    let file = Arc::new(File::open(&path)?);
+    // As an SQLite reader: not while a writer has or wants the file.
+    let Some(pending) = LockGuard::try_acquire(&file, LockKind::Read, locks::PENDING)? else { return Ok(()) };
+    let Some(_shared) = LockGuard::try_acquire(&file, LockKind::Read, locks::SHARED)? else { return Ok(()) };
+    drop(pending);
+    let mut st = db.state();
+    if st.wal_mode || st.rollback.journal_active {
+        return Ok(());
+    }
+    if !st.rollback.is_dirty() {
+        st.rollback.mark_unknown();
+    }
+    match db.capture_rollback(&mut st) {
+        Err(crate::capture::CaptureError::NotADatabase(_)) if st.position.txid.0 == 0 => {
+            // A plain file that is being written: looked at again when it changes.
+            st.rollback = Default::default();
+            Ok(())
+        }
+        other => Ok(other.map(|_| ())?),
+    }
+}
+
+impl Node {
+    /// First record that some database's files still need.
+    fn log_needed(&self) -> Lsn {
+        let log = &self.shared.log;
+        let unmarked = self.shared.known().into_iter().filter_map(|db| {
+            let marked = {
+                let st = db.state();
+                if st.marked == st.position {
+                    return None;
+                }
+                st.marked
+            };
+            let first = log.find(db.name(), ltx::Txid(marked.txid.0 + 1)).ok().flatten();
+            Some(first.map_or(Lsn(0), |r| r.lsn))
+        });
+        unmarked.min().unwrap_or_else(|| log.durable())
+    }
+
+    /// First record that a connected follower has not acknowledged.
+    fn followers_need(&self) -> Lsn {
+        let log = &self.shared.log;
+        let followed = self.followed.lock().clone();
+        let needs = followed.iter().filter_map(|((_, name), txid)| {
+            let next = log.find(name, ltx::Txid(txid.0 + 1)).ok().flatten()?;
+            Some(next.lsn)
+        });
+        needs.min().unwrap_or_else(|| log.durable())
+    }
+}

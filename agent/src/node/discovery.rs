@@ -1,0 +1,123 @@
+//! Finding the databases of a node at start, and recovering those that need it.
+
+use crate::DatabaseName;
+use crate::capture::CaptureError;
+use crate::database::checksums::Checksums;
+use crate::database::{Database, Shared};
+use std::collections::BTreeSet;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Discovered {
+    /// Databases with a position.
+    pub databases: usize,
+    /// All pages of these must be compared once the role is known.
+    pub compare: Vec<Arc<Database>>,
+    /// SQLite files that have no position yet.
+    pub untracked: Vec<Arc<Database>>,
+}
+
+/// Recovers every database that the log, a sidecar or a backing file names. One that cannot be recovered is set aside.
+pub fn discover(shared: &Arc<Shared>, power_failed: bool) -> io::Result<Discovered> {
+    let mut names: BTreeSet<DatabaseName> = shared.log.databases().into_iter().collect();
+    for entry in std::fs::read_dir(&shared.dirs.checksums)? {
+        let path = entry?.path();
+        match Checksums::read_mark(&path) {
+            Ok((name, _)) => {
+                names.insert(name);
+            }
+            Err(error) => tracing::warn!(path = %path.display(), %error, "a sidecar cannot be read"),
+        }
+    }
+    let mut found = Discovered::default();
+    for name in &names {
+        let db = shared.database_or_new(name);
+        match db.recover(power_failed) {
+            Ok(recovered) if recovered.compare => found.compare.push(db),
+            Ok(_) => {}
+            Err(error) => {
+                let mut st = db.state();
+                st.quarantine(&db, error.to_string());
+            }
+        }
+        found.databases += 1;
+    }
+    let mut files = Vec::new();
+    main_files(&shared.dirs.files, Path::new(""), &mut files)?;
+    for name in files {
+        if !names.contains(&name) && has_sqlite_header(&shared.dirs.files.join(&name)) {
+            let db = shared.database_or_new(&name);
+            match db.recover(power_failed) {
+                Ok(_) => found.untracked.push(db),
+                Err(error) => tracing::warn!(database = %name, %error, "a file cannot be taken in"),
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// What could only be done once the role is known: on the primary, what the log does not know becomes transactions.
+pub fn settle(found: &Discovered, writable: bool) {
+    for db in &found.compare {
+        report(db, db.compare_after_crash());
+    }
+    if !writable {
+        return;
+    }
+    for db in &found.untracked {
+        let mut st = db.state();
+        st.rollback.mark_unknown();
+        report(db, db.capture_rollback(&mut st).map(|_| ()));
+    }
+}
+
+fn report(db: &Database, result: Result<(), CaptureError>) {
+    if let Err(error) = result {
+        let mut st = db.state();
+        st.quarantine(db, error.to_string());
+    }
+}
+
+fn main_files(root: &Path, below: &Path, found: &mut Vec<DatabaseName>) -> io::Result<()> {
+    for entry in std::fs::read_dir(root.join(below))? {
+        let entry = entry?;
+        let path = below.join(entry.file_name());
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            main_files(root, &path, found)?;
+        } else if kind.is_file()
+            && let Ok(name) = DatabaseName::new(&path)
+        {
+            found.push(name);
+        }
+    }
+    Ok(())
+}
+
+fn has_sqlite_header(path: &Path) -> bool {
+    let mut magic = [0; 16];
+    std::fs::File::open(path).and_then(|f| f.read_exact_at(&mut magic, 0)).is_ok()
+        && &magic == sqlite_file::header::HEADER_MAGIC
+}
+
+/// Files below the cluster's directory that are no databases and stay on this host.
+pub fn files_not_replicated(shared: &Shared, limit: usize) -> Vec<String> {
+    let mut files = Vec::new();
+    if main_files(&shared.dirs.files, Path::new(""), &mut files).is_err() {
+        return Vec::new();
+    }
+    files
+        .into_iter()
+        .filter(|name| {
+            let text = name.as_str();
+            let companion = ["-wal", "-shm", "-journal"].iter().any(|s| text.ends_with(s));
+            !companion && shared.database(name).is_none_or(|db| !db.is_tracked())
+        })
+        .map(|name| name.to_string())
+        .take(limit)
+        .collect()
+}

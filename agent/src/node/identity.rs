@@ -1,0 +1,168 @@
+//! What a data directory says of its node: who it is, the newest epoch it knows, and whether its last agent stopped
+//! cleanly. Also the lock that keeps a second agent away.
+
+use crate::ship::engine::Epoch;
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+/// Why a data directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// Another agent has it.
+    #[error("{0} is in use by another agent; stop it, or give this one a [data] dir of its own")]
+    InUse(PathBuf),
+    /// The file system refused.
+    #[error("cannot use the data directory: {path}: {source}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Reason.
+        source: io::Error,
+    },
+    /// A file of the directory says something else than it should.
+    #[error(
+        "{path} says {found:?}, which is no {expected}; restore the file, or remove it and let the node start anew"
+    )]
+    Damaged {
+        /// Which file.
+        path: PathBuf,
+        /// Its content.
+        found: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+}
+
+/// A locked data directory.
+#[derive(Debug)]
+pub struct Identity {
+    dir: PathBuf,
+    /// Held as long as the agent runs.
+    _lock: Flock<File>,
+    /// This node; made up once, at the first start.
+    pub node_id: u64,
+    /// Newest epoch this node has seen.
+    pub epoch: Epoch,
+    /// The host went down without a clean stop of the agent.
+    pub power_failed: bool,
+}
+
+impl Identity {
+    /// Locks the directory and reads what it says.
+    pub fn open(dir: &Path) -> Result<Identity, IdentityError> {
+        let io_at = |path: &Path| {
+            let path = path.to_owned();
+            move |source| IdentityError::Io { path, source }
+        };
+        std::fs::create_dir_all(dir).map_err(io_at(dir))?;
+        let path = dir.join("lock");
+        let file =
+            OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(io_at(&path))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
+            nix::errno::Errno::EWOULDBLOCK => IdentityError::InUse(dir.to_owned()),
+            e => IdentityError::Io { path: path.clone(), source: e.into() },
+        })?;
+        let parse = |name: &str, expected, radix| -> Result<Option<u64>, IdentityError> {
+            let path = dir.join(name);
+            let Some(text) = read_if_there(&path).map_err(io_at(&path))? else { return Ok(None) };
+            let text = text.trim().to_owned();
+            let number = u64::from_str_radix(&text, radix);
+            number.map(Some).map_err(|_| IdentityError::Damaged { path, found: text, expected })
+        };
+        let node_id = match parse("node-id", "node id of 16 hex digits", 16)? {
+            Some(id) => id,
+            None => {
+                let id = random_u64().map_err(io_at(Path::new("/dev/urandom")))?;
+                replace_file(&dir.join("node-id"), &format!("{id:016x}\n"))?;
+                id
+            }
+        };
+        let epoch = Epoch(parse("epoch", "epoch", 10)?.unwrap_or(0));
+        let running = dir.join("running");
+        let boot = boot_id().map_err(io_at(Path::new("/proc/sys/kernel/random/boot_id")))?;
+        let before = read_if_there(&running).map_err(io_at(&running))?;
+        replace_file(&running, &boot)?;
+        let power_failed = before.is_some_and(|b| b != boot);
+        Ok(Identity { dir: dir.to_owned(), _lock: lock, node_id, epoch, power_failed })
+    }
+
+    /// Remembers an epoch, durably, before anything is done in it.
+    pub fn store_epoch(&self, epoch: Epoch) -> Result<(), IdentityError> {
+        replace_file(&self.dir.join("epoch"), &format!("{}\n", epoch.0))
+    }
+
+    /// The agent stops, with everything marked durable.
+    pub fn stopped_cleanly(&self) -> Result<(), IdentityError> {
+        let path = self.dir.join("running");
+        std::fs::remove_file(&path).map_err(|source| IdentityError::Io { path, source })
+    }
+}
+
+fn read_if_there(path: &Path) -> io::Result<Option<String>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn boot_id() -> io::Result<String> {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+}
+
+fn random_u64() -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
+/// Replaces a small file so that after a crash it has the old content or the new one.
+fn replace_file(path: &Path, content: &str) -> Result<(), IdentityError> {
+    let failed = |source| IdentityError::Io { path: path.to_owned(), source };
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(failed)?;
+    file.write_all(content.as_bytes()).map_err(failed)?;
+    file.as_file().sync_all().map_err(failed)?;
+    file.persist(path).map_err(|e| failed(e.error))?;
+    File::open(dir).and_then(|d| d.sync_all()).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_agent_is_refused_and_the_first_is_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Identity::open(dir.path()).unwrap();
+        assert!(matches!(Identity::open(dir.path()), Err(IdentityError::InUse(_))));
+        assert_eq!(first.epoch, Epoch(0));
+        first.store_epoch(Epoch(7)).unwrap();
+        let id = first.node_id;
+        drop(first);
+        let again = Identity::open(dir.path()).unwrap();
+        assert_eq!((again.node_id, again.epoch, again.power_failed), (id, Epoch(7), false));
+    }
+
+    #[test]
+    fn another_boot_without_a_clean_stop_is_a_power_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Identity::open(dir.path()).unwrap());
+        std::fs::write(dir.path().join("running"), "another boot\n").unwrap();
+        let after = Identity::open(dir.path()).unwrap();
+        assert!(after.power_failed);
+        after.stopped_cleanly().unwrap();
+        drop(after);
+        assert!(!Identity::open(dir.path()).unwrap().power_failed);
+    }
+
+    #[test]
+    fn a_damaged_epoch_is_not_taken_for_zero() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Identity::open(dir.path()).unwrap());
+        std::fs::write(dir.path().join("epoch"), "seven").unwrap();
+        assert!(matches!(Identity::open(dir.path()), Err(IdentityError::Damaged { .. })));
+    }
+}

@@ -1,0 +1,116 @@
+//! The node as it follows another one.
+
+use super::{Heard, Node};
+use crate::DatabaseName;
+use crate::ship::engine::{EngineError, Epoch, ShippedRecord, Sink, StagedSnapshot};
+use ltx::{Checksum, Pos, Txid};
+use std::path::PathBuf;
+use std::time::Instant;
+
+impl Sink for Node {
+    fn node_id(&self) -> u64 {
+        self.shared.node_id
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.shared.epoch()
+    }
+
+    fn observe_epoch(&self, epoch: Epoch) -> Result<(), EngineError> {
+        let seen = self.shared.epoch();
+        if epoch < seen {
+            return Err(EngineError::OldEpoch { got: epoch.0, seen: seen.0 });
+        }
+        if epoch > seen {
+            self.identity.store_epoch(epoch).map_err(|e| EngineError::Other(e.to_string()))?;
+            self.shared.set_role(epoch, self.shared.is_writable());
+        }
+        self.note_heard();
+        Ok(())
+    }
+
+    fn databases(&self) -> Vec<(DatabaseName, Pos)> {
+        let names = self.shared.databases();
+        names.iter().map(|db| (db.name().clone(), Sink::position(self, db.name()))).collect()
+    }
+
+    fn position(&self, name: &DatabaseName) -> Pos {
+        let Some(db) = self.shared.database(name) else { return Pos::default() };
+        let st = db.state();
+        if st.quarantine_reason().is_some() {
+            // No history has this checksum, so the upstream answers that it diverged, and a snapshot heals it.
+            return Pos { txid: Txid(st.position.txid.0.max(1)), checksum: Checksum(0) };
+        }
+        st.position
+    }
+
+    fn receive(&self, name: &DatabaseName, records: Vec<ShippedRecord>) -> Result<Pos, EngineError> {
+        let db = self.shared.database_or_new(name);
+        let bound = self.config.read().replication.apply_wait;
+        self.note_heard();
+        let result = db.receive(records, bound);
+        self.caught_up(name, Sink::position(self, name));
+        result
+    }
+
+    fn staging_dir(&self) -> PathBuf {
+        self.shared.dirs.staging.clone()
+    }
+
+    fn install(
+        &self,
+        name: &DatabaseName,
+        snapshot: StagedSnapshot,
+        common: Option<Txid>,
+    ) -> Result<(), EngineError> {
+        let bound = self.config.read().replication.apply_wait;
+        self.shared.database_or_new(name).install(&snapshot, common, bound)
+    }
+
+    fn checksum_at(&self, name: &DatabaseName, txid: Txid) -> Result<Option<Checksum>, EngineError> {
+        crate::ship::engine::Source::checksum_at(self, name, txid)
+    }
+
+    fn kept(&self, name: &DatabaseName) -> Option<(Txid, Txid)> {
+        self.shared.log.kept(name).ok().flatten()
+    }
+
+    fn upstream_changed(&self, upstream: Option<String>) {
+        {
+            let mut role = self.role.write();
+            let Some(known) = &mut role.upstream else { return };
+            known.connected = upstream.is_some();
+            if upstream.is_some() {
+                known.hostname = upstream;
+            }
+        }
+        self.note_heard();
+        self.role_changed();
+    }
+
+    fn upstream_position(&self, name: &DatabaseName, position: Pos, upstream_unix_ms: i64) {
+        let _ = upstream_unix_ms;
+        self.note_heard();
+        let own = Sink::position(self, name);
+        let now = Instant::now();
+        let mut heard = self.heard.lock();
+        let entry = heard.entry(name.clone()).or_insert(Heard { position, at: now, behind_since: None });
+        entry.position = position;
+        entry.at = now;
+        if own.txid >= position.txid {
+            entry.behind_since = None;
+        } else if entry.behind_since.is_none() {
+            entry.behind_since = Some(now);
+        }
+    }
+}
+
+impl Node {
+    fn caught_up(&self, name: &DatabaseName, own: Pos) {
+        if let Some(entry) = self.heard.lock().get_mut(name)
+            && own.txid >= entry.position.txid
+        {
+            entry.behind_since = None;
+        }
+    }
+}

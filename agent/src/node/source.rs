@@ -1,0 +1,115 @@
+//! The node as others follow it.
+
+use super::Node;
+use crate::DatabaseName;
+use crate::log::{Payload, RecordKind};
+use crate::ship::engine::{EngineError, Epoch, PageRange, RecordPayload, Resume, ShippedRecord, Source};
+use ltx::{Checksum, Pos, Txid};
+use std::ops::RangeInclusive;
+use tokio::sync::broadcast;
+
+fn other(e: impl std::fmt::Display) -> EngineError {
+    EngineError::Other(e.to_string())
+}
+
+impl Source for Node {
+    fn node_id(&self) -> u64 {
+        self.shared.node_id
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.shared.epoch()
+    }
+
+    fn databases(&self) -> Vec<(DatabaseName, Pos)> {
+        self.shared.databases().iter().map(|db| (db.name().clone(), db.durable_position())).collect()
+    }
+
+    fn position(&self, name: &DatabaseName) -> Option<Pos> {
+        self.shared.database(name).map(|db| db.durable_position()).filter(|pos| pos.txid.0 > 0)
+    }
+
+    fn changes(&self) -> broadcast::Receiver<DatabaseName> {
+        self.shared.changes()
+    }
+
+    fn resume(&self, name: &DatabaseName, position: Pos) -> Result<Resume, EngineError> {
+        let durable =
+            Source::position(self, name).ok_or_else(|| EngineError::NoSuchDatabase(name.clone()))?;
+        let log = &self.shared.log;
+        if position == durable {
+            return Ok(Resume::Continue);
+        }
+        if position.txid.0 == 0 {
+            let kept = log.kept(name).map_err(other)?;
+            return Ok(if kept.is_some_and(|(oldest, _)| oldest.0 == 1) {
+                Resume::Continue
+            } else {
+                Resume::Gap
+            });
+        }
+        if position.txid >= durable.txid {
+            return Ok(Resume::Diverged);
+        }
+        // The record after the position says what it begins with, also when the position's own is gone.
+        match log.find(name, Txid(position.txid.0 + 1)).map_err(other)? {
+            Some(next) if next.kind == RecordKind::Transaction && next.min_txid.0 == position.txid.0 + 1 => {
+                Ok(if next.pre_apply == position.checksum { Resume::Continue } else { Resume::Diverged })
+            }
+            _ => Ok(Resume::Gap),
+        }
+    }
+
+    fn checksum_at(&self, name: &DatabaseName, txid: Txid) -> Result<Option<Checksum>, EngineError> {
+        let record = self.shared.log.find(name, txid).map_err(other)?;
+        Ok(record.filter(|r| r.max_txid == txid).map(|r| r.post_apply))
+    }
+
+    fn record(&self, name: &DatabaseName, min_txid: Txid) -> Result<Option<ShippedRecord>, EngineError> {
+        let durable = Source::position(self, name).unwrap_or_default();
+        let found = self.shared.log.find(name, min_txid).map_err(other)?;
+        let Some(info) = found.filter(|r| {
+            r.kind == RecordKind::Transaction && r.min_txid == min_txid && r.max_txid <= durable.txid
+        }) else {
+            return Ok(None);
+        };
+        let payload = match self.shared.log.read(&info).map_err(other)? {
+            Payload::Bytes(bytes) => RecordPayload::Bytes(bytes),
+            Payload::File { path, size } => RecordPayload::File { path, size },
+        };
+        Ok(Some(ShippedRecord {
+            epoch: info.epoch,
+            min_txid: info.min_txid,
+            max_txid: info.max_txid,
+            post_apply: info.post_apply,
+            payload,
+        }))
+    }
+
+    fn pages(&self, name: &DatabaseName, range: RangeInclusive<u32>) -> Result<PageRange, EngineError> {
+        let db = self.shared.database(name).ok_or_else(|| EngineError::NoSuchDatabase(name.clone()))?;
+        db.committed_pages(range)
+    }
+
+    fn follower_position(&self, follower: u64, name: &DatabaseName, needs_after: Option<Txid>) {
+        let mut followed = self.followed.lock();
+        match needs_after {
+            Some(txid) => {
+                followed.insert((follower, name.clone()), txid);
+            }
+            None => {
+                followed.remove(&(follower, name.clone()));
+            }
+        }
+    }
+}
+
+impl Node {
+    /// Whether every connected follower has acknowledged what is durable here.
+    pub(super) fn followers_have_all(&self) -> bool {
+        let followed = self.followed.lock().clone();
+        followed
+            .iter()
+            .all(|((_, name), txid)| Source::position(self, name).is_none_or(|durable| *txid >= durable.txid))
+    }
+}

@@ -1,0 +1,257 @@
+//! The node as operators, scripts and applications see it.
+
+use super::Node;
+use crate::DatabaseName;
+use crate::database::import::ImportError;
+use crate::database::{Database, Notice};
+use crate::door::fuse::{Door, RoleView};
+use crate::ship::engine::EngineError;
+use crate::ship::http::Handler;
+use crate::status::api::*;
+use crate::status::events::{Event, QuarantineData, TxData};
+use crate::status::{Export, Metrics, NodeView, ViewError, handler};
+use futures_util::future::BoxFuture;
+use hyper::body::Incoming;
+use ltx::Pos;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, UNIX_EPOCH};
+use tokio::sync::broadcast;
+
+/// Files that are not replicated, in a status at most.
+const PLAIN_FILES_SHOWN: usize = 100;
+
+/// Answers what is not shipping.
+pub struct HttpHandler {
+    /// The node.
+    pub node: Arc<Node>,
+}
+
+impl Handler for HttpHandler {
+    fn handle(
+        &self,
+        request: http::Request<Incoming>,
+        privileged: bool,
+    ) -> BoxFuture<'_, http::Response<crate::ship::body::Body>> {
+        let node: Arc<dyn NodeView> = self.node.clone();
+        Box::pin(handler::handle(request, privileged, node))
+    }
+}
+
+impl RoleView for Node {
+    fn primary_hostname(&self) -> Option<String> {
+        let role = self.role.read();
+        role.upstream.as_ref().filter(|u| u.connected).and_then(|u| u.hostname.clone())
+    }
+
+    fn lag_ms(&self) -> Option<i64> {
+        match self.role.read().name {
+            RoleName::Primary => Some(0),
+            _ if self.last_heard_unix_ms.load(Ordering::Relaxed) == 0 => None,
+            _ => Some(self.lag().as_millis() as i64),
+        }
+    }
+}
+
+impl Node {
+    /// How long some database has been behind, or how long the upstream has been silent.
+    fn lag(&self) -> Duration {
+        let heard = self.heard.lock();
+        let behind = heard.values().filter_map(|h| h.behind_since).map(|since| since.elapsed()).max();
+        let connected = self.role.read().upstream.as_ref().is_some_and(|u| u.connected);
+        let silence = if connected {
+            Duration::ZERO
+        } else {
+            let last = self.last_heard_unix_ms.load(Ordering::Relaxed);
+            Duration::from_millis((crate::capture::unix_ms() - last).max(0) as u64)
+        };
+        behind.unwrap_or_default().max(silence)
+    }
+
+    /// The role for status and events.
+    pub(super) fn role_status(&self) -> RoleStatus {
+        let role = self.role.read();
+        let heard = self.last_heard_unix_ms.load(Ordering::Relaxed);
+        RoleStatus {
+            name: role.name,
+            epoch: self.shared.epoch().0,
+            since_unix_ms: role.since_unix_ms,
+            upstream: role.upstream.as_ref().map(|u| UpstreamStatus {
+                url: u.url.clone(),
+                hostname: u.hostname.clone(),
+                connected: u.connected,
+                last_heartbeat_unix_ms: (heard > 0).then_some(heard),
+            }),
+        }
+    }
+
+    fn database_status(&self, db: &Database) -> DatabaseStatus {
+        let is_primary = self.role.read().name == RoleName::Primary;
+        let heard = self.heard.lock().get(db.name()).copied();
+        let st = db.state();
+        let lag = match heard {
+            Some(heard) if !is_primary => {
+                let transactions = heard.position.txid.0.saturating_sub(st.applied.position.txid.0);
+                Some(Lag {
+                    transactions,
+                    bytes: (transactions == 0).then_some(0),
+                    ms: heard.behind_since.map_or(0, |since| since.elapsed().as_millis() as u64),
+                })
+            }
+            _ => None,
+        };
+        DatabaseStatus {
+            name: db.name().to_string(),
+            txid: st.applied.position.txid,
+            checksum: st.applied.position.checksum,
+            page_size: st.page_size,
+            pages: st.page_count,
+            size_bytes: u64::from(st.page_size) * u64::from(st.page_count),
+            journal_mode: if st.wal_mode { "wal" } else { "rollback" }.into(),
+            state: if st.quarantine_reason().is_some() {
+                DatabaseState::Quarantined
+            } else {
+                DatabaseState::Ok
+            },
+            reason: st.quarantine_reason().map(str::to_owned),
+            lag,
+            wal_frames: st.wal.committed_frames(),
+            open_handles: u64::from(st.handles),
+            last_change_unix_ms: (st.last_change_ms > 0).then_some(st.last_change_ms),
+        }
+    }
+
+    /// Publishes what happens to databases.
+    pub(super) fn publish_notices(self: &Arc<Self>) {
+        let node = Arc::downgrade(self);
+        self.shared.on_notice(move |notice| {
+            let Some(node) = node.upgrade() else { return };
+            if !node.events.has_readers() {
+                return;
+            }
+            node.events.publish(match notice {
+                Notice::Transaction(db) => {
+                    let st = db.state();
+                    let data = TxData {
+                        txid: st.applied.position.txid,
+                        post_apply_checksum: st.applied.position.checksum,
+                        page_size: st.applied.page_size,
+                        commit: st.applied.page_count,
+                        timestamp: st.last_change_ms,
+                    };
+                    Event::Tx { db: db.name().clone(), data }
+                }
+                Notice::Quarantined(db, reason) => Event::Quarantine { db, data: QuarantineData { reason } },
+            });
+        });
+    }
+}
+
+impl NodeView for Node {
+    fn status(&self) -> Status {
+        let config = self.config.read();
+        let mut databases: Vec<DatabaseStatus> = self
+            .shared
+            .known()
+            .iter()
+            .filter(|db| {
+                let st = db.state();
+                st.page_count > 0 || st.quarantine_reason().is_some()
+            })
+            .map(|db| self.database_status(db))
+            .collect();
+        databases.sort_by(|a, b| a.name.cmp(&b.name));
+        let followed = self.followed.lock().clone();
+        let sessions = self.server.lock().as_ref().map(|s| s.followers()).unwrap_or_default();
+        let followers = sessions
+            .into_iter()
+            .map(|info| FollowerStatus {
+                node_id: NodeId(info.identity.node_id),
+                name: info.identity.node_name.clone(),
+                address: info.peer.clone(),
+                connected_since_unix_ms: info
+                    .since
+                    .duration_since(UNIX_EPOCH)
+                    .map_or(0, |d| d.as_millis() as i64),
+                databases: followed
+                    .iter()
+                    .filter(|((follower, _), _)| *follower == info.identity.node_id)
+                    .map(|((_, name), txid)| FollowerDatabase {
+                        name: name.to_string(),
+                        txid: *txid,
+                        lag_transactions: self
+                            .shared
+                            .database(name)
+                            .map_or(0, |db| db.durable_position().txid.0.saturating_sub(txid.0)),
+                    })
+                    .collect(),
+            })
+            .collect();
+        let passthrough = self.door.lock().as_ref().is_some_and(Door::passes_through);
+        Status {
+            cluster: config.cluster.clone(),
+            node: NodeStatus {
+                name: config.node.name.clone(),
+                id: NodeId(self.shared.node_id),
+                version: env!("CARGO_PKG_VERSION").into(),
+            },
+            role: self.role_status(),
+            mount: MountStatus { dir: config.mount.dir.clone(), door: "fuse".into(), passthrough },
+            databases,
+            followers,
+            log: LogStatus {
+                oldest_lsn: self.shared.log.oldest().0,
+                durable_lsn: self.shared.log.durable().0,
+                bytes: self.shared.log.disk_bytes(),
+            },
+            files_not_replicated: super::discovery::files_not_replicated(&self.shared, PLAIN_FILES_SHOWN),
+        }
+    }
+
+    fn node_id(&self) -> u64 {
+        self.shared.node_id
+    }
+
+    fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    fn export(&self, name: &DatabaseName) -> Result<Export, ViewError> {
+        let known = self.shared.database(name).filter(|db| db.state().page_count > 0);
+        let db = known.ok_or_else(|| ViewError::NoSuchDatabase(name.clone()))?;
+        let failed = |e: std::io::Error| ViewError::Other(format!("cannot export {name}: {e}"));
+        let copy = tempfile::Builder::new()
+            .prefix("export-")
+            .suffix(".db")
+            .tempfile_in(&self.shared.dirs.staging)
+            .map_err(failed)?
+            .into_temp_path();
+        let position = db.copy_consistently(&copy).map_err(|e| match e {
+            EngineError::Quarantined { name, reason } => ViewError::Quarantined { name, reason },
+            other => ViewError::Other(other.to_string()),
+        })?;
+        // The name goes with the path's guard, the content stays until the last reader is done.
+        Ok(Export { file: File::open(&copy).map_err(failed)?, position })
+    }
+
+    fn import(&self, name: &DatabaseName, staged: &Path) -> Result<Pos, ViewError> {
+        if !self.shared.is_writable() {
+            return Err(ViewError::NotPrimary { primary: self.primary_hostname() });
+        }
+        self.shared.database_or_new(name).import(staged).map_err(|e| match e {
+            ImportError::NotADatabase { .. } => ViewError::BadDatabase(e.to_string()),
+            ImportError::Apply(crate::apply::ApplyError::Busy { .. }) => ViewError::Busy(name.clone()),
+            e => ViewError::Other(e.to_string()),
+        })
+    }
+
+    fn import_dir(&self) -> PathBuf {
+        self.shared.dirs.staging.clone()
+    }
+}
