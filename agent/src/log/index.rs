@@ -44,13 +44,14 @@ impl Entry {
 /// All databases.
 #[derive(Debug, Default)]
 pub struct Index {
-    entries: HashMap<DatabaseName, Entry>,
+    /// Boxed: a table that grows holds twice as many slots as entries.
+    entries: HashMap<DatabaseName, Box<Entry>>,
 }
 
 impl Index {
     /// One database.
     pub fn get(&self, database: &DatabaseName) -> Option<&Entry> {
-        self.entries.get(database)
+        self.entries.get(database).map(|entry| &**entry)
     }
 
     /// All names, in no order.
@@ -61,7 +62,7 @@ impl Index {
     /// Takes in a record that was appended.
     pub fn append(&mut self, info: RecordInfo) {
         match self.entries.get_mut(&info.database) {
-            Some(entry) if info.kind == RecordKind::Reset => *entry = Entry::new(info),
+            Some(entry) if info.kind == RecordKind::Reset => **entry = Entry::new(info),
             Some(entry) => {
                 entry.since_sample += 1;
                 if entry.since_sample >= SAMPLE_EVERY {
@@ -71,7 +72,7 @@ impl Index {
                 entry.last = info;
             }
             None => {
-                self.entries.insert(info.database.clone(), Entry::new(info));
+                self.entries.insert(info.database.clone(), Box::new(Entry::new(info)));
             }
         }
     }
@@ -83,7 +84,8 @@ impl Index {
             Some(entry) if !reset => entry,
             _ => {
                 let samples = samples.into();
-                self.entries.insert(last.database.clone(), Entry { last, first, samples, since_sample });
+                let entry = Entry { last, first, samples, since_sample };
+                self.entries.insert(entry.last.database.clone(), Box::new(entry));
                 return;
             }
         };

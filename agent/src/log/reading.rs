@@ -7,6 +7,7 @@ use super::format::{self, Header, RECORD_HEADER_BYTES_MAX, offset_in_segment};
 use super::record::{Lsn, Payload, PayloadPlace, RecordInfo, RecordKind};
 use super::scan::{Found, Scanner};
 use super::segments::Segment;
+use super::storage::StorageFile;
 use crate::DatabaseName;
 use bytes::Bytes;
 use ltx::Txid;
@@ -271,7 +272,7 @@ impl Shared {
 
     fn is_record_start(
         &self,
-        file: &dyn super::storage::StorageFile,
+        file: &dyn StorageFile,
         segment: &Segment,
         key: format::SegmentKey,
         lsn: Lsn,

@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 /// A position in the log, in bytes. It only grows and is never given out twice: after an unclean stop the log goes
-/// on [`super::format::UNCLEAN_GAP_BYTES`] further up, so a difference of two LSNs is an amount of bytes only
+/// on 4 GiB further up, so a difference of two LSNs is an amount of bytes only
 /// between records of one run. 0 comes before every record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Lsn(pub u64);

@@ -6,13 +6,14 @@ use super::format::{self, Header, RECORD_HEADER_BYTES_MAX, SegmentKey, decode_he
 use super::index::SAMPLE_EVERY;
 use super::record::{Lsn, PayloadPlace, RecordInfo, RecordKind};
 use super::scan::{Found, Scanner};
-use super::storage::Storage;
+use super::storage::{Storage, StorageFile};
 use crate::DatabaseName;
 use bytes::{Buf, BufMut};
 use ltx::Txid;
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 const MAGIC: [u8; 8] = *b"LITEFSIX";
 const FIXED_BYTES: usize = 80;
@@ -100,7 +101,7 @@ impl Summary {
     }
 
     /// Sums up the records of a segment, and returns what could not be read too.
-    pub fn scan(mut self, file: std::sync::Arc<dyn super::storage::StorageFile>) -> (Self, Vec<Found>) {
+    pub fn scan(mut self, file: Arc<dyn StorageFile>) -> (Self, Vec<Found>) {
         let mut bad = Vec::new();
         for found in Scanner::new(file, self.key, self.first, self.first, self.end) {
             match found {
