@@ -1,1 +1,33 @@
 //! Whole-system tests: real `sqlite3`, real agents, real mounts. The harness is here, the tests in `tests/`.
+//!
+//! ```no_run
+//! use litefs_tests::Fleet;
+//!
+//! let fleet = Fleet::new();
+//! let primary = fleet.primary("a");
+//! let replica = fleet.replica("b", &primary);
+//! primary.sql("app.db", "CREATE TABLE t(x); INSERT INTO t VALUES (1);");
+//! litefs_tests::assert_equal(&primary, &replica, "app.db");
+//! assert_eq!(replica.sql("app.db", "SELECT * FROM t"), "1");
+//! ```
+//!
+//! Every test has a directory of its own. When a [`Host`] is dropped its agent is killed and its mount is taken away,
+//! also after a panic; then its log is looked at: an ERROR line that no [`Host::expect_error`] announced fails the
+//! test.
+//!
+//! POSIX locks belong to a process: two connections of this process do exclude each other (SQLite sees to that), but
+//! reading a database that this process has open by other means than SQLite would drop its locks. For a second process
+//! there are [`Host::sql`], [`Shell`] and `python3`.
+
+mod binary;
+mod compare;
+mod host;
+mod ports;
+mod shell;
+mod wait;
+
+pub use binary::litefs;
+pub use compare::{assert_equal, assert_sane, checksum_of, compare_files, integrity_check};
+pub use host::{Fleet, Host, Role};
+pub use shell::{Shell, run, sqlite3, try_run, try_sqlite3};
+pub use wait::{PATIENCE, wait_for};
