@@ -21,11 +21,13 @@ fn an_open_reader_keeps_its_snapshot_and_sees_the_next_transaction_after_it() {
         let mut short = Sqlite::open(&replica.path);
         let before = long.ask(&format!("begin; {DIGEST}"));
         assert_eq!(short.digest(), before);
-        for _ in 0..20 {
+        for round in 0..20 {
             let file = primary.exec(&format!(
-                "begin; {} update t set b = randomblob(200) where a % 5 = abs(random()) % 5;
-                 delete from t where a % 11 = abs(random()) % 11; commit;",
-                insert_sql(20, 400)
+                "begin; {} update t set b = randomblob(200) where a % 5 = {};
+                 delete from t where a % 11 = {}; commit;",
+                insert_sql(20, 400),
+                round % 5,
+                round % 11
             ));
             replica.apply(&[file]);
             assert_eq!(short.digest(), digest_of(&primary.db));
@@ -122,6 +124,30 @@ fn a_reader_at_an_old_mark_holds_the_checkpoint_back_and_loses_nothing() {
     assert_eq!((outcome.frames, outcome.backfilled), (frames, frames));
     assert_eq!(old.digest(), digest_of(&primary.db));
     drop(old);
+    replica.assert_file_equals(&primary.image);
+}
+
+#[test]
+fn frames_that_a_reader_uses_are_not_overwritten_although_all_are_backfilled() {
+    let (mut primary, mut replica) = pair(1024);
+    let mut reader = Sqlite::open(&replica.path);
+    reader.ask("pragma cache_size=1;");
+    replica.apply(&[primary.insert(200, 500)]);
+    // The reader is at the newest frame: it holds no checkpoint back, but the restart that would follow it.
+    let before = reader.ask(&format!("begin; {DIGEST}"));
+    let frames = replica.applier.checkpoint().unwrap().frames;
+    assert_eq!(replica.applier.wal_frames(), 0);
+    replica.apply(&[primary.exec("update t set b = randomblob(500)")]);
+    assert_eq!(reader.digest(), before);
+    assert!(replica.applier.checkpoint().unwrap().frames > frames);
+    reader.ask("commit;");
+    assert_eq!(reader.digest(), digest_of(&primary.db));
+    // Now nobody does, and the WAL begins anew.
+    replica.applier.checkpoint().unwrap();
+    replica.apply(&[primary.insert(1, 1)]);
+    assert!(replica.applier.checkpoint().unwrap().frames < frames);
+    assert_eq!(reader.digest(), digest_of(&primary.db));
+    drop(reader);
     replica.assert_file_equals(&primary.image);
 }
 
