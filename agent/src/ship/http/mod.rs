@@ -16,7 +16,7 @@ use hyper_util::server::conn::auto;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
@@ -114,7 +114,8 @@ impl Listener {
     pub async fn bind_unix(path: &Path, mode: u32) -> Result<Self, BindError> {
         let failed = |source| BindError::Io { address: path.display().to_string(), source };
         let listener = match UnixListener::bind(path) {
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
+            // Connecting to what is no socket is refused just like connecting to the socket of a dead process.
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_socket(path).map_err(failed)? => {
                 match UnixStream::connect(path).await {
                     Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {}
                     Ok(_) => return Err(BindError::InUse(path.display().to_string())),
@@ -140,6 +141,10 @@ impl Listener {
             }
         }
     }
+}
+
+fn is_socket(path: &Path) -> io::Result<bool> {
+    Ok(std::fs::symlink_metadata(path)?.file_type().is_socket())
 }
 
 /// What all connections share.

@@ -1,0 +1,137 @@
+//! Histories that part, and epochs.
+
+use super::memory_node::{MemoryNode, name};
+use super::site::{Site, compared, follow, follow_with, refused, until};
+use ltx::Txid;
+use std::time::Duration;
+
+#[tokio::test]
+async fn a_diverged_follower_takes_a_snapshot_and_knows_the_last_common_transaction() {
+    let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
+    let db = name("a.db");
+    (1..=40).for_each(|n| _ = primary.commit(&db, 1, n));
+    replica.copy(&primary, &db);
+    (0..10).for_each(|n| _ = primary.commit(&db, 1, 1000 + n));
+    (0..10).for_each(|n| _ = replica.commit(&db, 1, 2000 + n));
+    let site = Site::start(&primary).await;
+    let follower = follow(&replica, site.address);
+    until("the new history", || replica.pos(&db) == primary.pos(&db)).await;
+    assert_eq!(replica.seen.lock().installs, [(db.clone(), primary.pos(&db), Some(Txid(40)))]);
+    let target = primary.commit(&db, 1, 1);
+    until("the tail", || replica.pos(&db) == target).await;
+    follower.stop().await;
+}
+
+#[tokio::test]
+async fn a_follower_that_is_ahead_is_cut_back_to_the_last_common_transaction() {
+    let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
+    let db = name("a.db");
+    (1..=10).for_each(|n| _ = primary.commit(&db, 1, n));
+    replica.copy(&primary, &db);
+    (0..3).for_each(|n| _ = replica.commit(&db, 1, 2000 + n));
+    // A new term has begun: its history is the right one at once.
+    primary.set_epoch(2);
+    let site = Site::start(&primary).await;
+    let patient = |options: &mut crate::ship::follow::FollowOptions| {
+        options.behind_grace = Duration::from_secs(3600);
+    };
+    let follower = follow_with(&replica, site.address, patient);
+    until("the shorter history", || replica.pos(&db) == primary.pos(&db)).await;
+    assert_eq!(replica.seen.lock().installs, [(db.clone(), primary.pos(&db), Some(Txid(10)))]);
+    follower.stop().await;
+}
+
+#[tokio::test]
+async fn an_upstream_of_the_same_term_that_lags_behind_is_waited_for() {
+    let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
+    let db = name("a.db");
+    let middle = (1..=5).map(|n| primary.commit(&db, 1, n)).last().unwrap();
+    (6..=9).for_each(|n| _ = primary.commit(&db, 1, n));
+    replica.copy(&primary, &db);
+    // The upstream is a replica that has only half of it yet.
+    let lagging = MemoryNode::new(3);
+    lagging.copy(&primary, &db);
+    {
+        let mut databases = lagging.databases.lock();
+        let db = databases.get_mut(&db).unwrap();
+        db.pos = middle;
+        db.records.retain(|min, _| *min <= 5);
+    }
+    let site = Site::start(&lagging).await;
+    let patient = |options: &mut crate::ship::follow::FollowOptions| {
+        options.behind_grace = Duration::from_secs(3600);
+    };
+    let follower = follow_with(&replica, site.address, patient);
+    until("the report", || follower.status().failing.iter().any(|(_, why)| why.contains("is behind"))).await;
+    lagging.copy(&primary, &db);
+    let target = lagging.commit(&db, 1, 10);
+    until("the next record", || replica.pos(&db) == target).await;
+    assert!(replica.seen.lock().installs.is_empty(), "nothing was rolled back");
+    assert_eq!(follower.status().failing, []);
+    follower.stop().await;
+}
+
+#[tokio::test]
+async fn a_follower_refuses_an_upstream_of_an_older_epoch() {
+    let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
+    let db = name("a.db");
+    primary.commit(&db, 1, 1);
+    primary.set_epoch(4);
+    replica.set_epoch(5);
+    let site = Site::start(&primary).await;
+    let follower = follow(&replica, site.address);
+    refused(&follower, "its epoch 4 is older than epoch 5").await;
+    assert_eq!(replica.pos(&db).txid, Txid(0));
+    // The same upstream in a newer term is followed.
+    primary.set_epoch(6);
+    until("the record", || replica.pos(&db) == primary.pos(&db)).await;
+    assert_eq!(crate::ship::engine::Sink::epoch(&*replica).0, 6, "the newer epoch was adopted");
+    follower.stop().await;
+}
+
+#[tokio::test]
+async fn an_upstream_refuses_a_follower_of_a_newer_epoch_and_says_that_it_is_stale() {
+    let primary = MemoryNode::new(1);
+    primary.set_epoch(4);
+    let site = Site::start(&primary).await;
+    let identity = crate::ship::peer::Identity {
+        node_id: 2,
+        node_name: "host-2".into(),
+        cluster: "test".into(),
+        epoch: crate::ship::engine::Epoch(5),
+    };
+    let (status, text) = super::peers::ask(site.address, "/v1/databases/log?name=a", &identity).await;
+    assert_eq!(status, 412);
+    assert!(text.contains("is stale") && text.contains("epoch 4") && text.contains("epoch 5"), "{text}");
+}
+
+#[tokio::test]
+async fn an_epoch_that_moves_during_a_session_is_noticed_both_ways() {
+    let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
+    let site = Site::start_with(&primary, "127.0.0.1:0".parse().unwrap(), |options| {
+        options.heartbeat = Duration::from_millis(5);
+    })
+    .await;
+    let follower = follow(&replica, site.address);
+    compared(&follower).await;
+    primary.set_epoch(7);
+    until("the newer epoch", || crate::ship::engine::Sink::epoch(&*replica).0 == 7).await;
+    // The follower hears of a newer epoch from somewhere else: its upstream is stale from then on.
+    replica.set_epoch(8);
+    refused(&follower, "its epoch 7 is older than epoch 8").await;
+    follower.stop().await;
+}
+
+#[tokio::test]
+async fn records_of_earlier_terms_are_shipped_in_later_ones() {
+    let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
+    let db = name("a.db");
+    primary.commit(&db, 1, 1);
+    primary.set_epoch(9);
+    primary.commit(&db, 1, 2);
+    let site = Site::start(&primary).await;
+    let follower = follow(&replica, site.address);
+    until("both records", || replica.pos(&db) == primary.pos(&db)).await;
+    assert!(replica.seen.lock().installs.is_empty());
+    follower.stop().await;
+}
