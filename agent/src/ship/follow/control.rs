@@ -22,6 +22,9 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until};
 /// Databases put into one part of the stream.
 const LISTED_PER_PART: usize = 512;
 
+/// A heartbeat is left out while this much waits to be sent: the upstream does not read, or hears enough.
+const HEARTBEAT_ROOM_BYTES: usize = 4096;
+
 /// Follows until cancelled: one session after the other.
 pub(super) async fn run(shared: Arc<Shared>) {
     tokio::select! {
@@ -60,12 +63,19 @@ async fn sessions(shared: &Arc<Shared>) {
 /// Looks once at what an earlier process left in the staging directory.
 async fn prepare(shared: &Arc<Shared>) {
     let scanned = shared.with_sink(|sink| (sink.staging_dir(), staging::scan(&sink.staging_dir()))).await;
+    let scanned = match scanned {
+        Ok((dir, resumable)) => {
+            let _ = shared.staging_dir.set(dir);
+            resumable
+        }
+        Err(error) => return tracing::error!("{error}"),
+    };
     match scanned {
-        Ok((_, Ok(resumable))) => shared.staged.lock().extend(resumable),
-        Ok((dir, Err(error))) => {
+        Ok(resumable) => shared.staged.lock().extend(resumable),
+        Err(error) => {
+            let dir = shared.staging_dir.get().cloned().unwrap_or_default();
             tracing::error!(dir = %dir.display(), %error, "cannot use the staging directory; snapshots will fail");
         }
-        Err(error) => tracing::error!("{error}"),
     }
 }
 
@@ -229,7 +239,7 @@ impl Talk<'_> {
                         Frame::Ack { name, pos }.encode(&mut self.out);
                     }
                 }
-                _ = heartbeat.tick() => {
+                _ = heartbeat.tick(), if self.out.len() < HEARTBEAT_ROOM_BYTES => {
                     Frame::Heartbeat { epoch: self.session.epoch(), unix_ms: unix_ms() }.encode(&mut self.out);
                 }
                 () = sleep_until(deadline) => {
@@ -270,11 +280,7 @@ impl Talk<'_> {
                 Ok(())
             }
             Frame::Unknown { name } => {
-                tracing::warn!(
-                    database = %name, upstream = %shared.upstream,
-                    "this database is unknown to the upstream; it is left alone here"
-                );
-                shared.state.lock().unknown_upstream.insert(name);
+                shared.unknown(name);
                 Ok(())
             }
             Frame::Listed => {

@@ -196,7 +196,7 @@ impl Worker {
     /// Asks the sink where the database is.
     pub(super) async fn reread(&mut self) {
         let name = self.name.clone();
-        match self.shared.with_sink(move |sink| sink.position(&name)).await {
+        match self.shared.with_database(move |sink| sink.position(&name)).await {
             Ok(pos) => self.pos = pos,
             Err(error) => tracing::error!(database = %self.name, "{error}"),
         }
@@ -220,6 +220,12 @@ impl Worker {
         }
         if std::mem::take(&mut self.quick) && trouble.is_mended_by_resuming() {
             tracing::debug!(database = %self.name, "asking again: {trouble}");
+            return;
+        }
+        if matches!(&trouble, Trouble::Follow(error) if error.code() == Some(RefusalCode::NoSuchDatabase)) {
+            // The upstream tells the position when it has the database again.
+            self.shared.unknown(self.name.clone());
+            self.settled = true;
             return;
         }
         self.shared.failed(&self.name, trouble.kind(), trouble.to_string());
@@ -285,7 +291,7 @@ impl Worker {
         }
         let name = self.name.clone();
         let discard = move |dir: PathBuf| staging::discard(&dir, &name);
-        self.shared.with_sink(move |sink| discard(sink.staging_dir())).await.map_err(Trouble::Own)??;
+        self.shared.with_database(move |sink| discard(sink.staging_dir())).await.map_err(Trouble::Own)??;
         control::staged(&self.shared, &self.name, None);
         Ok(())
     }
@@ -442,7 +448,6 @@ async fn receive(
     let mut attempts = 0;
     loop {
         let received = {
-            let _permit = shared.receives.acquire().await.expect("never closed");
             let (name, records) = (name.clone(), batch.records.clone());
             let call = move |sink: &dyn crate::ship::engine::Sink| {
                 if let Some(epoch) = new_epoch {
@@ -451,7 +456,7 @@ async fn receive(
                 }
                 sink.receive(&name, records)
             };
-            shared.with_sink(call).await.map_err(Trouble::Own)?
+            shared.with_database(call).await.map_err(Trouble::Own)?
         };
         match received {
             Err(EngineError::Busy(_)) => {

@@ -21,7 +21,8 @@ pub(super) async fn common(
     there: Option<Pos>,
 ) -> Result<Option<Txid>, Trouble> {
     let of = name.clone();
-    let Some((oldest, newest)) = shared.with_sink(move |sink| sink.kept(&of)).await.map_err(Trouble::Own)?
+    let Some((oldest, newest)) =
+        shared.with_database(move |sink| sink.kept(&of)).await.map_err(Trouble::Own)?
     else {
         return Ok(None);
     };
@@ -32,7 +33,8 @@ pub(super) async fn common(
             break;
         };
         let (of, at) = (name.clone(), Txid(txid));
-        let own = shared.with_sink(move |sink| sink.checksum_at(&of, at)).await.map_err(Trouble::Own)??;
+        let own =
+            shared.with_database(move |sink| sink.checksum_at(&of, at)).await.map_err(Trouble::Own)??;
         let theirs = match (own, there) {
             (None, _) => None,
             (_, Some(there)) if there.txid == at => Some(there.checksum),

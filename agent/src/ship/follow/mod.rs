@@ -23,8 +23,8 @@ use parking_lot::Mutex;
 use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -51,7 +51,7 @@ pub struct FollowOptions {
     pub behind_grace: Duration,
     /// Log and snapshot streams that are open at once; idle ones make room.
     pub streams_max: usize,
-    /// Calls of [`Sink::receive`] and of other blocking work for databases at once.
+    /// Calls of [`Sink::receive`] and other blocking work for databases at once.
     pub receives_max: usize,
     /// Snapshots that are taken at once.
     pub snapshots_max: usize,
@@ -117,8 +117,9 @@ impl Follower {
     ) -> FollowerHandle {
         let shared = Arc::new(Shared {
             streams: Arc::new(Semaphore::new(options.streams_max)),
-            receives: Arc::new(Semaphore::new(options.receives_max)),
-            snapshots: Arc::new(Semaphore::new(options.snapshots_max)),
+            receives: Semaphore::new(options.receives_max),
+            snapshots: Semaphore::new(options.snapshots_max),
+            staging_dir: OnceLock::new(),
             sink,
             options,
             upstream: Arc::new(upstream),
@@ -221,8 +222,10 @@ struct Shared {
     /// Positions of the upstream, with its clock, on their way to the sink.
     reports: Latest<(Pos, i64)>,
     streams: Arc<Semaphore>,
-    receives: Arc<Semaphore>,
-    snapshots: Arc<Semaphore>,
+    receives: Semaphore,
+    snapshots: Semaphore,
+    /// [`Sink::staging_dir`], once it was asked for.
+    staging_dir: OnceLock<PathBuf>,
     /// Asks one idle stream to make room.
     room: Notify,
     /// Record bytes in memory over all databases.
@@ -245,8 +248,21 @@ impl Shared {
             .map_err(|e| format!("a call of the engine failed: {e}"))
     }
 
+    /// As [`Shared::with_sink`], for work on one database: as many at once as [`FollowOptions::receives_max`] says,
+    /// which bounds the threads.
+    async fn with_database<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&dyn Sink) -> T + Send + 'static,
+    ) -> Result<T, String> {
+        let _permit = self.receives.acquire().await.expect("never closed");
+        self.with_sink(call).await
+    }
+
     async fn staging_dir(&self) -> Result<PathBuf, String> {
-        self.with_sink(|sink| sink.staging_dir()).await
+        match self.staging_dir.get() {
+            Some(dir) => Ok(dir.clone()),
+            None => self.with_sink(|sink| sink.staging_dir()).await,
+        }
     }
 
     /// The upstream's position of a database: wakes or starts its task.
@@ -288,8 +304,18 @@ impl Shared {
         state.failing.insert(name.clone(), Failure { kind, reason });
     }
 
+    /// The upstream does not know a database.
+    fn unknown(&self, name: DatabaseName) {
+        tracing::warn!(
+            database = %name, upstream = %self.upstream,
+            "this database is unknown to the upstream; it is left alone here"
+        );
+        self.state.lock().unknown_upstream.insert(name);
+    }
+
     fn recovered(&self, name: &DatabaseName) {
         let mut state = self.state.lock();
+        state.unknown_upstream.remove(name);
         if state.failing.remove(name).is_some() {
             tracing::info!(database = %name, upstream = %self.upstream, "follows again");
         }

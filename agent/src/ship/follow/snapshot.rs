@@ -58,7 +58,7 @@ impl Taking<'_> {
     /// What an earlier attempt left.
     async fn staged(&self) -> Result<Option<Staging>, Trouble> {
         let (dir, name) = (self.dir.to_owned(), self.name.clone());
-        Ok(self.shared.with_sink(move |_| Staging::resume(&dir, &name)).await.map_err(Trouble::Own)??)
+        Ok(self.shared.with_database(move |_| Staging::resume(&dir, &name)).await.map_err(Trouble::Own)??)
     }
 
     /// Fetches the pages that are missing.
@@ -125,7 +125,10 @@ impl Taking<'_> {
         }
         let (dir, name) = (self.dir.to_owned(), self.name.clone());
         if first_page != 1 {
-            self.shared.with_sink(move |_| staging::discard(&dir, &name)).await.map_err(Trouble::Own)??;
+            self.shared
+                .with_database(move |_| staging::discard(&dir, &name))
+                .await
+                .map_err(Trouble::Own)??;
             let why =
                 format!("its pages of {page_size} bytes from {first_page} on do not continue what is here");
             return Err(StagingError::Unusable { name: self.name.clone(), why }.into());
@@ -134,7 +137,7 @@ impl Taking<'_> {
         let begin = move |_: &dyn crate::ship::engine::Sink| {
             Staging::begin(&dir, &name, base, epoch, page_size, commit)
         };
-        Ok(self.shared.with_sink(begin).await.map_err(Trouble::Own)??)
+        Ok(self.shared.with_database(begin).await.map_err(Trouble::Own)??)
     }
 
     /// Fetches the records after the base and applies them to the staged file, until it is at one position.
@@ -186,7 +189,7 @@ impl Taking<'_> {
     /// Checks the whole file and makes it the database.
     async fn install(&self, staging: Staging, common: Option<Txid>) -> Result<(), Trouble> {
         let (dir, name) = (self.dir.to_owned(), self.name.clone());
-        let verified = self.shared.with_sink(move |_| {
+        let verified = self.shared.with_database(move |_| {
             let mut staging = staging;
             staging.verify().or_else(|error| discard_unusable(&dir, &name, error))
         });
@@ -195,7 +198,7 @@ impl Taking<'_> {
         for attempt in 1.. {
             let (name, snapshot) = (self.name.clone(), snapshot.clone());
             let install = move |sink: &dyn crate::ship::engine::Sink| sink.install(&name, snapshot, common);
-            match self.shared.with_sink(install).await.map_err(Trouble::Own)? {
+            match self.shared.with_database(install).await.map_err(Trouble::Own)? {
                 Ok(()) => break,
                 Err(EngineError::Busy(_)) if attempt < INSTALL_ATTEMPTS => {
                     sleep(jitter(wait)).await;
@@ -205,7 +208,7 @@ impl Taking<'_> {
             }
         }
         let (dir, name) = (self.dir.to_owned(), self.name.clone());
-        self.shared.with_sink(move |_| staging::discard(&dir, &name)).await.map_err(Trouble::Own)??;
+        self.shared.with_database(move |_| staging::discard(&dir, &name)).await.map_err(Trouble::Own)??;
         control::staged(self.shared, self.name, None);
         Ok(())
     }
@@ -217,7 +220,7 @@ impl Taking<'_> {
         step: impl FnOnce(&mut Staging) -> Result<(), StagingError> + Send + 'static,
     ) -> Result<Staging, Trouble> {
         let (dir, name) = (self.dir.to_owned(), self.name.clone());
-        let done = self.shared.with_sink(move |_| match step(&mut staging) {
+        let done = self.shared.with_database(move |_| match step(&mut staging) {
             Ok(()) => Ok(staging),
             Err(error) => discard_unusable(&dir, &name, error),
         });
@@ -231,7 +234,7 @@ impl Taking<'_> {
             return Ok(());
         }
         let (dir, name) = (self.dir.to_owned(), self.name.clone());
-        self.shared.with_sink(move |_| staging::discard(&dir, &name)).await.map_err(Trouble::Own)??;
+        self.shared.with_database(move |_| staging::discard(&dir, &name)).await.map_err(Trouble::Own)??;
         control::staged(self.shared, self.name, None);
         Ok(())
     }

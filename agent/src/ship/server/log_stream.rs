@@ -38,7 +38,7 @@ pub(super) async fn open(
     resume(server, &name, after).await?;
     let (sender, body) = body::channel(PARTS);
     let mut response = Response::new(body);
-    if let Some(pos) = server.source.position(&name) {
+    if let Some(pos) = server.position(&name) {
         response.headers_mut().insert(POSITION_HEADER, text_value(&pos.to_string()));
     }
     let cancel = session.as_ref().map_or_else(|| server.cancel.child_token(), |s| s.cancel.child_token());
@@ -56,7 +56,7 @@ pub(super) async fn open(
 
 /// Compares the follower's position with the history; anything but `Continue` is a refusal.
 async fn resume(server: &Server, name: &DatabaseName, after: Pos) -> Result<(), Refusal> {
-    let here = server.source.position(name);
+    let here = server.position(name);
     let Some(here) = here else {
         return Err(EngineError::NoSuchDatabase(name.clone()).into());
     };
@@ -171,7 +171,7 @@ impl LogStream {
 
     /// Sends what is there, or waits for more.
     async fn step(&self, pos: Pos) -> Result<Pos, Stop> {
-        let here = self.server.source.position(&self.name);
+        let here = self.server.position(&self.name);
         if here == Some(pos) {
             return match timeout(self.server.options.idle_stream, self.watch.moved()).await {
                 Ok(()) => Ok(pos),

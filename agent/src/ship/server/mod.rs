@@ -20,6 +20,7 @@ use session::Sessions;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -49,6 +50,8 @@ pub struct ServerOptions {
     pub idle_stream: Duration,
     /// Positions of databases whose log stream is open are told this often (their records tell them first).
     pub position_interval: Duration,
+    /// Reads of the log and of pages at once.
+    pub reads_max: usize,
 }
 
 impl ServerOptions {
@@ -61,6 +64,7 @@ impl ServerOptions {
             timeout: Duration::from_secs(5),
             idle_stream: Duration::from_secs(60),
             position_interval: Duration::from_millis(100),
+            reads_max: 64,
         }
     }
 }
@@ -70,6 +74,8 @@ pub struct Server {
     source: Arc<dyn Source>,
     options: ServerOptions,
     changes: Arc<Changes>,
+    /// Bounds the threads that read for followers.
+    reads: Semaphore,
     sessions: Sessions,
     cancel: CancellationToken,
     tracker: TaskTracker,
@@ -81,7 +87,8 @@ impl Server {
         let changes = Arc::new(Changes::default());
         let tracker = TaskTracker::new();
         tracker.spawn(changes::dispatch(source.changes(), Arc::clone(&changes), cancel.clone()));
-        Arc::new(Server { source, options, changes, sessions: Sessions::default(), cancel, tracker })
+        let reads = Semaphore::new(options.reads_max);
+        Arc::new(Server { source, options, changes, reads, sessions: Sessions::default(), cancel, tracker })
     }
 
     /// Followers that are connected now.
@@ -203,12 +210,18 @@ impl Server {
         }
     }
 
+    /// Durable position of a database that has transactions. One that has none yet is not told of: it must never
+    /// look like an emptied one to a follower that has data under its name.
+    fn position(&self, name: &DatabaseName) -> Option<Pos> {
+        self.source.position(name).filter(|pos| pos.txid.0 > 0)
+    }
+
     /// `GET /v1/databases/checksum`: the post-apply checksum of a transaction as 16 hex digits.
     async fn checksum(&self, request: &Request<Incoming>) -> Result<Response<Body>, Refusal> {
         let (name, txid) = (database(request)?, parameter::<Txid>(request, "txid")?);
         let of = name.clone();
         let known = self.blocking(move |source| source.checksum_at(&of, txid)).await?;
-        let position = self.source.position(&name);
+        let position = self.position(&name);
         match known {
             Some(checksum) => Ok(Response::new(body::full(checksum.to_string()))),
             None => Err(Refusal {
@@ -227,6 +240,7 @@ impl Server {
         T: Send + 'static,
         F: FnOnce(&dyn Source) -> Result<T, EngineError> + Send + 'static,
     {
+        let _permit = self.reads.acquire().await.expect("never closed");
         let source = Arc::clone(&self.source);
         match tokio::task::spawn_blocking(move || call(&*source)).await {
             Ok(result) => Ok(result?),

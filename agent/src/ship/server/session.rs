@@ -22,6 +22,9 @@ use tokio_util::sync::CancellationToken;
 /// Positions put into one part of the stream.
 const POSITIONS_PER_PART: usize = 512;
 
+/// A heartbeat is left out while this much waits to be sent: the peer does not read, or hears enough.
+const HEARTBEAT_ROOM_BYTES: usize = 4096;
+
 /// Databases that a follower may list: far beyond what a node carries, so that a peer cannot fill the memory.
 const LISTED_MAX: usize = 4_000_000;
 
@@ -273,7 +276,7 @@ async fn converse(
                 tell(server, session, &mut telling);
             }
             _ = positions.tick() => session.dirty.hurry(),
-            _ = heartbeat.tick() => {
+            _ = heartbeat.tick(), if telling.out.len() < HEARTBEAT_ROOM_BYTES => {
                 Frame::Heartbeat { epoch: server.source.epoch(), unix_ms: unix_ms() }.encode(&mut telling.out);
             }
             () = sleep_until(deadline) => return Ended::Silent(options.timeout),
@@ -294,7 +297,7 @@ fn heard(server: &Server, session: &Session, frame: Frame, telling: &mut Telling
                 let message = format!("a list of more than {LISTED_MAX} databases");
                 return Err(Ended::Refused(Refusal::new(RefusalCode::BadRequest, message)));
             }
-            if server.source.position(&name).is_none() {
+            if server.position(&name).is_none() {
                 telling.unknown.push(name);
                 return Ok(());
             }
@@ -308,7 +311,7 @@ fn heard(server: &Server, session: &Session, frame: Frame, telling: &mut Telling
             session.dirty.mark_all();
         }
         Frame::Ack { name, pos } if telling.listed => {
-            if server.source.position(&name).is_some() {
+            if server.position(&name).is_some() {
                 session.note(&name, pos.txid);
                 session.acknowledged.lock().insert(name, pos);
             }
@@ -344,7 +347,7 @@ fn tell(server: &Server, session: &Session, telling: &mut Telling) {
     let names = session.dirty.take_now(POSITIONS_PER_PART);
     let complete = names.len() < POSITIONS_PER_PART && telling.unknown.is_empty();
     for name in names {
-        let Some(pos) = server.source.position(&name) else {
+        let Some(pos) = server.position(&name) else {
             continue;
         };
         if telling.told.get(&name) != Some(&pos) {

@@ -25,7 +25,7 @@ pub(super) async fn open(
     request: &Request<Incoming>,
 ) -> Result<Response<Body>, Refusal> {
     let name = database(request)?;
-    let Some(here) = server.source.position(&name) else {
+    let Some(here) = server.position(&name) else {
         return Err(EngineError::NoSuchDatabase(name).into());
     };
     let mut from = None;
@@ -124,7 +124,7 @@ impl SnapshotStream {
             }
         }
         // Asked after the last read: no page that was sent is newer.
-        let position = self.server.source.position(&self.name);
+        let position = self.server.position(&self.name);
         let position =
             position.ok_or_else(|| Refusal::from(EngineError::NoSuchDatabase(self.name.clone())))?;
         Ok(Frame::SnapshotEnd { position, epoch: self.server.source.epoch() })

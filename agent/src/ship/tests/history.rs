@@ -1,6 +1,6 @@
 //! Histories that part, and epochs.
 
-use super::memory_node::{MemoryNode, name};
+use super::memory_node::{Database, MemoryNode, name};
 use super::site::{Site, compared, follow, follow_with, refused, until};
 use ltx::Txid;
 use std::time::Duration;
@@ -9,10 +9,10 @@ use std::time::Duration;
 async fn a_diverged_follower_takes_a_snapshot_and_knows_the_last_common_transaction() {
     let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
     let db = name("a.db");
-    (1..=40).for_each(|n| _ = primary.commit(&db, 1, n));
+    primary.commits(&db, 1..=40);
     replica.copy(&primary, &db);
-    (0..10).for_each(|n| _ = primary.commit(&db, 1, 1000 + n));
-    (0..10).for_each(|n| _ = replica.commit(&db, 1, 2000 + n));
+    primary.commits(&db, (0..10).map(|n| 1000 + n));
+    replica.commits(&db, (0..10).map(|n| 2000 + n));
     let site = Site::start(&primary).await;
     let follower = follow(&replica, site.address);
     until("the new history", || replica.pos(&db) == primary.pos(&db)).await;
@@ -26,9 +26,9 @@ async fn a_diverged_follower_takes_a_snapshot_and_knows_the_last_common_transact
 async fn a_follower_that_is_ahead_is_cut_back_to_the_last_common_transaction() {
     let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
     let db = name("a.db");
-    (1..=10).for_each(|n| _ = primary.commit(&db, 1, n));
+    primary.commits(&db, 1..=10);
     replica.copy(&primary, &db);
-    (0..3).for_each(|n| _ = replica.commit(&db, 1, 2000 + n));
+    replica.commits(&db, (0..3).map(|n| 2000 + n));
     // A new term has begun: its history is the right one at once.
     primary.set_epoch(2);
     let site = Site::start(&primary).await;
@@ -45,8 +45,8 @@ async fn a_follower_that_is_ahead_is_cut_back_to_the_last_common_transaction() {
 async fn an_upstream_of_the_same_term_that_lags_behind_is_waited_for() {
     let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
     let db = name("a.db");
-    let middle = (1..=5).map(|n| primary.commit(&db, 1, n)).last().unwrap();
-    (6..=9).for_each(|n| _ = primary.commit(&db, 1, n));
+    let middle = primary.commits(&db, 1..=5);
+    primary.commits(&db, 6..=9);
     replica.copy(&primary, &db);
     // The upstream is a replica that has only half of it yet.
     let lagging = MemoryNode::new(3);
@@ -133,5 +133,42 @@ async fn records_of_earlier_terms_are_shipped_in_later_ones() {
     let follower = follow(&replica, site.address);
     until("both records", || replica.pos(&db) == primary.pos(&db)).await;
     assert!(replica.seen.lock().installs.is_empty());
+    follower.stop().await;
+}
+
+#[tokio::test]
+async fn an_upstream_without_transactions_never_empties_a_follower() {
+    let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
+    let db = name("a.db");
+    let kept = replica.commits(&db, 1..=5);
+    // The upstream has the name, and nothing in it yet.
+    primary.databases.lock().insert(db.clone(), Database::default());
+    primary.set_epoch(3);
+    let site = Site::start(&primary).await;
+    let follower = follow(&replica, site.address);
+    compared(&follower).await;
+    assert_eq!(follower.status().unknown_upstream, std::slice::from_ref(&db));
+    assert_eq!(replica.pos(&db), kept);
+    // Its first transaction is another history.
+    let target = primary.commit(&db, 1, 99);
+    until("the other history", || replica.pos(&db) == target).await;
+    assert_eq!(replica.seen.lock().installs, [(db.clone(), target, None)]);
+    until("the end of the report", || follower.status().unknown_upstream.is_empty()).await;
+    follower.stop().await;
+}
+
+#[tokio::test]
+async fn a_database_that_is_quarantined_at_the_upstream_is_reported_and_waited_for() {
+    let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
+    let db = name("a.db");
+    primary.commits(&db, 1..=5);
+    primary.fault(|faults| faults.unreadable = true);
+    let site = Site::start(&primary).await;
+    let follower = follow(&replica, site.address);
+    let reported = || follower.status().failing.iter().any(|(_, why)| why.contains("page 7 is damaged"));
+    until("the report", reported).await;
+    primary.fault(|faults| faults.unreadable = false);
+    until("the records", || replica.pos(&db) == primary.pos(&db)).await;
+    until("the end of the report", || follower.status().failing.is_empty()).await;
     follower.stop().await;
 }

@@ -13,7 +13,7 @@ async fn a_follower_resumes_where_it_was_and_then_tails() {
     let db = name("app/a.db");
     primary.commit(&db, 1, 1);
     replica.copy(&primary, &db);
-    let target = (2..=50).map(|n| primary.commit(&db, n as u32 % 7 + 1, n)).last().unwrap();
+    let target = primary.commits(&db, 2..=50);
     let site = Site::start(&primary).await;
     let follower = follow(&replica, site.address);
     until("the resumed records", || replica.pos(&db) == target).await;
@@ -144,7 +144,7 @@ async fn a_slow_database_holds_up_no_other() {
     let follower = follow(&replica, site.address);
     // Far more than windows and queues take, so that the slow stream is full up to the source.
     let pages: Vec<_> = (1..=200).map(|n| (n, content(u64::from(n), 4096))).collect();
-    let end = (0..40).map(|_| primary.commit_pages(&slow, 4096, &pages, 200)).last().unwrap();
+    let end = (0..40).fold(ltx::Pos::default(), |_, _| primary.commit_pages(&slow, 4096, &pages, 200));
     for n in 2..=100 {
         let target = primary.commit_pages(&quick, 4096, &[(1, content(n, 4096))], 1);
         until("the quick database", || replica.pos(&quick) == target).await;
@@ -317,8 +317,8 @@ async fn measure_small_records() {
     let committer = Arc::clone(&primary);
     let of = db.clone();
     let began = std::time::Instant::now();
-    let target = tokio::task::spawn_blocking(move || (0..20_000).map(|n| committer.commit(&of, 1, n)).last());
-    let target = target.await.unwrap().unwrap();
+    let target = tokio::task::spawn_blocking(move || committer.commits(&of, 0..20_000));
+    let target = target.await.unwrap();
     let committed = began.elapsed();
     while replica.pos(&db) != target {
         tokio::task::yield_now().await;

@@ -64,8 +64,8 @@ pub struct Faults {
     /// `receive` of these says that it is busy so many times more.
     pub busy: HashMap<DatabaseName, usize>,
     pub quarantined: HashSet<DatabaseName>,
-    /// Positions of these are kept secret from `changes`.
-    pub lose_changes: bool,
+    /// The log of every database is quarantined.
+    pub unreadable: bool,
 }
 
 pub struct MemoryNode {
@@ -179,6 +179,11 @@ impl MemoryNode {
         self.commit_pages(name, 512, &pages, size)
     }
 
+    /// Commits page 1 once for each fill; gives the last position.
+    pub fn commits(&self, name: &DatabaseName, fills: impl IntoIterator<Item = u64>) -> Pos {
+        fills.into_iter().fold(Pos::default(), |_, fill| self.commit(name, 1, fill))
+    }
+
     /// Turns the last record into one in a file.
     pub fn last_record_to_file(&self, name: &DatabaseName) {
         let mut databases = self.databases.lock();
@@ -213,9 +218,7 @@ impl MemoryNode {
     }
 
     fn moved(&self, name: &DatabaseName) {
-        if !self.faults.lock().lose_changes {
-            let _ = self.changes.send(name.clone());
-        }
+        let _ = self.changes.send(name.clone());
     }
 
     /// Waits for a change of the faults; a test that forgot about it fails instead of hanging.
@@ -225,7 +228,8 @@ impl MemoryNode {
     }
 
     fn healthy(&self, name: &DatabaseName) -> Result<(), EngineError> {
-        if self.faults.lock().quarantined.contains(name) {
+        let faults = self.faults.lock();
+        if faults.unreadable || faults.quarantined.contains(name) {
             return Err(EngineError::Quarantined { name: name.clone(), reason: "page 7 is damaged".into() });
         }
         Ok(())
@@ -313,6 +317,7 @@ impl Source for MemoryNode {
     }
 
     fn resume(&self, name: &DatabaseName, position: Pos) -> Result<Resume, EngineError> {
+        self.healthy(name)?;
         let databases = self.databases.lock();
         let db = databases.get(name).ok_or_else(|| EngineError::NoSuchDatabase(name.clone()))?;
         let next = db.records.get(&(position.txid.0 + 1));
