@@ -33,6 +33,9 @@ pub(super) const BATCH_BYTES: u64 = 4 << 20;
 /// Record bytes in memory over all databases, beyond one record each.
 const PENDING_BYTES_MAX: usize = 64 << 20;
 
+/// Time that a task has to save a snapshot half-way when the follower stops.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+
 /// A database that stays busy over this many attempts is reported.
 const BUSY_REPORTED_AFTER: u32 = 10;
 
@@ -121,7 +124,11 @@ pub(super) async fn run(shared: Arc<Shared>, name: DatabaseName, target: watch::
     };
     tokio::select! {
         () = worker.work() => {}
-        () = cancel.cancelled() => {}
+        // Connections are cut by now: what had begun saves what it has, and everything else has nothing to lose.
+        () = async {
+            cancel.cancelled().await;
+            sleep(STOP_GRACE).await;
+        } => {}
     }
 }
 
@@ -145,7 +152,7 @@ pub(super) struct Worker {
 impl Worker {
     async fn work(&mut self) {
         self.reread().await;
-        loop {
+        while !self.shared.cancel.is_cancelled() {
             if self.target.has_changed().unwrap_or(false) {
                 self.target.borrow_and_update();
                 self.settled = false;
@@ -156,8 +163,16 @@ impl Worker {
                 }
                 continue;
             }
-            let session = self.session().await;
-            let done = match self.follow(&session).await {
+            let cancel = self.shared.cancel.clone();
+            let session = tokio::select! {
+                session = self.session() => session,
+                () = cancel.cancelled() => return,
+            };
+            let step = tokio::select! {
+                step = self.follow(&session) => step,
+                () = cancel.cancelled() => return,
+            };
+            let done = match step {
                 Ok(Step::Followed) => Ok(()),
                 Ok(Step::Snapshot { common }) => snapshot::take(self, &session, common).await,
                 Err(trouble) => Err(trouble),

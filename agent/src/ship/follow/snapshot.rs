@@ -29,7 +29,11 @@ pub(super) async fn take(
     common: Option<Txid>,
 ) -> Result<(), Trouble> {
     let shared = Arc::clone(&worker.shared);
-    let _permit = shared.snapshots.acquire().await.expect("never closed");
+    let _permit = tokio::select! {
+        permit = shared.snapshots.acquire() => permit.expect("never closed"),
+        // The session is over: the next one asks again.
+        () = session.cancel.cancelled() => return Ok(()),
+    };
     let began = Instant::now();
     let dir = shared.staging_dir().await.map_err(Trouble::Own)?;
     let taking = Taking { shared: &shared, session, name: &worker.name, dir: &dir };

@@ -217,6 +217,12 @@ impl MemoryNode {
         names.filter(|name| !name.starts_with("kept-")).collect()
     }
 
+    /// Bytes of a snapshot that is being taken.
+    pub fn staged_bytes(&self, name: &DatabaseName) -> u64 {
+        let path = self.dir.path().join(format!("{}.snapshot", name.escaped()));
+        std::fs::metadata(path).map_or(0, |file| file.len())
+    }
+
     fn moved(&self, name: &DatabaseName) {
         let _ = self.changes.send(name.clone());
     }
