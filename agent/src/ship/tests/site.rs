@@ -14,6 +14,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -133,8 +134,8 @@ pub async fn refused(follower: &FollowerHandle, text: &str) {
 /// What a proxy does to the bytes.
 #[derive(Default)]
 pub struct ProxyState {
-    /// Stops forwarding without closing anything.
-    pub frozen: watch::Sender<bool>,
+    /// Connections, counted from 0, on which nothing is forwarded and nothing closed.
+    pub frozen: watch::Sender<Range<usize>>,
     /// Bytes from the server that still pass before the connection that carries them is cut; negative: no limit.
     pub budget: AtomicI64,
     pub cuts: AtomicUsize,
@@ -156,15 +157,15 @@ impl Proxy {
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let state = Arc::clone(&for_connections);
-                state.connections.fetch_add(1, Ordering::SeqCst);
+                let number = state.connections.fetch_add(1, Ordering::SeqCst);
                 tokio::spawn(async move {
                     let Ok(server) = TcpStream::connect(server).await else { return };
                     let _ = (client.set_nodelay(true), server.set_nodelay(true));
                     let ((cr, cw), (sr, sw)) = (client.into_split(), server.into_split());
                     // When one direction ends, both are closed.
                     tokio::select! {
-                        () = forward(cr, sw, &state, false) => {}
-                        () = forward(sr, cw, &state, true) => {}
+                        () = forward(cr, sw, &state, number, false) => {}
+                        () = forward(sr, cw, &state, number, true) => {}
                     }
                 });
             }
@@ -173,11 +174,17 @@ impl Proxy {
     }
 }
 
-async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: &ProxyState, down: bool) {
+async fn forward(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    state: &ProxyState,
+    number: usize,
+    down: bool,
+) {
     let mut frozen = state.frozen.subscribe();
     let mut buffer = vec![0; 16 << 10];
     while let Ok(len @ 1..) = from.read(&mut buffer).await {
-        if frozen.wait_for(|frozen| !frozen).await.is_err() {
+        if frozen.wait_for(|frozen| !frozen.contains(&number)).await.is_err() {
             return;
         }
         let mut pass = len;
