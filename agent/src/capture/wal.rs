@@ -1,10 +1,10 @@
 //! Where a commit is seen in WAL mode: the write of a frame whose header states the database size.
 //!
 //! SQLite writes a frame as two calls, 24 header bytes and the page (WAL file format, section 4 of "Database File
-//! Format"). The header of a commit frame is kept back until its page has arrived and the log has the transaction;
-//! then header and page are written together. A refusal or a crash in between leaves no valid commit in the WAL.
-//! Frame checksums are not looked at here: SQLite may rewrite the headers of a spilled transaction after its commit
-//! frame, while the pages are final (walRewriteChecksums).
+//! Format"); the kernel may cut each at the borders of its own pages, so a frame arrives in consecutive pieces. A
+//! commit frame is kept back until all of it has arrived and the log has the transaction; then it is written. A refusal
+//! or a crash in between leaves no valid commit in the WAL. Frame checksums are not looked at here: SQLite may rewrite
+//! the headers of a spilled transaction after its commit frame, while the pages are final (walRewriteChecksums).
 
 use super::{CaptureError, Commit, Logged, log_transaction};
 use crate::database::{Database, State};
@@ -28,11 +28,31 @@ pub struct WalCapture {
     committed: HashMap<u32, u64>,
     /// Offset after the last commit frame.
     committed_end: u64,
-    /// Commit frame header whose page has not arrived.
-    held: Option<(u64, [u8; 24])>,
-    /// The file was written in a way this module did not follow (by the agent itself, or by a program that is not
-    /// SQLite): read it again before relying on the fields above.
-    stale: bool,
+    /// The frame that is arriving.
+    arriving: Option<Arriving>,
+    stale: Stale,
+}
+
+/// Whether the fields above still say what is in the file.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Stale {
+    #[default]
+    No,
+    /// The agent wrote to the file, from the log: read it again.
+    FromLog,
+    /// It was written in a way that was not followed: read it again and capture what was committed.
+    Foreign,
+}
+
+/// A frame of which not all has arrived.
+#[derive(Debug)]
+struct Arriving {
+    /// Offset of its header.
+    at: u64,
+    /// What arrived and is not in the file: the start of a header, or everything of a commit frame.
+    held: Vec<u8>,
+    /// Bytes that arrived.
+    filled: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,9 +68,11 @@ impl WalCapture {
         *self = WalCapture::default();
     }
 
-    /// The file changed behind this module's back.
-    pub fn mark_stale(&mut self) {
-        self.stale = true;
+    /// The agent wrote to the file what the log has.
+    pub fn mark_written_from_log(&mut self) {
+        if self.stale == Stale::No {
+            self.stale = Stale::FromLog;
+        }
     }
 
     /// Offset of the newest committed frame header of a page.
@@ -73,19 +95,24 @@ impl WalCapture {
         }
     }
 
-    /// The held header, if `[offset, offset + len)` meets it: a reader must see what was written.
+    /// Puts what is kept back over `data`, read from the file at `offset`: a reader must see what was written.
     pub fn overlay(&self, offset: u64, data: &mut [u8]) {
-        let Some((at, header)) = &self.held else { return };
-        let (from, to) = ((*at).max(offset), (at + FRAME_HEADER_BYTES).min(offset + data.len() as u64));
+        let Some(Arriving { at, held, .. }) = &self.arriving else { return };
+        let (from, to) = ((*at).max(offset), (at + held.len() as u64).min(offset + data.len() as u64));
         if from < to {
-            let source = &header[(from - at) as usize..(to - at) as usize];
+            let source = &held[(from - at) as usize..(to - at) as usize];
             data[(from - offset) as usize..(to - offset) as usize].copy_from_slice(source);
         }
     }
 
     /// End of the file as applications must see it.
     pub fn visible_len(&self, len: u64) -> u64 {
-        self.held.map_or(len, |(at, _)| len.max(at + FRAME_HEADER_BYTES))
+        self.arriving.as_ref().map_or(len, |f| len.max(f.at + f.held.len() as u64))
+    }
+
+    /// End of what has arrived of the frames after the last commit.
+    fn pending_end(&self, frame_bytes: u64) -> u64 {
+        self.pending.last_key_value().map_or(self.committed_end, |(at, _)| at + frame_bytes)
     }
 
     fn frame_header_at(&self, offset: u64) -> bool {
@@ -106,7 +133,7 @@ impl WalCapture {
     /// Reads the file's committed frames again, if something was written that was not followed. Gives the size in
     /// pages at the last commit when it did.
     pub fn refresh(&mut self, file: &File) -> std::io::Result<Option<u32>> {
-        if !self.stale {
+        if self.stale == Stale::No {
             return Ok(None);
         }
         let mut fresh = WalCapture::default();
@@ -138,8 +165,11 @@ pub fn written(
     db.shared.check_writable()?;
     st.check_health()?;
     let io = |source| db.wal_error(source);
-    st.wal.refresh(file).map_err(io)?;
-    let page_size = st.wal.generation.map_or(0, |g| g.page_size as usize);
+    match st.wal.stale {
+        Stale::No => {}
+        Stale::FromLog => drop(st.wal.refresh(file).map_err(io)?),
+        Stale::Foreign => drop(capture_foreign(db, st, file)?),
+    }
 
     if offset == 0 && data.len() as u64 == HEADER_BYTES {
         let header: &[u8; 32] = data.try_into().map_err(|_| CaptureError::NotADatabase("WAL header"))?;
@@ -149,59 +179,107 @@ pub fn written(
         st.wal.start_generation(&header);
         return Ok(None);
     }
+    let Some(generation) = st.wal.generation else { return not_followed(db, st, file, offset, data) };
+    let frame_bytes = frame_bytes(generation.page_size);
+    let end = offset + data.len() as u64;
 
-    if data.len() as u64 == FRAME_HEADER_BYTES && st.wal.frame_header_at(offset) {
-        let word = |at: usize| u32::from_be_bytes([data[at], data[at + 1], data[at + 2], data[at + 3]]);
-        let (pgno, page_count) = (word(0), word(4));
-        // A header before the end of the last commit is a rewrite of its checksum.
-        if offset >= st.wal.committed_end {
-            // Frames from here on belonged to a transaction, or a savepoint, that was rolled back.
-            st.wal.pending.split_off(&offset);
-            st.wal.held = None;
-            st.wal.pending.insert(offset, pgno);
-            if page_count != 0 {
-                let mut header = [0; 24];
-                header.copy_from_slice(data);
-                st.wal.held = Some((offset, header));
-                return Ok(None);
-            }
-        }
+    if st.wal.arriving.as_ref().is_some_and(|f| offset == f.at + f.filled && end <= f.at + frame_bytes) {
+        return continued(db, st, file, frame_bytes, data);
+    }
+    if st.wal.frame_header_at(offset)
+        && data.len() as u64 <= FRAME_HEADER_BYTES
+        && offset >= st.wal.committed_end
+    {
+        // What had arrived of another frame was never completed: SQLite gave it up.
+        st.wal.arriving = Some(Arriving { at: offset, held: Vec::new(), filled: 0 });
+        return continued(db, st, file, frame_bytes, data);
+    }
+    // A rewrite of header checksums up to the last commit, or of pages that a spilled transaction changed again.
+    let known = end <= st.wal.committed_end
+        || offset >= st.wal.committed_end && end <= st.wal.pending_end(frame_bytes);
+    if known {
         file.write_all_at(data, offset).map_err(io)?;
         return Ok(None);
     }
+    not_followed(db, st, file, offset, data)
+}
 
-    if let Some((at, header)) = st.wal.held {
-        if offset == at + FRAME_HEADER_BYTES && data.len() == page_size {
-            return commit(db, st, file, at, &header, data);
+/// The next piece of the frame that is arriving.
+fn continued(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    frame_bytes: u64,
+    piece: &[u8],
+) -> Result<Option<Logged>, CaptureError> {
+    let io = |source| db.wal_error(source);
+    let Some(mut frame) = st.wal.arriving.take() else { return Ok(None) };
+    let before = frame.filled;
+    frame.filled += piece.len() as u64;
+    if before >= FRAME_HEADER_BYTES && frame.held.is_empty() {
+        file.write_all_at(piece, frame.at + before).map_err(io)?;
+    } else {
+        frame.held.extend_from_slice(piece);
+        if before < FRAME_HEADER_BYTES && frame.filled >= FRAME_HEADER_BYTES {
+            let word = |at: usize| {
+                u32::from_be_bytes([
+                    frame.held[at],
+                    frame.held[at + 1],
+                    frame.held[at + 2],
+                    frame.held[at + 3],
+                ])
+            };
+            let (pgno, page_count) = (word(0), word(4));
+            // Frames from here on belonged to a transaction, or a savepoint, that was rolled back.
+            st.wal.pending.split_off(&frame.at);
+            st.wal.pending.insert(frame.at, pgno);
+            if page_count == 0 {
+                file.write_all_at(&frame.held, frame.at).map_err(io)?;
+                frame.held.clear();
+            }
         }
-        // Not how SQLite writes: give the header back and follow the file by reading it.
-        st.wal.held = None;
-        file.write_all_at(&header, at).map_err(io)?;
-        st.wal.stale = true;
+        if frame.filled == frame_bytes && !frame.held.is_empty() {
+            return commit(db, st, file, frame.at, &frame.held);
+        }
     }
-    file.write_all_at(data, offset).map_err(io)?;
-    let frame_page = offset >= FRAME_HEADER_BYTES
-        && data.len() == page_size
-        && st.wal.frame_header_at(offset - FRAME_HEADER_BYTES);
-    if !frame_page {
-        st.wal.stale = true;
+    if frame.filled < frame_bytes {
+        st.wal.arriving = Some(frame);
     }
     Ok(None)
 }
 
-/// The page of a commit frame has arrived: capture the transaction, then make its frame valid.
+/// A write that is not how SQLite writes: the file is read instead, when the writer syncs, closes or writes again.
+fn not_followed(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    offset: u64,
+    data: &[u8],
+) -> Result<Option<Logged>, CaptureError> {
+    let io = |source| db.wal_error(source);
+    if let Some(frame) = st.wal.arriving.take()
+        && !frame.held.is_empty()
+    {
+        file.write_all_at(&frame.held, frame.at).map_err(io)?;
+    }
+    st.wal.stale = Stale::Foreign;
+    file.write_all_at(data, offset).map_err(io)?;
+    Ok(None)
+}
+
+/// All of a commit frame has arrived: captures the transaction, then writes the frame.
 fn commit(
     db: &Database,
     st: &mut State,
     file: &File,
     at: u64,
-    header: &[u8; 24],
-    page: &[u8],
+    frame: &[u8],
 ) -> Result<Option<Logged>, CaptureError> {
     let Some(generation) = st.wal.generation else {
         return Err(CaptureError::NotADatabase("WAL frame without a WAL header"));
     };
-    let page_count = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+    let page_count = u32::from_be_bytes([frame[4], frame[5], frame[6], frame[7]]);
+    let page = &frame[FRAME_HEADER_BYTES as usize..];
     let end_offset = at + frame_bytes(generation.page_size);
     // Later frames of a page win.
     let newest: BTreeMap<u32, u64> = st.wal.pending.iter().map(|(offset, pgno)| (*pgno, *offset)).collect();
@@ -224,15 +302,10 @@ fn commit(
             Ok(())
         }
     };
-    let logged = log_transaction(db, st, &commit, &mut read);
-    st.wal.held = None;
-    let logged = logged?;
-    let mut frame = Vec::with_capacity(24 + page.len());
-    frame.extend_from_slice(header);
-    frame.extend_from_slice(page);
+    let logged = log_transaction(db, st, &commit, &mut read)?;
     // The log has the transaction. If this write fails the file lacks it until recovery puts it back, so the
     // database must not be used on.
-    if let Err(e) = file.write_all_at(&frame, at) {
+    if let Err(e) = file.write_all_at(frame, at) {
         let reason = format!(
             "{}: the logged transaction {} could not be written: {e}",
             db.paths.wal.display(),
@@ -250,7 +323,7 @@ fn commit(
 /// Follows a WAL that was written in another way than SQLite's (a copy of database and WAL put in place): captures
 /// what has been committed in it since the last known commit.
 pub fn capture_foreign(db: &Database, st: &mut State, file: &File) -> Result<Option<Logged>, CaptureError> {
-    if !st.wal.stale {
+    if st.wal.stale != Stale::Foreign {
         return Ok(None);
     }
     let io = |source| db.wal_error(source);

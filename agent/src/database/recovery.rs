@@ -22,7 +22,7 @@ use sqlite_file::wal::{FRAME_HEADER_BYTES, Scanner, WalError, frame_offset};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -67,6 +67,9 @@ impl Database {
         st.logged_end = last.as_ref().map_or_else(Default::default, RecordInfo::end);
         self.set_durable_position(target.position);
 
+        if !power_failed {
+            self.give_new_inode()?;
+        }
         let behind = last.as_ref().is_some_and(|r| r.max_txid > mark.position.txid);
         let journal = self.recover_journal(&mut done)?;
         let wal = self.recover_wal(last.as_ref(), &mut done)?;
@@ -111,6 +114,25 @@ impl Database {
                 Ok((Mark::default(), first))
             }
         }
+    }
+
+    /// A connection may have survived the last agent: its passed-through descriptor still reads the database file,
+    /// while its locks, WAL and wal-index are those of a dead mount. It keeps the old file, as it is; everybody else
+    /// gets a copy. A wal-index or WAL that was left behind says that there may be such a connection.
+    fn give_new_inode(&self) -> Result<(), RecoveryError> {
+        if !self.paths.database.exists() || !self.paths.shm.exists() && !self.paths.wal.exists() {
+            return Ok(());
+        }
+        let staging = &self.shared.dirs.staging;
+        let copy =
+            tempfile::Builder::new().prefix("copy-").tempfile_in(staging).map_err(failed)?.into_temp_path();
+        // copy(2) by extents where the file system can share them.
+        std::fs::copy(&self.paths.database, &copy).map_err(failed)?;
+        let from = std::fs::metadata(&self.paths.database).map_err(failed)?;
+        std::os::unix::fs::chown(&copy, Some(from.uid()), Some(from.gid())).map_err(failed)?;
+        File::open(&copy).and_then(|f| f.sync_all()).map_err(failed)?;
+        copy.persist(&self.paths.database).map_err(failed)?;
+        Ok(())
     }
 
     /// Step 1. Returns whether there was a journal.

@@ -135,7 +135,7 @@ impl OpenFile {
         if self.internal {
             plain(&self.file)?;
             if self.kind == Kind::Wal {
-                db.state().wal.mark_stale();
+                db.state().wal.mark_written_from_log();
             }
             return Ok(Answer::Now);
         }
@@ -199,7 +199,7 @@ impl OpenFile {
         if self.internal {
             cut(&self.file)?;
             if self.kind == Kind::Wal {
-                db.state().wal.mark_stale();
+                db.state().wal.mark_written_from_log();
             }
             return Ok(Answer::Now);
         }
