@@ -2,7 +2,9 @@
 
 use crate::host::Host;
 use crate::shell::sqlite3;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// Bytes of page 1 that SQLite's backup sets in its copy: journal mode, change counter, schema cookie, and the version
@@ -114,13 +116,17 @@ fn page_size(database: &[u8]) -> u32 {
 
 /// The checksum of a position, from the pages of a file that nobody writes to.
 pub fn checksum_of(file: &Path) -> String {
-    let database = read(file);
-    let size = page_size(&database);
-    let lock_page = ltx::lock_page(size);
+    let mut database = File::open(file).unwrap_or_else(|e| panic!("cannot open {}: {e}", file.display()));
+    let mut header = [0; 100];
+    database.read_exact_at(&mut header, 0).expect("a database has a header");
+    let mut page = vec![0; page_size(&header) as usize];
+    let lock_page = ltx::lock_page(page_size(&header));
+    let pages = database.metadata().expect("the file is open").len() / page.len() as u64;
     let mut rolling = ltx::Checksum::EMPTY;
-    for (pgno, page) in (1..).zip(database.chunks(size as usize)) {
+    for pgno in 1..=u32::try_from(pages).expect("page numbers have 32 bits") {
+        database.read_exact(&mut page).expect("the file is as long as it was");
         if pgno != lock_page {
-            rolling = rolling.xor(ltx::page_checksum(pgno, page));
+            rolling = rolling.xor(ltx::page_checksum(pgno, &page));
         }
     }
     rolling.to_string()

@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// After this long a test hangs: its agents are killed, which ends every wait for them with an error.
-const HANGS_AFTER: Duration = Duration::from_secs(240);
+/// After this long a test hangs: its mounts are broken, which ends every wait for them with an error.
+const HANGS_AFTER: Duration = Duration::from_secs(150);
 
 /// Lines of a log that are shown when a test fails.
 const LINES_SHOWN: usize = 60;
@@ -79,13 +79,11 @@ impl Fleet {
         fs::create_dir(&dir).expect("each host has a name of its own");
         let agent: Arc<Mutex<Option<Child>>> = Arc::default();
         let (watch, called_off) = mpsc::channel::<()>();
-        let watched = agent.clone();
+        let mount = dir.join("mount");
         std::thread::spawn(move || {
-            if called_off.recv_timeout(HANGS_AFTER) == Err(mpsc::RecvTimeoutError::Timeout)
-                && let Some(agent) = lock(&watched).as_mut()
-            {
-                eprintln!("a test runs for {HANGS_AFTER:?}: killing its agent {}", agent.id());
-                let _ = agent.kill();
+            if called_off.recv_timeout(HANGS_AFTER) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("a test runs for {HANGS_AFTER:?}: breaking its mount {}", mount.display());
+                abort_mount(&mount);
             }
         });
         let host = Host {
@@ -282,8 +280,23 @@ impl Host {
     pub fn kill(&self) -> &Host {
         let mut agent = lock(&self.agent).take().expect("the agent was started");
         agent.kill().expect("the agent runs");
-        agent.wait().expect("it is our child");
+        assert!(self.reap(&mut agent), "the agent of {} does not die of SIGKILL", self.name);
         self
+    }
+
+    /// Waits for the end of an agent that was killed. One that waits for its own mount would wait for ever: breaks
+    /// the mount then, and says `false`.
+    fn reap(&self, agent: &mut Child) -> bool {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while agent.try_wait().expect("it is our child").is_none() {
+            if Instant::now() > deadline {
+                abort_mount(&self.mount());
+                agent.wait().expect("it is our child");
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        true
     }
 
     /// Stops and starts.
@@ -503,9 +516,10 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        let mut died = true;
         if let Some(mut agent) = lock(&self.agent).take() {
             let _ = agent.kill();
-            let _ = agent.wait();
+            died = self.reap(&mut agent);
         }
         self.unmount();
         if std::thread::panicking() {
@@ -514,7 +528,15 @@ impl Drop for Host {
             let shown = lines[lines.len().saturating_sub(LINES_SHOWN)..].join("\n");
             eprintln!("--- log of {}:\n{shown}\n---", self.name);
         } else {
+            assert!(died, "the agent of {} did not die of SIGKILL", self.name);
             self.assert_no_errors();
         }
     }
+}
+
+/// Ends all waiting for a mount with errors, and takes it away.
+fn abort_mount(mount: &Path) {
+    // MNT_FORCE aborts the connection also where it then says that the mount is busy.
+    let _ = umount2(mount, MntFlags::MNT_FORCE);
+    let _ = umount2(mount, MntFlags::MNT_DETACH);
 }
