@@ -4,7 +4,7 @@
 use super::connection::{FollowError, accepted};
 use super::intake::{Intake, RecordFiles, Stop, memory_bytes, total_bytes};
 use super::staging::{self, StagingError};
-use super::{Session, Shared, Target, control, divergence, snapshot};
+use super::{RECHECK, Session, Shared, Target, control, divergence, snapshot};
 use crate::DatabaseName;
 use crate::ship::engine::{EngineError, Epoch, ShippedRecord};
 use crate::ship::frame::EndReason;
@@ -154,8 +154,12 @@ impl Worker {
         self.reread().await;
         while !self.shared.cancel.is_cancelled() {
             if self.target.has_changed().unwrap_or(false) {
-                self.target.borrow_and_update();
+                let target = *self.target.borrow_and_update();
                 self.settled = false;
+                if target.session == RECHECK {
+                    self.confirmed = 0;
+                    self.reread().await;
+                }
             }
             if !self.needs_work() {
                 if self.leave() {
@@ -318,6 +322,7 @@ impl Worker {
         let mut pending = Pending::new(&self.shared);
         let mut receiving: Option<BoxFuture<'static, Result<Pos, Trouble>>> = None;
         let mut stopped = None;
+        let mut news = self.target.clone();
         loop {
             if receiving.is_none() && !pending.records.is_empty() {
                 let batch = pending.take();
@@ -333,7 +338,8 @@ impl Worker {
             {
                 return self.ended(session, stop);
             }
-            let caught_up = receiving.is_none() && self.target.borrow().pos.txid <= self.pos.txid;
+            let idle = receiving.is_none();
+            let caught_up = idle && self.target.borrow().pos.txid <= self.pos.txid;
             tokio::select! {
                 next = records.next(), if stopped.is_none() && pending.has_room() => {
                     let mut next = next;
@@ -354,6 +360,11 @@ impl Worker {
                     self.advanced(result?);
                 }
                 () = self.shared.room.notified(), if caught_up => return Ok(()),
+                changed = news.changed(), if idle => {
+                    if changed.is_err() || news.borrow_and_update().session == RECHECK {
+                        return Ok(());
+                    }
+                }
             }
         }
     }

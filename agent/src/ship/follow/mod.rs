@@ -159,6 +159,12 @@ impl FollowerHandle {
         self.shared.tracker.wait().await;
     }
 
+    /// Compares one database with the upstream again, although it did not move there: the node calls this when it has
+    /// set a database aside, so that a snapshot heals it without waiting for the next transaction.
+    pub fn recheck(&self, name: DatabaseName) {
+        self.shared.moved(name, Target { pos: Pos::default(), session: RECHECK });
+    }
+
     /// How it goes now.
     pub fn status(&self) -> FollowStatus {
         let session = self.shared.session.borrow().clone();
@@ -180,6 +186,9 @@ impl FollowerHandle {
         }
     }
 }
+
+/// No session has this number: the task asks for the log from wherever the database is now.
+const RECHECK: u64 = u64::MAX;
 
 /// Where the upstream is with a database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

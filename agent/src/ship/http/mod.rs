@@ -1,5 +1,5 @@
 //! The node's HTTP server: accepts on TCP and Unix sockets, speaks HTTP/1 and HTTP/2 (h2c with prior knowledge),
-//! and gives `/v1/` to shipping and everything else to the node's own [`Handler`].
+//! and gives the paths of the replication protocol to shipping and everything else to the node's own [`Handler`].
 
 mod first_bytes;
 

@@ -1,4 +1,4 @@
-//! The side that is followed: answers the requests below `/v1/` out of a [`Source`].
+//! The side that is followed: answers the requests of the replication protocol out of a [`Source`].
 
 mod changes;
 mod log_stream;
@@ -103,7 +103,7 @@ impl Server {
         self.tracker.wait().await;
     }
 
-    /// Answers one request below `/v1/`.
+    /// Answers one request of the replication protocol.
     pub async fn handle(self: &Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         let peer = request.extensions().get::<PeerAddr>().map_or("an unknown address", |p| &*p.0).to_owned();
         let path = request.uri().path().to_owned();

@@ -172,3 +172,31 @@ async fn a_database_that_is_quarantined_at_the_upstream_is_reported_and_waited_f
     until("the end of the report", || follower.status().failing.is_empty()).await;
     follower.stop().await;
 }
+
+#[tokio::test]
+async fn a_database_that_was_set_aside_is_healed_when_the_node_asks() {
+    let (primary, replica) = (MemoryNode::new(1), MemoryNode::new(2));
+    let db = name("a.db");
+    primary.commits(&db, 1..=5);
+    let site = Site::start(&primary).await;
+    let follower = follow(&replica, site.address);
+    until("the records", || replica.pos(&db) == primary.pos(&db)).await;
+    // As a node says of a database that it does not trust: no history has this checksum.
+    replica.databases.lock().get_mut(&db).unwrap().pos.checksum = ltx::Checksum(0);
+    follower.stop().await;
+    let follower =
+        follow_with(&replica, site.address, |options| options.behind_grace = Duration::from_secs(3600));
+    until("the healed database", || replica.pos(&db) == primary.pos(&db)).await;
+    assert_eq!(replica.seen.lock().installs.len(), 1, "healed when the follower connected");
+
+    // Now with a log stream that is open and idle, which asks for no news by itself.
+    let target = primary.commit(&db, 1, 77);
+    until("the tail", || replica.pos(&db) == target).await;
+    replica.databases.lock().get_mut(&db).unwrap().pos.checksum = ltx::Checksum(0);
+    follower.recheck(db.clone());
+    until("the healed database", || replica.seen.lock().installs.len() == 2).await;
+    assert_eq!(replica.pos(&db), primary.pos(&db));
+    let target = primary.commit(&db, 1, 78);
+    until("the tail", || replica.pos(&db) == target).await;
+    follower.stop().await;
+}

@@ -155,7 +155,7 @@ async fn requests_that_make_no_sense_are_answered_with_what_is_wrong() {
     let site = Site::start(&primary).await;
     let me = identity(2);
     for (path, code, part) in [
-        ("/v1/nothing", 400, "/v1/nothing"),
+        ("/v1/databases/nothing", 400, "/v1/databases/nothing"),
         ("/v1/follow", 400, "wants POST"),
         ("/v1/databases/log", 400, "name="),
         ("/v1/databases/log?name=..%2Fx&txid=0&checksum=0", 400, "../x"),

@@ -37,7 +37,7 @@ async fn unix_connections_are_privileged_and_tcp_ones_are_not() {
     let answer = get(TcpStream::connect(&address).await.unwrap(), "/info").await;
     assert!(answer.contains("/info privileged=false"), "{answer}");
     // The paths of shipping answer HTTP/1 too, where it can be.
-    let answer = get(TcpStream::connect(&address).await.unwrap(), "/v1/x").await;
+    let answer = get(TcpStream::connect(&address).await.unwrap(), "/v1/databases/x").await;
     assert!(answer.contains("400 Bad Request") && answer.contains("litefs-protocol: 1.0"), "{answer}");
     cancel.cancel();
     serving.await.unwrap();
