@@ -139,42 +139,53 @@ impl Database {
         Ok(st.position)
     }
 
-    /// Takes over another file of the mount, a database or a plain copy, and removes it: what rename(2) means here.
-    pub fn replace_by(&self, from: &Database) -> Result<(), ImportError> {
-        let staging = &self.shared.dirs.staging;
-        let copy = tempfile::Builder::new()
-            .prefix("rename-")
-            .suffix(".db")
-            .tempfile_in(staging)
-            .map_err(|source| ImportError::Io { path: staging.clone(), source })?
-            .into_temp_path();
-        let live = from.state().page_count > 0;
-        if live {
-            from.copy_consistently(&copy)?;
-        } else {
-            std::fs::copy(&from.paths.database, &copy)
-                .map_err(|source| ImportError::Io { path: from.paths.database.clone(), source })?;
+    /// Whether somebody has the database open, or left something that is not in its file yet.
+    pub fn is_in_use(&self) -> bool {
+        let not_empty = |path: &Path| path.metadata().is_ok_and(|m| m.len() > 0);
+        self.state().handles > 0 || not_empty(&self.paths.wal) || not_empty(&self.paths.journal)
+    }
+
+    /// What rename(2) of `source` to this database means: its content becomes this database's next transaction, and
+    /// `from`, if it is a database, is dropped. Neither is in use. Nothing goes through the mount.
+    pub fn replace_by_rename(&self, from: Option<&Database>, source: &Path) -> Result<(), CaptureError> {
+        let file = File::open(source).map_err(|e| self.database_error(e))?;
+        let mut first = [0; sqlite_file::header::HEADER_BYTES];
+        if file.read_exact_at(&mut first, 0).is_err() || DatabaseHeader::parse(&first).is_err() {
+            return Err(CaptureError::NotADatabase("what is renamed to it is no SQLite database"));
         }
-        self.import(&copy)?;
-        if live {
-            let mut st = from.state();
-            from.log_drop(&mut st)
-                .map_err(|source| ImportError::Capture { name: from.name.clone(), source })?;
-        }
-        let mount = &from.shared.dirs.mount;
-        let mut files = vec![from.paths.database.clone()];
-        if live {
-            files.extend([from.paths.wal.clone(), from.paths.shm.clone(), from.paths.journal.clone()]);
-        }
-        for file in files {
-            let below = file.strip_prefix(&from.shared.dirs.files).unwrap_or(&file);
-            match std::fs::remove_file(mount.join(below)) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(ImportError::Io { path: mount.join(below), source });
+        let io = |e| self.database_error(e);
+        {
+            let mut st = self.state();
+            let kept = self.paths.database.with_extension("replaced-by-rename");
+            let replaced = self.paths.database.exists();
+            if replaced {
+                std::fs::rename(&self.paths.database, &kept).map_err(io)?;
+            }
+            let captured = std::fs::rename(source, &self.paths.database).map_err(io).and_then(|()| {
+                st.set_database_file(None);
+                st.forget_journal_mode();
+                st.rollback.mark_unknown();
+                self.capture_rollback(&mut st)
+            });
+            if let Err(e) = captured {
+                // As it was before: the log has nothing of it.
+                std::fs::rename(&self.paths.database, source).map_err(io)?;
+                if replaced {
+                    std::fs::rename(&kept, &self.paths.database).map_err(io)?;
                 }
-                _ => {}
+                st.set_database_file(None);
+                st.forget_journal_mode();
+                st.rollback = Default::default();
+                return Err(e);
+            }
+            if replaced {
+                std::fs::remove_file(&kept).map_err(io)?;
             }
         }
+        if let Some(from) = from {
+            from.log_drop(&mut from.state())?;
+        }
+        self.shared.forget_name(self);
         Ok(())
     }
 

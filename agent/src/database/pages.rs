@@ -52,7 +52,11 @@ impl Database {
             }
             match missing {
                 None => {
-                    return Ok(PageRange { position, page_size: st.page_size, commit: st.page_count, pages });
+                    let shape = (st.page_size, st.page_count, st.logged_end);
+                    drop(st);
+                    // Nothing may leave before it is durable here.
+                    self.shared.log.wait_durable(shape.2).map_err(|e| EngineError::Other(e.to_string()))?;
+                    return Ok(PageRange { position, page_size: shape.0, commit: shape.1, pages });
                 }
                 Some(pgno) if Instant::now() > deadline => {
                     return Err(EngineError::Other(format!(

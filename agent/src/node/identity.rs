@@ -2,10 +2,12 @@
 //! cleanly. Also the lock that keeps a second agent away.
 
 use crate::ship::engine::Epoch;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Why a data directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -60,8 +62,8 @@ impl Identity {
         let path = dir.join("lock");
         let file =
             OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(io_at(&path))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
-            nix::errno::Errno::EWOULDBLOCK => IdentityError::InUse(dir.to_owned()),
+        let lock = lock_within(file, LOCK_PATIENCE).map_err(|e| match e {
+            Errno::EWOULDBLOCK => IdentityError::InUse(dir.to_owned()),
             e => IdentityError::Io { path: path.clone(), source: e.into() },
         })?;
         let parse = |name: &str, expected, radix| -> Result<Option<u64>, IdentityError> {
@@ -97,6 +99,21 @@ impl Identity {
     pub fn stopped_cleanly(&self) -> Result<(), IdentityError> {
         let path = self.dir.join("running");
         std::fs::remove_file(&path).map_err(|source| IdentityError::Io { path, source })
+    }
+}
+
+/// An agent that was killed is gone only when its guard has aborted its mount.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+
+fn lock_within(mut file: File, patience: Duration) -> Result<Flock<File>, Errno> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((back, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = back,
+            Err((_, e)) => return Err(e),
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

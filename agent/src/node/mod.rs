@@ -25,6 +25,7 @@ use crate::ship::server::{Server, ServerOptions};
 use crate::status::events::{Event, EventBus, RoleData};
 use crate::status::{Metrics, api::RoleName};
 use anyhow::Context;
+use fuse_session::Guard;
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -85,22 +86,25 @@ impl std::fmt::Debug for Node {
 
 /// Runs the agent until it is told to stop.
 pub fn run(config: Config) -> anyhow::Result<()> {
+    // On the main thread and before any other: see the guard.
+    let identity = Identity::open(&config.data.dir)?;
+    let guard = Guard::start(&config.mount.dir).context("cannot start the mount's guard")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(64)
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let result = runtime.block_on(serve_until_stopped(config));
+    let result = runtime.block_on(serve_until_stopped(config, identity));
     runtime.shutdown_timeout(Duration::from_secs(1));
+    drop(guard);
     result
 }
 
 impl Node {
     /// Opens the data directory and recovers what is in it. Nothing is served yet.
-    pub fn open(config: Config) -> anyhow::Result<Arc<Node>> {
+    pub fn open(config: Config, identity: Identity) -> anyhow::Result<Arc<Node>> {
         let dirs = Dirs::new(config.data.dir.clone(), config.mount.dir.clone());
-        let identity = Identity::open(&dirs.data)?;
         for dir in [&dirs.files, &dirs.checksums, &dirs.staging, &dirs.diverged, &dirs.log] {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         }
@@ -108,6 +112,8 @@ impl Node {
             segment_bytes: config.log.segment_size,
             retention_age: config.log.retention_age,
             retention_bytes: config.log.retention_size,
+            // A payload must fit into a segment several times.
+            inline_bytes_max: LogOptions::default().inline_bytes_max.min(config.log.segment_size / 4),
             ..LogOptions::default()
         };
         let log = CommitLog::open(&dirs.log, options).context("cannot open the commit log")?;
@@ -195,12 +201,12 @@ impl Node {
     }
 }
 
-async fn serve_until_stopped(config: Config) -> anyhow::Result<()> {
+async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
     let opening = config.clone();
-    let node = tokio::task::spawn_blocking(move || Node::open(opening)).await??;
+    let node = tokio::task::spawn_blocking(move || Node::open(opening, identity)).await??;
 
     let stop = CancellationToken::new();
     let mut server_options = ServerOptions::new(config.node.name.clone(), config.cluster.clone());
@@ -214,16 +220,22 @@ async fn serve_until_stopped(config: Config) -> anyhow::Result<()> {
     if let Some(dir) = config.socket.path.parent() {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
-    let unix = Listener::bind_unix(&config.socket.path, 0o660).await?;
     {
         let node = node.clone();
         tokio::task::spawn_blocking(move || node.open_door()).await??;
     }
+    let started = start_serving(&node, &config, &stop).await;
+    let (unix, mut follower) = match started {
+        Ok(started) => started,
+        Err(error) => {
+            node.close_door();
+            return Err(error);
+        }
+    };
     let handler = Arc::new(view::HttpHandler { node: node.clone() });
     let http =
         tokio::spawn(serve(vec![tcp, unix], server.clone(), handler, HttpOptions::default(), stop.clone()));
     let background = background::spawn(node.clone(), stop.clone());
-    let mut follower = start_following(&node, &stop)?;
     notify_ready(&node);
     tracing::info!(listen = %config.http.listen, socket = %config.socket.path.display(), "ready");
 
@@ -260,6 +272,19 @@ async fn serve_until_stopped(config: Config) -> anyhow::Result<()> {
     tokio::task::spawn_blocking(move || stopping.close_files()).await?;
     let _ = std::fs::remove_file(&config.socket.path);
     outcome
+}
+
+/// The last steps of a start that can fail.
+async fn start_serving(
+    node: &Arc<Node>,
+    config: &Config,
+    stop: &CancellationToken,
+) -> anyhow::Result<(Listener, Option<FollowerHandle>)> {
+    let unix = Listener::bind_unix(&config.socket.path, 0o660).await?;
+    let follower = start_following(node, stop).inspect_err(|_| {
+        let _ = std::fs::remove_file(&config.socket.path);
+    })?;
+    Ok((unix, follower))
 }
 
 fn start_following(node: &Arc<Node>, stop: &CancellationToken) -> anyhow::Result<Option<FollowerHandle>> {

@@ -4,8 +4,10 @@
 //! mount(2) directly, because no helper program is needed by a privileged agent and the `/dev/fuse` descriptor
 //! stays ours.
 
+mod guard;
 mod mount;
 
+pub use guard::Guard;
 pub use mount::{MountError, MountState, mount_state, open_device, unmount};
 
 /// The names of the FUSE protocol that a file system needs.

@@ -229,7 +229,8 @@ impl LitefsFilesystem {
         } else {
             let adopt =
                 kind == Kind::Main && !tracked && (plain_program || (created && flags & libc::O_EXCL != 0));
-            if !adopt && kind != Kind::Wal {
+            // A flush of the agent's own handles would be a request of a dying process to itself.
+            if internal || !adopt && kind != Kind::Wal {
                 fopen |= FopenFlags::FOPEN_NOFLUSH;
             }
             if backing.is_none() {
@@ -312,77 +313,69 @@ impl LitefsFilesystem {
         }
     }
 
-    /// Renames; a database moves as a new database and a drop, a plain copy over a database becomes its content.
-    fn rename_path(&self, from: PathBuf, to: PathBuf, no_replace: bool, reply: ReplyEmpty) {
-        let result = (|| {
-            let meta = self.backing(&from).symlink_metadata().map_err(errno)?;
-            let target = self.backing(&to).symlink_metadata();
-            if no_replace && target.is_ok() {
-                return Err(Errno::EEXIST);
+    /// Renames. A database moves as a transaction of its new name and a drop of the old one. The kernel holds the
+    /// directory's lock meanwhile, so nothing here may go through the mount.
+    fn rename_path(&self, from: &Path, to: &Path, no_replace: bool) -> Result<(), Errno> {
+        let meta = self.backing(from).symlink_metadata().map_err(errno)?;
+        let target = self.backing(to).symlink_metadata();
+        if no_replace && target.is_ok() {
+            return Err(Errno::EEXIST);
+        }
+        if target.is_ok_and(|t| files::same_file(&t, &meta)) {
+            return Ok(());
+        }
+        // A caller like mv copies on EXDEV, and each database is then taken in as a copy.
+        let copy_instead = || Errno::from_i32(libc::EXDEV);
+        if meta.is_dir() {
+            if DatabaseName::new(from).is_ok_and(|dir| self.shared.any_below(&dir)) {
+                return Err(copy_instead());
             }
-            if target.is_ok_and(|t| files::same_file(&t, &meta)) {
-                return Ok(None);
-            }
-            if meta.is_dir() {
-                let below = DatabaseName::new(&from).is_ok_and(|dir| self.shared.any_below(&dir));
-                // A caller like mv copies on EXDEV, and each database is then taken in as a copy.
-                return if below { Err(Errno::from_i32(libc::EXDEV)) } else { Ok(Some(None)) };
-            }
-            let place = |path: &Path| {
-                let (kind, base) = classify(path);
-                let db = DatabaseName::new(base).ok().map(|name| self.shared.database_or_new(&name));
-                let live = db.as_ref().is_some_and(|db| db.state().page_count > 0);
-                (kind, db, live)
-            };
-            let ((from_kind, from_db, from_live), (to_kind, to_db, to_live)) = (place(&from), place(&to));
-            let companion = |kind, live| live && matches!(kind, Kind::Journal | Kind::Wal | Kind::Shm);
-            if companion(from_kind, from_live) || companion(to_kind, to_live) {
-                return Err(Errno::EPERM);
-            }
-            let is_database = |kind, live| kind == Kind::Main && live;
-            if !is_database(from_kind, from_live) && !is_database(to_kind, to_live) {
-                return Ok(Some(None));
-            }
-            if to_kind != Kind::Main {
-                return Err(Errno::EPERM);
-            }
-            Ok(Some(from_db.zip(to_db)))
-        })();
-        match result {
-            Err(e) => reply.error(e),
-            Ok(None) => reply.ok(),
-            Ok(Some(None)) => {
-                let renamed = std::fs::rename(self.backing(&from), self.backing(&to)).map_err(errno);
-                if renamed.is_ok() {
-                    self.inodes.renamed(&from, &to, |path| self.node_for(path, false));
-                    if let Node::File(Kind::Main, Some(db)) =
-                        self.node_for(&to, meta_is_dir(&self.backing(&to)))
-                    {
-                        let mut st = db.state();
-                        st.set_database_file(None);
-                        if let Err(e) = files::adopt(&db, &mut st) {
-                            files::errno_of(&db, "take in", &e);
-                        }
-                    }
+            return self.rename_backing(from, to);
+        }
+        let place = |path: &Path| {
+            let (kind, base) = classify(path);
+            let db = DatabaseName::new(base).ok().map(|name| self.shared.database_or_new(&name));
+            let live = db.as_ref().is_some_and(|db| db.state().page_count > 0);
+            (kind, db, live)
+        };
+        let ((from_kind, from_db, from_live), (to_kind, to_db, to_live)) = (place(from), place(to));
+        let companion = |kind, live| live && matches!(kind, Kind::Journal | Kind::Wal | Kind::Shm);
+        if companion(from_kind, from_live) || companion(to_kind, to_live) {
+            return Err(Errno::EPERM);
+        }
+        let from_live = from_live && from_kind == Kind::Main;
+        let to_live = to_live && to_kind == Kind::Main;
+        if !from_live && !to_live {
+            self.rename_backing(from, to)?;
+            if let (Kind::Main, Some(db)) = (to_kind, to_db) {
+                let mut st = db.state();
+                st.set_database_file(None);
+                if let Err(e) = files::adopt(&db, &mut st) {
+                    files::errno_of(&db, "take in", &e);
                 }
-                finish(renamed, reply);
             }
-            Ok(Some(Some((from_db, to_db)))) => {
-                // Both sides go through the mount, which this thread serves.
-                let _ = self.worker.send(Box::new(move || match to_db.replace_by(&from_db) {
-                    Ok(()) => reply.ok(),
-                    Err(e) => {
-                        tracing::error!(from = %from_db.name(), to = %to_db.name(), error = %e, "rename failed");
-                        reply.error(Errno::from_i32(e.errno()));
-                    }
-                }));
+            return Ok(());
+        }
+        let (Kind::Main, Some(to_db)) = (to_kind, to_db) else { return Err(Errno::EPERM) };
+        for (db, live) in [(from_db.as_ref(), from_live), (Some(&to_db), to_live)] {
+            if let Some(db) = db.filter(|_| live)
+                && db.is_in_use()
+            {
+                return Err(copy_instead());
             }
         }
+        to_db
+            .replace_by_rename(from_db.as_deref().filter(|_| from_live), &self.backing(from))
+            .map_err(|e| Errno::from_i32(files::errno_of(&to_db, "rename", &e)))?;
+        self.inodes.renamed(from, to, |path| self.node_for(path, false));
+        Ok(())
     }
-}
 
-fn meta_is_dir(path: &Path) -> bool {
-    path.symlink_metadata().is_ok_and(|m| m.is_dir())
+    fn rename_backing(&self, from: &Path, to: &Path) -> Result<(), Errno> {
+        std::fs::rename(self.backing(from), self.backing(to)).map_err(errno)?;
+        self.inodes.renamed(from, to, |path| self.node_for(path, false));
+        Ok(())
+    }
 }
 
 fn finish(result: Result<(), Errno>, reply: ReplyEmpty) {
@@ -633,7 +626,7 @@ impl Filesystem for LitefsFilesystem {
         if flags.contains(RenameFlags::RENAME_EXCHANGE) {
             return reply.error(Errno::EINVAL);
         }
-        self.rename_path(from, to, flags.contains(RenameFlags::RENAME_NOREPLACE), reply);
+        finish(self.rename_path(&from, &to, flags.contains(RenameFlags::RENAME_NOREPLACE)), reply);
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
