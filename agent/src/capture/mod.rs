@@ -46,6 +46,12 @@ pub enum CaptureError {
     /// The transaction cannot be written as LTX.
     #[error("cannot encode the transaction: {0}")]
     Ltx(#[from] ltx::Error),
+    /// The rest of a write that was refused: SQLite tries it again before it gives up.
+    #[error("the write was refused before")]
+    RefusedBefore {
+        /// Error number of the refusal.
+        errno: i32,
+    },
     /// What was committed is no SQLite database.
     #[error("not an SQLite database: {0}")]
     NotADatabase(&'static str),
@@ -58,6 +64,7 @@ impl CaptureError {
         let io = |e: &io::Error| e.raw_os_error().unwrap_or(libc::EIO);
         match self {
             CaptureError::NotPrimary => libc::EROFS,
+            CaptureError::RefusedBefore { errno } => *errno,
             CaptureError::Io { source, .. } => io(source),
             CaptureError::Log(LogError::NoSpace { .. }) => libc::ENOSPC,
             CaptureError::Log(LogError::Io { source, .. }) => io(source),
@@ -139,7 +146,7 @@ pub fn log_transaction(
     let mut encoder = Encoder::new(spool, header)?;
     let mut page = vec![0; commit.page_size as usize];
     let mut changed: Vec<(u32, Checksum)> = Vec::with_capacity(commit.pages.len().min(4096));
-    let mut wal_mode = st.wal_mode;
+    let mut wal_mode = db.load_journal_mode(st);
     for &pgno in commit.pages {
         if pgno == lock_page || pgno > commit.page_count {
             continue;

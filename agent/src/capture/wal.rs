@@ -31,6 +31,9 @@ pub struct WalCapture {
     /// The frame that is arriving.
     arriving: Option<Arriving>,
     stale: Stale,
+    /// Offset and error number of a frame that was refused. The kernel reports a short write when the first piece of it
+    /// had been taken, and SQLite then writes the rest: that must not succeed.
+    refused: Option<(u64, i32)>,
 }
 
 /// Whether the fields above still say what is in the file.
@@ -182,14 +185,18 @@ pub fn written(
     let Some(generation) = st.wal.generation else { return not_followed(db, st, file, offset, data) };
     let frame_bytes = frame_bytes(generation.page_size);
     let end = offset + data.len() as u64;
+    let starts_frame = st.wal.frame_header_at(offset) && data.len() as u64 <= FRAME_HEADER_BYTES;
+    if let Some((at, errno)) = st.wal.refused {
+        if !(starts_frame && offset <= at) {
+            return Err(CaptureError::RefusedBefore { errno });
+        }
+        st.wal.refused = None;
+    }
 
     if st.wal.arriving.as_ref().is_some_and(|f| offset == f.at + f.filled && end <= f.at + frame_bytes) {
         return continued(db, st, file, frame_bytes, data);
     }
-    if st.wal.frame_header_at(offset)
-        && data.len() as u64 <= FRAME_HEADER_BYTES
-        && offset >= st.wal.committed_end
-    {
+    if starts_frame && offset >= st.wal.committed_end {
         // What had arrived of another frame was never completed: SQLite gave it up.
         st.wal.arriving = Some(Arriving { at: offset, held: Vec::new(), filled: 0 });
         return continued(db, st, file, frame_bytes, data);
@@ -204,8 +211,22 @@ pub fn written(
     not_followed(db, st, file, offset, data)
 }
 
-/// The next piece of the frame that is arriving.
+/// The next piece of the frame that is arriving. A frame that fails is refused as a whole.
 fn continued(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    frame_bytes: u64,
+    piece: &[u8],
+) -> Result<Option<Logged>, CaptureError> {
+    let at = st.wal.arriving.as_ref().map_or(st.wal.committed_end, |frame| frame.at);
+    take_piece(db, st, file, frame_bytes, piece).inspect_err(|e| {
+        st.wal.pending.split_off(&at);
+        st.wal.refused = Some((at, e.errno()));
+    })
+}
+
+fn take_piece(
     db: &Database,
     st: &mut State,
     file: &File,
@@ -291,21 +312,30 @@ fn commit(
     }
     let wal = WalEnd { salt1: generation.salt1, salt2: generation.salt2, end_offset };
     let commit = Commit { page_size: generation.page_size, page_count, pages: &pages, wal: Some(wal) };
+    let database = if pages.len() > newest.len() { st.database_file(db).ok() } else { None };
     let mut read = |pgno: u32, buf: &mut [u8]| match newest.get(&pgno) {
         Some(offset) if *offset == at => {
             buf.copy_from_slice(page);
             Ok(())
         }
         Some(offset) => file.read_exact_at(buf, offset + FRAME_HEADER_BYTES).map_err(|e| db.wal_error(e)),
-        None => {
-            buf.fill(0);
-            Ok(())
-        }
+        // SQLite writes every page it adds to the WAL; what it did not was in the file before this history began.
+        None => match &database {
+            Some(database) => db.read_database_page(database, pgno, buf),
+            None => {
+                buf.fill(0);
+                Ok(())
+            }
+        },
     };
+    // With its header still zeros, which is no frame: afterwards a full disk cannot keep the frame out of the file.
+    let mut unfinished = vec![0; FRAME_HEADER_BYTES as usize];
+    unfinished.extend_from_slice(page);
+    file.write_all_at(&unfinished, at).map_err(|e| db.wal_error(e))?;
     let logged = log_transaction(db, st, &commit, &mut read)?;
     // The log has the transaction. If this write fails the file lacks it until recovery puts it back, so the
     // database must not be used on.
-    if let Err(e) = file.write_all_at(frame, at) {
+    if let Err(e) = file.write_all_at(&frame[..FRAME_HEADER_BYTES as usize], at) {
         let reason = format!(
             "{}: the logged transaction {} could not be written: {e}",
             db.paths.wal.display(),
@@ -345,3 +375,7 @@ pub fn capture_foreign(db: &Database, st: &mut State, file: &File) -> Result<Opt
     st.wal.committed = committed;
     result
 }
+
+#[cfg(test)]
+#[path = "wal_tests.rs"]
+mod tests;

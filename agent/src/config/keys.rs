@@ -77,10 +77,10 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         path: "mount.threads",
-        default: "8",
-        doc: "Threads that answer the kernel, 1 to 256.",
+        default: "0",
+        doc: "Threads that answer the kernel, 1 to 256; 0: as many as suit the CPUs.",
         set: |config, value| {
-            config.mount.threads = value.integer(1, 256)? as usize;
+            config.mount.threads = value.integer(0, 256)? as usize;
             Ok(())
         },
     },

@@ -59,6 +59,8 @@ pub struct Checksums {
     file: File,
     map: MmapMut,
     mark: Mark,
+    /// No page after this one has a checksum.
+    last: u32,
 }
 
 impl Checksums {
@@ -85,7 +87,8 @@ impl Checksums {
             });
         }
         let map = map_file(&file, path)?;
-        Ok(Checksums { path: path.to_owned(), file, map, mark })
+        let used = map[HEADER_BYTES as usize..].iter().rposition(|b| *b != 0).map_or(0, |i| i / 8 + 1);
+        Ok(Checksums { path: path.to_owned(), file, map, mark, last: used as u32 })
     }
 
     /// Creates an empty sidecar, replacing what is there.
@@ -97,7 +100,7 @@ impl Checksums {
         let mark = Mark::default();
         file.write_all_at(&encode_header(name, &mark), 0).map_err(io)?;
         let map = map_file(&file, path)?;
-        Ok(Checksums { path: path.to_owned(), file, map, mark })
+        Ok(Checksums { path: path.to_owned(), file, map, mark, last: 0 })
     }
 
     /// The position up to which database and sidecar are durable.
@@ -131,7 +134,10 @@ impl Checksums {
     pub fn set(&mut self, pgno: u32, checksum: Option<Checksum>) {
         let at = entry_offset(pgno);
         match self.map.get_mut(at..at + 8) {
-            Some(entry) => entry.copy_from_slice(&checksum.map_or(0, |c| c.0).to_le_bytes()),
+            Some(entry) => {
+                entry.copy_from_slice(&checksum.map_or(0, |c| c.0).to_le_bytes());
+                self.last = self.last.max(pgno);
+            }
             None => {
                 assert!(checksum.is_none(), "page {pgno} has no room in the sidecar {}", self.path.display())
             }
@@ -140,9 +146,10 @@ impl Checksums {
 
     /// Forgets all pages after `page_count`.
     pub fn truncate(&mut self, page_count: u32) {
-        let from = entry_offset(page_count + 1).min(self.map.len());
-        let used = self.map[from..].iter().rposition(|b| *b != 0).map_or(from, |i| from + i + 1);
-        self.map[from..used].fill(0);
+        if page_count < self.last {
+            self.map[entry_offset(page_count + 1)..entry_offset(self.last) + 8].fill(0);
+            self.last = page_count;
+        }
     }
 
     /// The checksum of the whole database: the exclusive-or of all its pages' (LTX specification).

@@ -205,8 +205,9 @@ impl Database {
             let folded = fold_file(&file, page_size, page_count).map_err(other)?;
             if folded != target.checksum_or_empty() {
                 return Err(other(format!(
-                    "a copy of {} at {} has checksum {folded}; run `litefs verify {}`",
-                    self.name, target, self.name
+                    "a copy of {} at {} has checksum {folded}: the file was changed behind the agent's back or the \
+                     disk is failing",
+                    self.name, target
                 )));
             }
             file.sync_all().map_err(other)?;

@@ -85,6 +85,8 @@ pub struct State {
     journal_mode_known: bool,
     /// The running WAL generation.
     pub wal: WalCapture,
+    /// Up to here the kernel's cache has pages of the WAL in advance; applications see the file that long.
+    pub wal_cached_end: u64,
     /// The running rollback-mode transaction.
     pub rollback: RollbackCapture,
     /// Open handles through which the door does not see writes.

@@ -61,7 +61,7 @@ impl Database {
                 Some(pgno) if Instant::now() > deadline => {
                     return Err(EngineError::Other(format!(
                         "page {pgno} of {} does not have the checksum of transaction {}: the file was changed \
-                         behind the agent's back or the disk is failing; run `litefs verify` and restore it",
+                         behind the agent's back or the disk is failing; restore it from a copy",
                         self.name, st.position.txid
                     )));
                 }

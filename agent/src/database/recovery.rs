@@ -13,8 +13,8 @@
 
 use super::checksums::{Checksums, ChecksumsError, Mark};
 use super::{Database, State};
-use crate::capture::{CaptureError, ChecksumOrEmpty};
-use crate::log::{Payload, RecordInfo, RecordKind, WalEnd};
+use crate::capture::{CaptureError, ChecksumOrEmpty, unix_ms};
+use crate::log::{NewRecord, Payload, RecordInfo, RecordKind, WalEnd};
 use ltx::{Decoder, Pos, page_checksum};
 use sqlite_file::header::DatabaseHeader;
 use sqlite_file::journal::{self, Journal};
@@ -70,6 +70,9 @@ impl Database {
         if !power_failed {
             self.give_new_inode()?;
         }
+        if let Some(last) = last.as_ref().filter(|r| r.max_txid < mark.position.txid) {
+            self.continue_after_lost_records(last, mark)?;
+        }
         let behind = last.as_ref().is_some_and(|r| r.max_txid > mark.position.txid);
         let journal = self.recover_journal(&mut done)?;
         let wal = self.recover_wal(last.as_ref(), &mut done)?;
@@ -82,8 +85,56 @@ impl Database {
             self.finish(&mut st, target, intact)?;
             tracing::info!(database = %self.name, position = %st.position, ?done, "database recovered");
         }
+        if !(behind || journal || wal) && intact && mark.page_count > 0 {
+            self.check_file_size(mark)?;
+        }
         st.close_idle();
         Ok(done)
+    }
+
+    /// The files are newer than the log, which has lost records (it says where). They are whole at the mark: the
+    /// history begins anew there, and followers that are elsewhere get a snapshot.
+    fn continue_after_lost_records(&self, last: &RecordInfo, mark: Mark) -> Result<(), RecoveryError> {
+        tracing::error!(
+            database = %self.name,
+            files = %mark.position,
+            log = %last.max_txid,
+            "the log has lost transactions that the files have; the history goes on from the files"
+        );
+        let record = NewRecord {
+            database: &self.name,
+            kind: RecordKind::Reset,
+            epoch: self.shared.epoch().max(last.epoch),
+            min_txid: mark.position.txid,
+            max_txid: mark.position.txid,
+            pre_apply: last.post_apply,
+            post_apply: mark.position.checksum_or_empty(),
+            page_size: mark.page_size,
+            commit: mark.page_count,
+            timestamp_ms: unix_ms(),
+            wal: None,
+        };
+        self.shared.log.append(&record, &[]).map_err(failed)?;
+        Ok(())
+    }
+
+    /// Nothing was to be done: then the file must be as the agent left it.
+    fn check_file_size(&self, mark: Mark) -> Result<(), RecoveryError> {
+        let expected = u64::from(mark.page_count) * u64::from(mark.page_size);
+        let path = &self.paths.database;
+        match std::fs::metadata(path) {
+            Ok(m) if m.len() == expected => Ok(()),
+            Ok(m) => Err(RecoveryError(format!(
+                "{} has {} bytes instead of {expected}: it was changed while the agent was stopped; restore it, or let \
+                 it follow a primary",
+                path.display(),
+                m.len()
+            ))),
+            Err(e) => Err(RecoveryError(format!(
+                "{}: {e}; it was removed while the agent was stopped; restore it, or let it follow a primary",
+                path.display()
+            ))),
+        }
     }
 
     /// Opens the sidecar; one that is missing or damaged is rebuilt from the file once the log has been replayed.

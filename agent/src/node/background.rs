@@ -139,9 +139,15 @@ fn sweep(node: &Node) {
     for db in node.shared.known() {
         let look = {
             let mut st = db.state();
-            let unseen = st.passthrough_handles > 0
-                && !db.load_journal_mode(&mut st)
-                && st.stamp_changed(&db).unwrap_or(false);
+            let mut unseen = st.passthrough_handles > 0 && st.stamp_changed(&db).unwrap_or(false);
+            if unseen && st.wal.committed_frames() == 0 {
+                // Nobody tells when a connection leaves WAL mode without a journal.
+                st.forget_journal_mode();
+                unseen = !db.load_journal_mode(&mut st);
+                if !unseen {
+                    let _ = st.remember_stamp(&db);
+                }
+            }
             !st.wal_mode && !st.rollback.journal_active && (st.rollback.is_dirty() || unseen)
         };
         if look && let Err(error) = sweep_one(&db) {

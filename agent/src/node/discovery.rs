@@ -37,6 +37,10 @@ pub fn discover(shared: &Arc<Shared>, power_failed: bool) -> io::Result<Discover
     for name in &names {
         let db = shared.database_or_new(name);
         match db.recover(power_failed) {
+            Ok(_) if !db.is_tracked() && has_sqlite_header(&db.paths().database) => {
+                tracing::error!(database = %name, "its history is lost; the file is taken in as a new one");
+                found.untracked.push(db);
+            }
             Ok(recovered) if recovered.compare => found.compare.push(db),
             Ok(_) => {}
             Err(error) => {

@@ -167,7 +167,7 @@ impl Node {
                 mount: config.mount.dir.clone(),
                 source: config.cluster.clone(),
                 passthrough: config.mount.passthrough == Passthrough::Auto,
-                threads: config.mount.threads,
+                threads: (config.mount.threads > 0).then_some(config.mount.threads),
             }
         };
         let door = Door::open(self.shared.clone(), self.clone(), &options)?;

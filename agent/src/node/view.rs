@@ -90,7 +90,8 @@ impl Node {
     fn database_status(&self, db: &Database) -> DatabaseStatus {
         let is_primary = self.role.read().name == RoleName::Primary;
         let heard = self.heard.lock().get(db.name()).copied();
-        let st = db.state();
+        let mut st = db.state();
+        let wal_mode = db.load_journal_mode(&mut st);
         let lag = match heard {
             Some(heard) if !is_primary => {
                 let transactions = heard.position.txid.0.saturating_sub(st.applied.position.txid.0);
@@ -109,7 +110,7 @@ impl Node {
             page_size: st.page_size,
             pages: st.page_count,
             size_bytes: u64::from(st.page_size) * u64::from(st.page_count),
-            journal_mode: if st.wal_mode { "wal" } else { "rollback" }.into(),
+            journal_mode: if wal_mode { "wal" } else { "rollback" }.into(),
             state: if st.quarantine_reason().is_some() {
                 DatabaseState::Quarantined
             } else {

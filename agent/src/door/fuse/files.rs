@@ -3,10 +3,11 @@
 use super::inodes::{Inode, Special};
 use super::names::Kind;
 use super::staged::StagedWrite;
+use super::workers::Workers;
 use crate::capture::{CaptureError, wal};
 use crate::database::{Database, State};
 use crate::log::Lsn;
-use fuse_session::fuse::{INodeNo, Notifier, ReplyEmpty};
+use fuse_session::fuse::{Errno, INodeNo, Notifier, ReplyEmpty};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -18,6 +19,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 
+/// The kernel's page size at most platforms; a larger one only makes the cache less effective.
+const CACHE_PAGE_BYTES: u64 = 4096;
+/// The cache ahead of the WAL's end is filled up when less than this is left (a 64 KiB page and its header)...
+const CACHE_AHEAD_MIN_BYTES: u64 = 128 * 1024;
+/// ... to this much.
+const CACHE_AHEAD_BYTES: u64 = 512 * 1024;
 /// Length of the zeros that end a journal in PERSIST mode: its header's fields (file format, section 3).
 const JOURNAL_HEADER_BYTES: usize = 28;
 
@@ -88,6 +95,8 @@ pub enum Answer {
     Now,
     /// When the log is durable up to here.
     WhenDurable(Lsn),
+    /// When the file is synced.
+    WhenSynced,
 }
 
 /// Turns a failure into the error number the application gets, and says it once in the log where it is not an
@@ -95,6 +104,7 @@ pub enum Answer {
 pub fn errno_of(db: &Database, doing: &str, error: &CaptureError) -> i32 {
     let errno = error.errno();
     match error {
+        CaptureError::RefusedBefore { .. } => {}
         CaptureError::NotPrimary => tracing::debug!(database = %db.name(), doing, "refused: not the primary"),
         _ => {
             tracing::error!(database = %db.name(), doing, %error, errno, "an application's operation failed")
@@ -118,7 +128,10 @@ impl OpenFile {
         }
         if let (Kind::Wal, Some(db)) = (self.kind, &self.db) {
             let st = db.state();
-            let visible = st.wal.visible_len(offset + filled as u64).min(offset + u64::from(size));
+            let visible = st
+                .wal
+                .visible_len(st.wal_cached_end.max(offset + filled as u64))
+                .min(offset + u64::from(size));
             filled = filled.max((visible.saturating_sub(offset)) as usize);
             st.wal.overlay(offset, &mut data[..filled]);
         }
@@ -149,13 +162,29 @@ impl OpenFile {
         result.map_err(|e| errno_of(db, "write", &e))
     }
 
+    /// Keeps the pages after `end` in the kernel's cache, in advance. The kernel ends a write at a page that it only
+    /// knows in part, so a frame would take one request more; a page that was given to it whole is known.
+    pub fn keep_ahead_cached(&self, invalidator: &Invalidator, end: u64) {
+        let Some(db) = self.db.as_ref().filter(|_| self.kind == Kind::Wal && !self.passthrough) else {
+            return;
+        };
+        let mut st = db.state();
+        if end + CACHE_AHEAD_MIN_BYTES <= st.wal_cached_end {
+            return;
+        }
+        let next_page = end.next_multiple_of(CACHE_PAGE_BYTES);
+        let from = st.wal_cached_end.max(next_page);
+        let mut data = vec![0; (next_page + CACHE_AHEAD_BYTES - from) as usize];
+        if db.read_at_or_zero(&self.file, &mut data, from).is_ok()
+            && invalidator.store(self.inode.number, from, &data).is_ok()
+        {
+            st.wal_cached_end = next_page + CACHE_AHEAD_BYTES;
+        }
+    }
+
     /// Makes the file durable, as far as the log does not do it already.
     pub fn sync(&self) -> Result<Answer, i32> {
-        let sync = || self.file.sync_data().map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
-        let Some(db) = &self.db else { return sync().map(|()| Answer::Now) };
-        if self.internal {
-            return sync().map(|()| Answer::Now);
-        }
+        let Some(db) = self.db.as_ref().filter(|_| !self.internal) else { return Ok(Answer::WhenSynced) };
         let mut st = db.state();
         match self.kind {
             Kind::Wal => {
@@ -165,8 +194,7 @@ impl OpenFile {
             }
             Kind::Journal if st.rollback.journal_active => {
                 st.rollback.synced = true;
-                drop(st);
-                sync().map(|()| Answer::Now)
+                Ok(Answer::WhenSynced)
             }
             // The sync after the journal's end (TRUNCATE, PERSIST): should the end be lost, the journal is rolled
             // back and the log rolled forward.
@@ -176,18 +204,12 @@ impl OpenFile {
                 st.rollback.synced = true;
                 Ok(Answer::Now)
             }
-            Kind::Main if !st.wal_mode && st.rollback.is_dirty() => {
+            Kind::Main if st.rollback.is_dirty() && !db.load_journal_mode(&mut st) => {
                 // journal_mode=MEMORY or OFF: SQLite syncs the file once all of a transaction is in it.
                 capture_unjournaled(db, &mut st).map_err(|e| errno_of(db, "sync", &e))?;
-                let end = st.logged_end;
-                drop(st);
-                sync()?;
-                Ok(Answer::WhenDurable(end))
+                Ok(Answer::WhenDurable(st.logged_end))
             }
-            Kind::Main | Kind::SuperJournal => {
-                drop(st);
-                sync().map(|()| Answer::Now)
-            }
+            Kind::Main | Kind::SuperJournal => Ok(Answer::WhenSynced),
             Kind::Shm => Ok(Answer::Now),
         }
     }
@@ -216,12 +238,15 @@ impl OpenFile {
             }
             _ => Answer::Now,
         };
-        drop(st);
-        if let (Answer::WhenDurable(end), Kind::Journal) = (answer, self.kind) {
-            db.shared().log.wait_durable(end).map_err(|_| libc::EIO)?;
+        if self.kind == Kind::Wal {
+            st.wal_cached_end = st.wal_cached_end.min(len);
         }
-        cut(&self.file)?;
-        Ok(Answer::Now)
+        drop(st);
+        // A journal is cut when the log is durable.
+        if answer == Answer::Now {
+            cut(&self.file)?;
+        }
+        Ok(answer)
     }
 
     /// A tracked database is cut by SQLite only as its header already says.
@@ -276,7 +301,7 @@ fn main_written(
     st.check_health()?;
     file.write_all_at(data, offset).map_err(|e| db.database_error(e))?;
     // In WAL mode SQLite writes here what the WAL, and so the log, already has.
-    let checkpoint = st.wal_mode && !st.rollback.journal_active;
+    let checkpoint = db.load_journal_mode(st) && !st.rollback.journal_active;
     if !checkpoint {
         st.rollback.mark_written(offset, data.len() as u64, st.page_size);
     }
@@ -294,13 +319,13 @@ fn journal_written(
     st.check_health()?;
     let ends = offset == 0 && data.len() == JOURNAL_HEADER_BYTES && data.iter().all(|b| *b == 0);
     let answer = if ends { journal_ends(db, st)? } else { Answer::Now };
-    if let Answer::WhenDurable(end) = answer {
-        db.shared().log.wait_durable(end)?;
+    // The end of a journal is written when the log is durable.
+    if answer == Answer::Now {
+        file.write_all_at(data, offset)
+            .map_err(|source| CaptureError::Io { path: db.paths().journal.clone(), source })?;
     }
-    file.write_all_at(data, offset)
-        .map_err(|source| CaptureError::Io { path: db.paths().journal.clone(), source })?;
     st.rollback.journal_active = !ends;
-    Ok(Answer::Now)
+    Ok(answer)
 }
 
 /// The journal is about to be ended by the application: captures the transaction. The journal must stay until
@@ -323,6 +348,9 @@ pub fn wal_ends(db: &Database, st: &mut State) -> Result<(), CaptureError> {
         db.check_wal_is_checkpointed(st)?;
     }
     st.wal.reset();
+    st.wal_cached_end = 0;
+    // SQLite removes the WAL when it leaves WAL mode, too.
+    st.forget_journal_mode();
     Ok(())
 }
 
@@ -352,6 +380,14 @@ impl Invalidator {
         let _ = self.resolve.send(path.as_os_str().to_owned());
     }
 
+    /// Gives the kernel's cache `data` of a file. Not for pages of a write that is being served.
+    pub fn store(&self, inode: u64, offset: u64, data: &[u8]) -> io::Result<()> {
+        match &*self.notifier.lock() {
+            Some(notifier) => notifier.store(INodeNo(inode), offset, data),
+            None => Ok(()),
+        }
+    }
+
     /// Runs the queue on a thread; `directory` finds the inode of a directory the kernel knows.
     pub fn run(
         self: &Arc<Self>,
@@ -376,19 +412,26 @@ impl Invalidator {
 }
 
 /// Answers an empty reply at its time.
-pub fn answer_empty(db: Option<&Arc<Database>>, answer: Result<Answer, i32>, reply: ReplyEmpty) {
-    match (answer, db) {
+pub fn answer_empty(workers: &Workers, file: &OpenFile, answer: Result<Answer, i32>, reply: ReplyEmpty) {
+    match (answer, &file.db) {
+        (Ok(Answer::WhenSynced), _) => {
+            let file = file.file.clone();
+            workers.sync(move || match file.sync_data() {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(Errno::from_i32(e.raw_os_error().unwrap_or(libc::EIO))),
+            });
+        }
         (Ok(Answer::WhenDurable(end)), Some(db)) => {
             db.shared().log.on_durable(
                 end,
                 Box::new(move |result| match result {
                     Ok(()) => reply.ok(),
-                    Err(_) => reply.error(fuse_session::fuse::Errno::from_i32(libc::EIO)),
+                    Err(_) => reply.error(Errno::from_i32(libc::EIO)),
                 }),
             );
         }
         (Ok(_), _) => reply.ok(),
-        (Err(errno), _) => reply.error(fuse_session::fuse::Errno::from_i32(errno)),
+        (Err(errno), _) => reply.error(Errno::from_i32(errno)),
     }
 }
 

@@ -1,23 +1,27 @@
 //! The requests of the kernel: finds what a request is about and hands it on. What a commit is, is decided in
 //! [`super::files`].
 
+use super::Threads;
 use super::files::{self, Answer, Handle, Handles, Invalidator, OpenFile, answer_empty};
 use super::inodes::{Inode, Inodes, Node, OpenState, ROOT, SPECIAL_BIT, Special};
 use super::names::{Kind, POSITION_SUFFIX, classify};
 use super::special::RoleView;
 use super::staged::StagedWrite;
+use super::workers::Workers;
 use crate::DatabaseName;
 use crate::database::Shared;
 use fuse_session::fuse::*;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata, OpenOptions};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Every change of a backing file goes through the mount, or is followed by an invalidation; so the kernel may keep
@@ -27,8 +31,6 @@ const KEEP: Duration = Duration::from_secs(3600);
 const FORGET: Duration = Duration::ZERO;
 /// Largest write of the kernel in one request.
 const WRITE_BYTES_MAX: u32 = 1024 * 1024;
-
-type Job = Box<dyn FnOnce() + Send>;
 
 /// The file system behind the mount.
 #[derive(Debug)]
@@ -41,8 +43,10 @@ pub struct LitefsFilesystem {
     want_passthrough: bool,
     passthrough: Arc<AtomicBool>,
     invalidator: Arc<Invalidator>,
-    /// Work that goes through the mount itself. Unbounded, but it holds at most one job per closing file.
-    worker: mpsc::Sender<Job>,
+    workers: Workers,
+    threads: Threads,
+    /// Threads that have found their CPU.
+    settled: AtomicUsize,
 }
 
 /// A role view, without its content in debug output.
@@ -61,13 +65,8 @@ impl LitefsFilesystem {
         view: Arc<dyn RoleView>,
         want_passthrough: bool,
         passthrough: Arc<AtomicBool>,
+        threads: Threads,
     ) -> io::Result<Self> {
-        let (worker, jobs) = mpsc::channel::<Job>();
-        std::thread::Builder::new().name("door-worker".into()).spawn(move || {
-            while let Ok(job) = jobs.recv() {
-                job();
-            }
-        })?;
         let inodes = Arc::new(Inodes::default());
         let invalidator = Arc::new(Invalidator::default());
         let root = shared.dirs.files.clone();
@@ -90,13 +89,33 @@ impl LitefsFilesystem {
             want_passthrough,
             passthrough,
             invalidator,
-            worker,
+            workers: Workers::start()?,
+            threads,
+            settled: AtomicUsize::new(0),
         })
     }
 
     /// What makes the kernel forget names.
     pub fn invalidator(&self) -> Arc<Invalidator> {
         self.invalidator.clone()
+    }
+
+    /// Puts a serving thread on its CPU at its first request.
+    fn settle_thread(&self) {
+        thread_local!(static SETTLED: Cell<bool> = const { Cell::new(false) });
+        if !self.threads.pinned || SETTLED.replace(true) {
+            return;
+        }
+        let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
+        let cpus: Vec<usize> =
+            (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false)).collect();
+        let mut own = CpuSet::new();
+        if let Some(cpu) = cpus.get(self.settled.fetch_add(1, Ordering::Relaxed) % cpus.len().max(1))
+            && own.set(*cpu).is_ok()
+            && let Err(error) = sched_setaffinity(Pid::from_raw(0), &own)
+        {
+            tracing::debug!(%error, cpu, "a thread of the mount stays unpinned");
+        }
     }
 
     fn backing(&self, path: &Path) -> PathBuf {
@@ -153,7 +172,8 @@ impl LitefsFilesystem {
     fn attr(&self, inode: &Inode, meta: &Metadata) -> FileAttr {
         let mut attr = attr_of(inode.number, meta);
         if let Node::File(Kind::Wal, Some(db)) = inode.node() {
-            attr.size = db.state().wal.visible_len(attr.size);
+            let st = db.state();
+            attr.size = st.wal.visible_len(attr.size.max(st.wal_cached_end));
         }
         attr
     }
@@ -472,6 +492,7 @@ impl Filesystem for LitefsFilesystem {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.settle_thread();
         let path = match self.child(parent, name) {
             Ok(path) => path,
             Err(e) => return reply.error(e),
@@ -547,7 +568,22 @@ impl Filesystem for LitefsFilesystem {
         if let Some(size) = size {
             let handle = fh.and_then(|fh| self.handles.get(fh.0));
             let result = match handle.as_deref() {
-                Some(Handle::File(file)) => file.set_len(size).map(|_| ()),
+                Some(Handle::File(file)) => match file.set_len(size) {
+                    Ok(Answer::WhenDurable(end)) => {
+                        let file = file.file.clone();
+                        let done = move |durable: Result<(), _>| {
+                            let cut = durable.map_err(|_| Errno::EIO).and_then(|()| {
+                                file.set_len(size).and_then(|()| file.metadata()).map_err(errno)
+                            });
+                            match cut {
+                                Ok(meta) => reply.attr(&KEEP, &attr_of(ino.0, &meta)),
+                                Err(e) => reply.error(e),
+                            }
+                        };
+                        return self.shared.log.on_durable(end, Box::new(done));
+                    }
+                    other => other.map(|_| ()),
+                },
                 Some(Handle::Staged(copy)) => {
                     copy.set_len(size).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
                 }
@@ -683,7 +719,9 @@ impl Filesystem for LitefsFilesystem {
             }
             let (inode, attr) = self.find(&path)?;
             if let Node::File(Kind::Wal, Some(db)) = inode.node() {
-                db.state().wal.reset();
+                let mut st = db.state();
+                st.wal.reset();
+                st.wal_cached_end = 0;
             }
             let opened = self.open_file(&inode, flags, internal, true, &|f| reply.open_backing(f))?;
             Ok((attr, opened))
@@ -736,8 +774,27 @@ impl Filesystem for LitefsFilesystem {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let written = match self.handles.get(fh.0).as_deref() {
-            Some(Handle::File(file)) => file.write(offset, data).map(|_| ()),
+        self.settle_thread();
+        let handle = self.handles.get(fh.0);
+        let written = match handle.as_deref() {
+            Some(Handle::File(file)) => match file.write(offset, data) {
+                Ok(Answer::WhenDurable(end)) => {
+                    let (file, data) = (file.file.clone(), data.to_vec());
+                    let done =
+                        move |durable: Result<(), _>| match durable.map_err(|_| libc::EIO).and_then(|()| {
+                            file.write_all_at(&data, offset)
+                                .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
+                        }) {
+                            Ok(()) => reply.written(data.len() as u32),
+                            Err(e) => reply.error(Errno::from_i32(e)),
+                        };
+                    return self.shared.log.on_durable(end, Box::new(done));
+                }
+                other => {
+                    file.keep_ahead_cached(&self.invalidator, offset + data.len() as u64);
+                    other.map(|_| ())
+                }
+            },
             Some(Handle::Staged(copy)) => {
                 copy.write(offset, data).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
             }
@@ -751,16 +808,16 @@ impl Filesystem for LitefsFilesystem {
 
     fn flush(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
         match self.handles.get(fh.0).as_deref() {
-            Some(Handle::File(file)) => answer_empty(file.db.as_ref(), file.closed(), reply),
+            Some(Handle::File(file)) => answer_empty(&self.workers, file, file.closed(), reply),
             Some(Handle::Staged(copy)) => {
                 let copy = copy.clone();
-                let _ = self.worker.send(Box::new(move || match copy.install() {
+                self.workers.through_mount(move || match copy.install() {
                     Ok(()) => reply.ok(),
                     Err(e) => {
                         tracing::error!(database = %copy.name(), error = %e, "a copy over the database was refused");
                         reply.error(Errno::from_i32(e.errno()));
                     }
-                }));
+                });
             }
             _ => reply.ok(),
         }
@@ -790,7 +847,7 @@ impl Filesystem for LitefsFilesystem {
 
     fn fsync(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
         match self.handles.get(fh.0).as_deref() {
-            Some(Handle::File(file)) => answer_empty(file.db.as_ref(), file.sync(), reply),
+            Some(Handle::File(file)) => answer_empty(&self.workers, file, file.sync(), reply),
             _ => reply.ok(),
         }
     }

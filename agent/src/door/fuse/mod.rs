@@ -17,6 +17,7 @@ mod inodes;
 mod names;
 mod special;
 mod staged;
+mod workers;
 
 pub use special::RoleView;
 
@@ -34,8 +35,27 @@ pub struct Options {
     pub source: String,
     /// Use FUSE passthrough where the kernel has it.
     pub passthrough: bool,
-    /// Threads that serve requests.
-    pub threads: usize,
+    /// Threads that serve requests; `None`: as many as suit the CPUs.
+    pub threads: Option<usize>,
+}
+
+/// How many threads serve the mount, and where.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Threads {
+    /// How many.
+    pub count: usize,
+    /// Each stays on a CPU of its own. The kernel wakes them in turn; one that runs where the application does takes
+    /// the request without waking another CPU, which in a virtual machine costs more than the request itself.
+    pub pinned: bool,
+}
+
+impl Threads {
+    /// On one or two CPUs a pinned thread for each; otherwise four, wherever the scheduler puts them.
+    fn choose(wanted: Option<usize>) -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let count = wanted.unwrap_or(if cpus <= 2 { cpus } else { 4 });
+        Threads { count, pinned: count == cpus && cpus <= 2 }
+    }
 }
 
 /// Why the door could not be opened.
@@ -102,10 +122,17 @@ impl Door {
             return Err(DoorError::NotEmpty { dir: dir.clone() });
         }
         let passthrough = Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let fs = filesystem::LitefsFilesystem::new(shared, view, options.passthrough, passthrough.clone())
-            .map_err(directory)?;
+        let threads = Threads::choose(options.threads);
+        let fs = filesystem::LitefsFilesystem::new(
+            shared,
+            view,
+            options.passthrough,
+            passthrough.clone(),
+            threads,
+        )
+        .map_err(directory)?;
         let invalidator = fs.invalidator();
-        let session = Session::start(fs, dir, &options.source, options.threads)?;
+        let session = Session::start(fs, dir, &options.source, threads.count)?;
         invalidator.set_notifier(session.notifier());
         Ok(Door { session, invalidator, passthrough })
     }

@@ -1,0 +1,153 @@
+use super::*;
+use crate::DatabaseName;
+use crate::database::{Dirs, Shared};
+use crate::log::{CommitLog, Options};
+use crate::ship::engine::Epoch;
+use rusqlite::Connection;
+use std::sync::Arc;
+
+/// A database of three WAL transactions made by SQLite, and a primary that has seen none of them.
+struct Case {
+    dir: tempfile::TempDir,
+    wal: Vec<u8>,
+    page_size: u32,
+}
+
+impl Case {
+    fn new(page_size: u32) -> Case {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("made.db");
+        let db = Connection::open(&path).unwrap();
+        db.pragma_update(None, "page_size", page_size).unwrap();
+        db.pragma_update(None, "journal_mode", "wal").unwrap();
+        for sql in
+            ["create table t(x)", "insert into t values(randomblob(9000))", "update t set x = zeroblob(70)"]
+        {
+            db.execute_batch(sql).unwrap();
+        }
+        let wal = std::fs::read(dir.path().join("made.db-wal")).unwrap();
+        Case { dir, wal, page_size }
+    }
+
+    fn primary(&self) -> (Arc<Database>, File) {
+        let dirs = Dirs::new(self.dir.path().join("data"), self.dir.path().join("mount"));
+        for dir in [&dirs.files, &dirs.checksums, &dirs.staging] {
+            std::fs::create_dir_all(dir).unwrap();
+        }
+        let log = CommitLog::open(&dirs.log, Options::default()).unwrap();
+        let shared = Shared::new(Arc::new(log), dirs, 1, Epoch(1));
+        shared.set_role(Epoch(1), true);
+        let db = shared.database_or_new(&DatabaseName::new("a.db").unwrap());
+        let file =
+            File::options().read(true).write(true).create(true).truncate(true).open(&db.paths().wal).unwrap();
+        (db, file)
+    }
+
+    /// What SQLite writes: the header, then each frame's header and page.
+    fn calls(&self) -> Vec<(u64, &[u8])> {
+        let frame = frame_bytes(self.page_size) as usize;
+        let mut calls = vec![(0, &self.wal[..32])];
+        for at in (32..self.wal.len()).step_by(frame) {
+            calls.push((at as u64, &self.wal[at..at + 24]));
+            calls.push((at as u64 + 24, &self.wal[at + 24..at + frame]));
+        }
+        calls
+    }
+}
+
+/// Cuts a write where the kernel does: at multiples of its page size.
+fn pieces(offset: u64, data: &[u8], at: u64) -> Vec<(u64, &[u8])> {
+    let mut pieces = Vec::new();
+    let (mut offset, mut data) = (offset, data);
+    while !data.is_empty() {
+        let len = ((offset / at + 1) * at - offset).min(data.len() as u64) as usize;
+        pieces.push((offset, &data[..len]));
+        offset += len as u64;
+        data = &data[len..];
+    }
+    pieces
+}
+
+#[test]
+fn every_commit_is_captured_however_its_frame_is_cut() {
+    for page_size in [512, 1024, 4096, 65536] {
+        for cut in [13, 24, 512, 4096, 1 << 20] {
+            let case = Case::new(page_size);
+            let (db, file) = case.primary();
+            let mut captured = 0;
+            for (offset, data) in case.calls() {
+                for (offset, piece) in pieces(offset, data, if offset == 0 { 1 << 20 } else { cut }) {
+                    let mut st = db.state();
+                    captured += usize::from(written(&db, &mut st, &file, offset, piece).unwrap().is_some());
+                }
+            }
+            assert_eq!(captured, 3, "page size {page_size}, cut at multiples of {cut}");
+            assert_eq!(db.state().position.txid.0, 3);
+            assert_eq!(std::fs::read(&db.paths().wal).unwrap(), case.wal, "page size {page_size}, cut {cut}");
+        }
+    }
+}
+
+#[test]
+fn a_refused_commit_stays_refused_until_the_frame_is_written_anew() {
+    let case = Case::new(4096);
+    let (db, file) = case.primary();
+    let calls = case.calls();
+    let (last, before) = calls.split_last().unwrap();
+    for (offset, data) in before {
+        written(&db, &mut db.state(), &file, *offset, data).unwrap();
+    }
+    let position = db.state().position;
+    let (offset, page) = *last;
+    db.shared().set_role(Epoch(1), false);
+    assert!(written(&db, &mut db.state(), &file, offset, &page[..100]).is_err());
+    db.shared().set_role(Epoch(1), true);
+    // The first piece was taken by the kernel, so SQLite goes on with the rest.
+    db.state().wal.refused = Some((offset - 24, libc::ENOSPC));
+    let rest = written(&db, &mut db.state(), &file, offset + 100, &page[100..]);
+    assert_eq!(rest.unwrap_err().errno(), libc::ENOSPC);
+    assert_eq!(db.state().position, position);
+    let (at, header) = before[before.len() - 1];
+    written(&db, &mut db.state(), &file, at, header).unwrap();
+    assert!(written(&db, &mut db.state(), &file, offset, page).unwrap().is_some());
+    assert_eq!(db.state().position.txid.0, position.txid.0 + 1);
+}
+
+#[test]
+fn a_kept_back_frame_is_seen_by_readers_and_not_in_the_file() {
+    let case = Case::new(4096);
+    let (db, file) = case.primary();
+    let calls = case.calls();
+    let commit = calls.iter().position(|(_, d)| d.len() == 24 && d[4..8] != [0; 4]).unwrap();
+    for (offset, data) in &calls[..=commit] {
+        written(&db, &mut db.state(), &file, *offset, data).unwrap();
+    }
+    let (at, header) = calls[commit];
+    assert_eq!(file.metadata().unwrap().len(), at);
+    let st = db.state();
+    assert_eq!(st.wal.visible_len(at), at + 24);
+    let mut seen = [0; 40];
+    st.wal.overlay(at - 8, &mut seen);
+    assert_eq!(&seen[8..32], header);
+}
+
+#[test]
+fn a_wal_that_was_copied_in_is_captured_from_the_file() {
+    let case = Case::new(4096);
+    let (db, file) = case.primary();
+    std::fs::write(&db.paths().database, []).unwrap();
+    for (offset, piece) in pieces(0, &case.wal, 8192) {
+        written(&db, &mut db.state(), &file, offset, piece).unwrap();
+    }
+    capture_foreign(&db, &mut db.state(), &file).unwrap();
+    let copied = db.state().position.checksum;
+    drop((db, file));
+
+    let followed = Case::new(4096);
+    let followed = Case { dir: followed.dir, wal: case.wal.clone(), page_size: 4096 };
+    let (db, file) = followed.primary();
+    for (offset, data) in followed.calls() {
+        written(&db, &mut db.state(), &file, offset, data).unwrap();
+    }
+    assert_eq!(copied, db.state().position.checksum);
+}
