@@ -21,6 +21,7 @@
 
 mod binary;
 mod compare;
+mod connection;
 mod host;
 mod ports;
 mod shell;
@@ -28,6 +29,7 @@ mod wait;
 
 pub use binary::litefs;
 pub use compare::{assert_equal, assert_sane, checksum_of, compare_files, integrity_check};
+pub use connection::{FILL, JOURNAL_MODES, ask, exec, set_journal_mode, try_exec, wait_seen};
 pub use host::{Fleet, Host, Role};
 pub use shell::{Shell, run, sqlite3, try_run, try_sqlite3};
 pub use wait::{PATIENCE, wait_for};

@@ -32,11 +32,25 @@ fn shell_command(database: &Path) -> Command {
     command
 }
 
-/// Runs SQL (or dot commands, one per line) in a shell of its own; returns rows or the error.
+/// Runs SQL (and dot commands, each on a line of its own) in a shell of its own; returns rows or the error.
 pub fn try_sqlite3(database: &Path, sql: &str) -> Result<String, String> {
     let mut command = shell_command(database);
-    // Each line an argument: dot commands have to be alone.
-    command.args(sql.lines().map(str::trim).filter(|line| !line.is_empty()));
+    // Dot commands have to be alone.
+    let mut statements = String::new();
+    for line in sql.lines() {
+        if line.trim_start().starts_with('.') {
+            if !statements.is_empty() {
+                command.arg(std::mem::take(&mut statements));
+            }
+            command.arg(line.trim());
+        } else {
+            statements.push_str(line);
+            statements.push('\n');
+        }
+    }
+    if !statements.is_empty() {
+        command.arg(statements);
+    }
     try_run(&mut command)
 }
 
