@@ -10,6 +10,8 @@ pub mod wal;
 use crate::database::checksums::ChecksumsError;
 use crate::database::{Database, State};
 use crate::log::{LogError, Lsn, NewRecord, RecordKind, WalEnd};
+use crate::ship::engine::{RecordPayload, ShippedRecord};
+use bytes::Bytes;
 use ltx::{Checksum, Encoder, Header, Owner, Pos, Txid, lock_page, page_checksum};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -187,9 +189,19 @@ pub fn log_transaction(
         timestamp_ms,
         wal: commit.wal,
     };
-    let end = spool.append(db, record)?;
+    let (end, payload) = spool.append(db, record)?;
 
     // The log has it: from here on nothing can fail.
+    match payload {
+        Some(bytes) => st.recent.push(ShippedRecord {
+            epoch: db.shared.epoch(),
+            min_txid: txid,
+            max_txid: txid,
+            post_apply: rolling,
+            payload: RecordPayload::Bytes(bytes),
+        }),
+        None => st.recent.clear(),
+    }
     let sums = st.checksums_mut();
     if new_size {
         sums.truncate(0);
@@ -240,10 +252,11 @@ impl Spool {
         Ok(Spool::File(BufWriter::with_capacity(1 << 17, file)))
     }
 
-    fn append(self, db: &Database, record: NewRecord<'_>) -> Result<Lsn, CaptureError> {
+    /// Gives the payload too when it is in memory.
+    fn append(self, db: &Database, record: NewRecord<'_>) -> Result<(Lsn, Option<Bytes>), CaptureError> {
         let log = &db.shared.log;
         match self {
-            Spool::Memory(bytes) => Ok(log.append(&record, &bytes)?),
+            Spool::Memory(bytes) => Ok((log.append(&record, &bytes)?, Some(bytes.into()))),
             Spool::File(writer) => {
                 let path = db.shared.dirs.staging.clone();
                 let file = writer
@@ -253,7 +266,7 @@ impl Spool {
                 let end = log.append_file(&record, &kept)?;
                 // The log has renamed it away.
                 let _ = kept.keep();
-                Ok(end)
+                Ok((end, None))
             }
         }
     }

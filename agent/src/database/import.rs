@@ -141,8 +141,10 @@ impl Database {
 
     /// Whether somebody has the database open, or left something that is not in its file yet.
     pub fn is_in_use(&self) -> bool {
-        let not_empty = |path: &Path| path.metadata().is_ok_and(|m| m.len() > 0);
-        self.state().handles > 0 || not_empty(&self.paths.wal) || not_empty(&self.paths.journal)
+        let hot =
+            |path: &Path| File::open(path).and_then(|f| sqlite_file::journal::is_hot(&f)).unwrap_or(false);
+        let wal = self.paths.wal.metadata().is_ok_and(|m| m.len() > 0);
+        self.state().handles > 0 || wal || hot(&self.paths.journal)
     }
 
     /// What rename(2) of `source` to this database means: its content becomes this database's next transaction, and
@@ -184,6 +186,12 @@ impl Database {
         }
         if let Some(from) = from {
             from.log_drop(&mut from.state())?;
+            for left in [&from.paths.journal, &from.paths.wal, &from.paths.shm] {
+                match std::fs::remove_file(left) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(from.database_error(e)),
+                    _ => {}
+                }
+            }
         }
         self.shared.forget_name(self);
         Ok(())

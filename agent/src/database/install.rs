@@ -67,9 +67,7 @@ impl Database {
             Mark { position: snapshot.position, page_size: snapshot.page_size, page_count: snapshot.commit };
         let exists = self.paths.database.exists();
         if !exists && snapshot.commit > 0 {
-            if let Some(dir) = self.paths.database.parent() {
-                std::fs::create_dir_all(dir).map_err(other)?;
-            }
+            self.make_directory().map_err(other)?;
             // Beside the database until the checksums are there, which are read from the installed file.
             std::fs::rename(&staged, &self.paths.database)
                 .and_then(|()| sync_dir_of(&self.paths.database))
@@ -97,6 +95,7 @@ impl Database {
         let mut st = self.state();
         st.set_database_file(None);
         self.rebuild_checksums_from(&mut st, mark, if exists { &staged } else { &self.paths.database })?;
+        st.recent.clear();
         st.position = mark.position;
         st.page_size = mark.page_size;
         st.page_count = mark.page_count;
@@ -112,7 +111,7 @@ impl Database {
         self.mark_durable().map_err(other)?;
         remove_if_there(&staged)?;
         self.shared.changed(&self.name);
-        self.shared.applied(self);
+        self.shared.visible(self, 1);
         Ok(())
     }
 

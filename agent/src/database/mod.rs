@@ -19,11 +19,13 @@ use crate::capture::rollback::RollbackCapture;
 use crate::capture::wal::WalCapture;
 use crate::capture::{self, CaptureError, Logged};
 use crate::log::Lsn;
+use crate::ship::engine::{RecordPayload, ShippedRecord};
 use checksums::{Checksums, ChecksumsError, Mark};
-use ltx::Pos;
+use ltx::{Pos, Txid};
 use parking_lot::{Mutex, MutexGuard};
 use receive::ApplySide;
 pub use shared::{Dirs, Notice, Shared};
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -69,6 +71,38 @@ pub struct Database {
     pub(crate) apply: Mutex<ApplySide>,
 }
 
+/// The newest small records of a database, oldest first.
+#[derive(Debug, Default)]
+pub(crate) struct RecentRecords {
+    records: VecDeque<ShippedRecord>,
+    bytes: usize,
+}
+
+impl RecentRecords {
+    const BYTES_MAX: usize = 256 * 1024;
+
+    pub(crate) fn push(&mut self, record: ShippedRecord) {
+        let RecordPayload::Bytes(payload) = &record.payload else { return self.clear() };
+        self.bytes += payload.len();
+        self.records.push_back(record);
+        while self.bytes > Self::BYTES_MAX
+            && let Some(ShippedRecord { payload: RecordPayload::Bytes(old), .. }) = self.records.pop_front()
+        {
+            self.bytes -= old.len();
+        }
+    }
+
+    /// The record that begins with a transaction. The records follow each other without a gap.
+    pub(crate) fn get(&self, min_txid: Txid) -> Option<&ShippedRecord> {
+        let index = self.records.binary_search_by_key(&min_txid, |record| record.min_txid).ok()?;
+        self.records.get(index)
+    }
+
+    pub(crate) fn clear(&mut self) {
+        *self = RecentRecords::default();
+    }
+}
+
 /// What changes with every transaction.
 #[derive(Debug, Default)]
 pub struct State {
@@ -78,6 +112,8 @@ pub struct State {
     pub page_size: u32,
     /// Pages in the database.
     pub page_count: u32,
+    /// Newest records, for followers that are live: they need not be found and read in the log.
+    pub(crate) recent: RecentRecords,
     /// How far the files are: equal to the log on the primary, maybe behind it on a replica.
     pub applied: Mark,
     /// Bytes 18 and 19 of page 1 say WAL.
@@ -180,7 +216,7 @@ impl Database {
                     }
                     drop(durable);
                     this.shared.changed(&this.name);
-                    this.shared.applied(&this);
+                    this.shared.visible(&this, 1);
                 }
             }),
         );
@@ -320,6 +356,7 @@ impl State {
         if self.handles == 0 && self.marked == self.position && !self.rollback.is_dirty() {
             self.file = None;
             self.checksums = None;
+            self.recent.clear();
         }
     }
 

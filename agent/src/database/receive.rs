@@ -25,7 +25,7 @@ pub struct ApplySide {
     /// Writes through the applications' path.
     pub applier: Applier,
     /// In the log, not yet in the files; oldest first.
-    pub pending: VecDeque<RecordInfo>,
+    pub pending: VecDeque<(RecordInfo, Option<bytes::Bytes>)>,
     /// The last failure was told.
     told: bool,
 }
@@ -100,6 +100,18 @@ impl Database {
 
     /// Checks a record against the database and appends it to the log.
     fn log_received(&self, side: &mut ApplySide, record: ShippedRecord) -> Result<(), EngineError> {
+        // Large records are read and synced before the state is held: others look at it.
+        let reader: Box<dyn Read> = match &record.payload {
+            RecordPayload::Bytes(bytes) => Box::new(Cursor::new(bytes.clone())),
+            RecordPayload::File { path, .. } => {
+                let file = File::open(path).map_err(other)?;
+                file.sync_data().map_err(other)?;
+                Box::new(BufReader::new(file))
+            }
+        };
+        let (header, pages, post) = read_page_checksums(reader).map_err(|e| {
+            EngineError::Other(format!("a record for {} is damaged on its way: {e}", self.name))
+        })?;
         let mut st = self.state();
         if let Some(reason) = st.quarantine_reason() {
             let reason = reason.to_owned();
@@ -118,13 +130,6 @@ impl Database {
         if record.min_txid.0 != st.position.txid.0 + 1 {
             return Err(out_of_sequence(st.position));
         }
-        let reader: Box<dyn Read> = match &record.payload {
-            RecordPayload::Bytes(bytes) => Box::new(Cursor::new(bytes.clone())),
-            RecordPayload::File { path, .. } => Box::new(BufReader::new(File::open(path).map_err(other)?)),
-        };
-        let (header, pages, post) = read_page_checksums(reader).map_err(|e| {
-            EngineError::Other(format!("a record for {} is damaged on its way: {e}", self.name))
-        })?;
         let first = header.min_txid.0 == 1;
         if header.min_txid != record.min_txid
             || header.max_txid != record.max_txid
@@ -159,6 +164,11 @@ impl Database {
             RecordPayload::File { path, .. } => self.shared.log.append_file(&new, path),
         }
         .map_err(other)?;
+        let payload = match &record.payload {
+            RecordPayload::Bytes(bytes) => Some(bytes.clone()),
+            RecordPayload::File { .. } => None,
+        };
+        st.recent.push(record);
         let resized = header.page_size != st.page_size;
         let sums = st.checksums_mut();
         sums.truncate(if resized { 0 } else { header.commit });
@@ -171,7 +181,7 @@ impl Database {
         drop(st);
         let info =
             self.shared.log.last(&self.name).ok_or_else(|| other("the log lost a record just appended"))?;
-        side.pending.push_back(info);
+        side.pending.push_back((info, payload));
         Ok(())
     }
 
@@ -205,14 +215,21 @@ impl Database {
             let wal_mode = self.load_journal_mode(&mut st);
             DatabaseShape { page_size: st.applied.page_size, page_count: st.applied.page_count, wal_mode }
         };
+        if let Err(error) = self.make_directory() {
+            tracing::warn!(database = %self.name, %error, "cannot make the database's directory");
+        }
         let count = side.pending.len();
         let log = &self.shared.log;
-        let readers = side.pending.iter().map(|record| PayloadReader::of(log, record)).collect::<Vec<_>>();
-        let mut transactions = LtxTransactions::new(readers.into_iter());
+        let readers = side.pending.iter().map(|(record, payload)| match payload {
+            Some(bytes) => PayloadReader::Bytes(Cursor::new(bytes.clone())),
+            None => PayloadReader::of(log, record),
+        });
+        let readers = readers.collect::<Vec<_>>();
+        let mut transactions = LtxTransactions::new(readers);
         match side.applier.apply(current, &mut transactions, bound) {
             Ok(shape) => {
                 side.told = false;
-                if let Some(last) = side.pending.drain(..count).next_back() {
+                if let Some((last, _)) = side.pending.drain(..count).next_back() {
                     let mut st = self.state();
                     st.applied = Mark {
                         position: Pos { txid: last.max_txid, checksum: last.post_apply },
@@ -223,7 +240,7 @@ impl Database {
                 }
                 self.shared.counters.applies.fetch_add(count as u64, Ordering::Relaxed);
                 self.shared.pending_done(&self.name);
-                self.shared.applied(self);
+                self.shared.visible(self, count as u64);
             }
             Err(error @ (ApplyError::Record { .. } | ApplyError::InvalidTransaction { .. })) => {
                 self.state().quarantine(self, error.to_string());
@@ -236,6 +253,16 @@ impl Database {
                 }
                 self.shared.pending_again(&self.name);
             }
+        }
+    }
+
+    /// Makes the directory of a database in a sub-directory, through the mount, so that the kernel knows of it.
+    pub(crate) fn make_directory(&self) -> io::Result<()> {
+        match self.shared.dirs.mount.join(&self.name).parent() {
+            Some(dir) if self.paths.database.parent().is_some_and(|d| !d.exists()) => {
+                std::fs::create_dir_all(dir)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -264,10 +291,11 @@ impl Database {
     }
 }
 
+/// Header, checksum of each page, checksum of the database after it.
+type RecordChecksums = (Header, Vec<(u32, Checksum)>, Checksum);
+
 /// Reads a whole LTX file: header, checksum of each page, and the database's checksum after it.
-pub(crate) fn read_page_checksums(
-    reader: impl Read,
-) -> Result<(Header, Vec<(u32, Checksum)>, Checksum), ltx::Error> {
+pub(crate) fn read_page_checksums(reader: impl Read) -> Result<RecordChecksums, ltx::Error> {
     let mut decoder = Decoder::new(reader)?;
     let header = decoder.header().clone();
     let (mut page, mut pages) = (Vec::new(), Vec::new());

@@ -64,8 +64,8 @@ pub struct Counters {
 /// Something that happened to a database, for events.
 #[derive(Debug, Clone)]
 pub enum Notice {
-    /// A transaction is durable here, and visible.
-    Transaction(Arc<Database>),
+    /// So many transactions are durable here, and visible.
+    Transactions(Arc<Database>, u64),
     /// It was set aside, for this reason.
     Quarantined(DatabaseName, String),
 }
@@ -188,10 +188,10 @@ impl Shared {
         }
     }
 
-    /// Transactions were applied.
-    pub(crate) fn applied(&self, db: &Database) {
+    /// Transactions are durable and visible.
+    pub(crate) fn visible(&self, db: &Database, transactions: u64) {
         if let Some(db) = self.database(&db.name) {
-            self.notify(Notice::Transaction(db));
+            self.notify(Notice::Transactions(db, transactions));
         }
     }
 
@@ -225,7 +225,8 @@ impl Shared {
     /// All databases that have had a transaction.
     pub fn databases(&self) -> Vec<Arc<Database>> {
         let all: Vec<_> = self.databases.read().values().cloned().collect();
-        all.into_iter().filter(|db| db.is_tracked()).collect()
+        // Not by the state, which a large transaction holds for long.
+        all.into_iter().filter(|db| db.durable_position().txid.0 > 0).collect()
     }
 
     /// All names that are known, databases or not.
@@ -233,10 +234,11 @@ impl Shared {
         self.databases.read().values().cloned().collect()
     }
 
-    /// Whether a database lies at this name or below it.
-    pub fn any_below(&self, dir: &DatabaseName) -> bool {
+    /// Databases below a directory.
+    pub fn below(&self, dir: &DatabaseName) -> Vec<Arc<Database>> {
         let prefix = format!("{dir}/");
         let all = self.databases.read();
-        all.iter().any(|(name, db)| name.as_str().starts_with(&prefix) && db.state().page_count > 0)
+        let below = all.values().filter(|db| db.name.as_str().starts_with(&prefix));
+        below.filter(|db| db.state().page_count > 0).cloned().collect()
     }
 }

@@ -91,7 +91,8 @@ impl Sink for Node {
     fn upstream_position(&self, name: &DatabaseName, position: Pos, upstream_unix_ms: i64) {
         let _ = upstream_unix_ms;
         self.note_heard();
-        let own = Sink::position(self, name);
+        // Not the state, which a large transaction holds for long: the stream must go on meanwhile.
+        let own = self.shared.database(name).map(|db| db.durable_position()).unwrap_or_default();
         let now = Instant::now();
         let mut heard = self.heard.lock();
         let entry = heard.entry(name.clone()).or_insert(Heard { position, at: now, behind_since: None });

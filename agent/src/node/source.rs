@@ -66,7 +66,11 @@ impl Source for Node {
     }
 
     fn record(&self, name: &DatabaseName, min_txid: Txid) -> Result<Option<ShippedRecord>, EngineError> {
-        let durable = Source::position(self, name).unwrap_or_default();
+        let Some(db) = self.shared.database(name) else { return Ok(None) };
+        let durable = db.durable_position();
+        if let Some(recent) = db.state().recent.get(min_txid).filter(|r| r.max_txid <= durable.txid) {
+            return Ok(Some(recent.clone()));
+        }
         let found = self.shared.log.find(name, min_txid).map_err(other)?;
         let Some(info) = found.filter(|r| {
             r.kind == RecordKind::Transaction && r.min_txid == min_txid && r.max_txid <= durable.txid

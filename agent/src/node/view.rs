@@ -129,11 +129,16 @@ impl Node {
         let node = Arc::downgrade(self);
         self.shared.on_notice(move |notice| {
             let Some(node) = node.upgrade() else { return };
+            if let Notice::Transactions(db, count) = &notice {
+                let counts = node.metrics.database(db.name());
+                let counter = if node.shared.is_writable() { counts.commits } else { counts.applies };
+                counter.add(*count);
+            }
             if !node.events.has_readers() {
                 return;
             }
             node.events.publish(match notice {
-                Notice::Transaction(db) => {
+                Notice::Transactions(db, _) => {
                     let st = db.state();
                     let data = TxData {
                         txid: st.applied.position.txid,

@@ -5,6 +5,7 @@ use super::Threads;
 use super::files::{self, Answer, Handle, Handles, Invalidator, OpenFile, answer_empty};
 use super::inodes::{Inode, Inodes, Node, OpenState, ROOT, SPECIAL_BIT, Special};
 use super::names::{Kind, POSITION_SUFFIX, classify};
+use super::rename::{Tree, errno};
 use super::special::RoleView;
 use super::staged::StagedWrite;
 use super::workers::Workers;
@@ -37,8 +38,7 @@ const WRITE_BYTES_MAX: u32 = 1024 * 1024;
 pub struct LitefsFilesystem {
     shared: Arc<Shared>,
     view: ViewDebug,
-    root: PathBuf,
-    inodes: Arc<Inodes>,
+    tree: Tree,
     handles: Handles,
     want_passthrough: bool,
     passthrough: Arc<AtomicBool>,
@@ -81,10 +81,9 @@ impl LitefsFilesystem {
             })?;
         }
         Ok(LitefsFilesystem {
-            root,
+            tree: Tree { shared: shared.clone(), inodes, root },
             shared,
             view: ViewDebug(view),
-            inodes,
             handles: Handles::default(),
             want_passthrough,
             passthrough,
@@ -119,23 +118,11 @@ impl LitefsFilesystem {
     }
 
     fn backing(&self, path: &Path) -> PathBuf {
-        self.root.join(path)
-    }
-
-    fn node_for(&self, path: &Path, is_dir: bool) -> Node {
-        if is_dir {
-            return Node::Directory;
-        }
-        let (kind, base) = classify(path);
-        let db = match kind {
-            Kind::SuperJournal => None,
-            _ => DatabaseName::new(&base).ok().map(|name| self.shared.database_or_new(&name)),
-        };
-        Node::File(kind, db)
+        self.tree.backing(path)
     }
 
     fn child(&self, parent: INodeNo, name: &OsStr) -> Result<PathBuf, Errno> {
-        let dir = self.inodes.get(parent.0).ok_or(Errno::ENOENT)?;
+        let dir = self.tree.inodes.get(parent.0).ok_or(Errno::ENOENT)?;
         match dir.node() {
             Node::Directory => Ok(dir.path().join(name)),
             _ => Err(Errno::ENOTDIR),
@@ -161,10 +148,10 @@ impl LitefsFilesystem {
             path.hash(&mut hasher);
             let number = SPECIAL_BIT | (hasher.finish() & (SPECIAL_BIT - 1));
             let attr = special_attr(number, &special, content.len() as u64);
-            return Ok((self.inodes.looked_up(number, path, || Node::Special(special)), attr));
+            return Ok((self.tree.inodes.looked_up(number, path, || Node::Special(special)), attr));
         }
         let meta = self.backing(path).symlink_metadata().map_err(errno)?;
-        let inode = self.inodes.looked_up(meta.ino(), path, || self.node_for(path, meta.is_dir()));
+        let inode = self.tree.inodes.looked_up(meta.ino(), path, || self.tree.node_for(path, meta.is_dir()));
         let attr = self.attr(&inode, &meta);
         Ok((inode, attr))
     }
@@ -332,70 +319,6 @@ impl LitefsFilesystem {
             Err(e) => reply.error(Errno::from_i32(files::errno_of(&db, "remove", &e))),
         }
     }
-
-    /// Renames. A database moves as a transaction of its new name and a drop of the old one. The kernel holds the
-    /// directory's lock meanwhile, so nothing here may go through the mount.
-    fn rename_path(&self, from: &Path, to: &Path, no_replace: bool) -> Result<(), Errno> {
-        let meta = self.backing(from).symlink_metadata().map_err(errno)?;
-        let target = self.backing(to).symlink_metadata();
-        if no_replace && target.is_ok() {
-            return Err(Errno::EEXIST);
-        }
-        if target.is_ok_and(|t| files::same_file(&t, &meta)) {
-            return Ok(());
-        }
-        // A caller like mv copies on EXDEV, and each database is then taken in as a copy.
-        let copy_instead = || Errno::from_i32(libc::EXDEV);
-        if meta.is_dir() {
-            if DatabaseName::new(from).is_ok_and(|dir| self.shared.any_below(&dir)) {
-                return Err(copy_instead());
-            }
-            return self.rename_backing(from, to);
-        }
-        let place = |path: &Path| {
-            let (kind, base) = classify(path);
-            let db = DatabaseName::new(base).ok().map(|name| self.shared.database_or_new(&name));
-            let live = db.as_ref().is_some_and(|db| db.state().page_count > 0);
-            (kind, db, live)
-        };
-        let ((from_kind, from_db, from_live), (to_kind, to_db, to_live)) = (place(from), place(to));
-        let companion = |kind, live| live && matches!(kind, Kind::Journal | Kind::Wal | Kind::Shm);
-        if companion(from_kind, from_live) || companion(to_kind, to_live) {
-            return Err(Errno::EPERM);
-        }
-        let from_live = from_live && from_kind == Kind::Main;
-        let to_live = to_live && to_kind == Kind::Main;
-        if !from_live && !to_live {
-            self.rename_backing(from, to)?;
-            if let (Kind::Main, Some(db)) = (to_kind, to_db) {
-                let mut st = db.state();
-                st.set_database_file(None);
-                if let Err(e) = files::adopt(&db, &mut st) {
-                    files::errno_of(&db, "take in", &e);
-                }
-            }
-            return Ok(());
-        }
-        let (Kind::Main, Some(to_db)) = (to_kind, to_db) else { return Err(Errno::EPERM) };
-        for (db, live) in [(from_db.as_ref(), from_live), (Some(&to_db), to_live)] {
-            if let Some(db) = db.filter(|_| live)
-                && db.is_in_use()
-            {
-                return Err(copy_instead());
-            }
-        }
-        to_db
-            .replace_by_rename(from_db.as_deref().filter(|_| from_live), &self.backing(from))
-            .map_err(|e| Errno::from_i32(files::errno_of(&to_db, "rename", &e)))?;
-        self.inodes.renamed(from, to, |path| self.node_for(path, false));
-        Ok(())
-    }
-
-    fn rename_backing(&self, from: &Path, to: &Path) -> Result<(), Errno> {
-        std::fs::rename(self.backing(from), self.backing(to)).map_err(errno)?;
-        self.inodes.renamed(from, to, |path| self.node_for(path, false));
-        Ok(())
-    }
 }
 
 fn finish(result: Result<(), Errno>, reply: ReplyEmpty) {
@@ -403,10 +326,6 @@ fn finish(result: Result<(), Errno>, reply: ReplyEmpty) {
         Ok(()) => reply.ok(),
         Err(e) => reply.error(e),
     }
-}
-
-fn errno(e: io::Error) -> Errno {
-    Errno::from_i32(e.raw_os_error().unwrap_or(libc::EIO))
 }
 
 /// The kernel has checked the application's rights (`default_permissions`); the agent's own suffice for both ways.
@@ -513,11 +432,11 @@ impl Filesystem for LitefsFilesystem {
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        self.inodes.forget(ino.0, nlookup);
+        self.tree.inodes.forget(ino.0, nlookup);
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
-        let Some(inode) = self.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
+        let Some(inode) = self.tree.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
         if let Node::Special(special) = inode.node() {
             return match special.content(&*self.view.0) {
                 Some(content) => reply.attr(&FORGET, &special_attr(ino.0, &special, content.len() as u64)),
@@ -554,7 +473,7 @@ impl Filesystem for LitefsFilesystem {
         _flags: Option<fuse_session::fuse::BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let Some(inode) = self.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
+        let Some(inode) = self.tree.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
         let internal = is_internal(req);
         let node = inode.node();
         let companion = matches!(node, Node::File(Kind::Wal | Kind::Shm, _));
@@ -662,11 +581,12 @@ impl Filesystem for LitefsFilesystem {
         if flags.contains(RenameFlags::RENAME_EXCHANGE) {
             return reply.error(Errno::EINVAL);
         }
-        finish(self.rename_path(&from, &to, flags.contains(RenameFlags::RENAME_NOREPLACE)), reply);
+        let (tree, no_replace) = (self.tree.clone(), flags.contains(RenameFlags::RENAME_NOREPLACE));
+        self.workers.sync(move || finish(tree.rename(&from, &to, no_replace), reply));
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let Some(inode) = self.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
+        let Some(inode) = self.tree.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
         if let Node::Special(special) = inode.node() {
             if flags.acc_mode() != OpenAccMode::O_RDONLY {
                 return reply.error(Errno::EACCES);
@@ -836,7 +756,7 @@ impl Filesystem for LitefsFilesystem {
         match self.handles.remove(fh.0).as_deref() {
             Some(Handle::File(file)) => self.close_file(&file.inode, Some(file)),
             Some(Handle::Staged(_)) => {
-                if let Some(inode) = self.inodes.get(ino.0) {
+                if let Some(inode) = self.tree.inodes.get(ino.0) {
                     self.close_file(&inode, None);
                 }
             }
@@ -854,14 +774,14 @@ impl Filesystem for LitefsFilesystem {
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let listed = (|| {
-            let inode = self.inodes.get(ino.0).ok_or(Errno::ENOENT)?;
+            let inode = self.tree.inodes.get(ino.0).ok_or(Errno::ENOENT)?;
             let dir = inode.path();
             let mut entries = vec![(ino.0, true, OsString::from(".")), (ROOT, true, OsString::from(".."))];
             for entry in std::fs::read_dir(self.backing(&dir)).map_err(errno)? {
                 let entry = entry.map_err(errno)?;
                 let meta = entry.metadata().map_err(errno)?;
                 let name = entry.file_name();
-                if let Node::File(Kind::Main, Some(db)) = self.node_for(&dir.join(&name), meta.is_dir())
+                if let Node::File(Kind::Main, Some(db)) = self.tree.node_for(&dir.join(&name), meta.is_dir())
                     && db.state().page_count > 0
                 {
                     let mut position = name.clone();
@@ -912,14 +832,14 @@ impl Filesystem for LitefsFilesystem {
     }
 
     fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        let synced = self.inodes.get(ino.0).ok_or(Errno::ENOENT).and_then(|inode| {
+        let synced = self.tree.inodes.get(ino.0).ok_or(Errno::ENOENT).and_then(|inode| {
             File::open(self.backing(&inode.path())).and_then(|dir| dir.sync_all()).map_err(errno)
         });
         finish(synced, reply);
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        match nix::sys::statvfs::statvfs(&self.root) {
+        match nix::sys::statvfs::statvfs(&self.tree.root) {
             Ok(s) => reply.statfs(
                 s.blocks(),
                 s.blocks_free(),
@@ -932,6 +852,53 @@ impl Filesystem for LitefsFilesystem {
             ),
             Err(e) => reply.error(Errno::from_i32(e as i32)),
         }
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _offset: u64,
+        _length: u64,
+        _mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EOPNOTSUPP);
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _offset: i64,
+        _whence: i32,
+        reply: ReplyLseek,
+    ) {
+        // The kernel seeks by itself then.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn symlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn link(&self, _req: &Request, _ino: INodeNo, _parent: INodeNo, _name: &OsStr, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn mknod(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EPERM);
     }
 
     fn getxattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {

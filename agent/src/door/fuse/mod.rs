@@ -15,6 +15,7 @@ mod files;
 mod filesystem;
 mod inodes;
 mod names;
+mod rename;
 mod special;
 mod staged;
 mod workers;
