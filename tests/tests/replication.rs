@@ -1,14 +1,748 @@
-//! One database, many hosts.
+//! One primary, replicas, and what happens between them.
 
-use litefs_tests::{Fleet, assert_equal};
+use litefs_tests::{
+    FILL, Fleet, Host, PATIENCE, Role, Shell, ask, assert_equal, assert_sane, checksum_of, exec,
+    integrity_check, run, set_journal_mode, sqlite3, wait_for, wait_seen,
+};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Tells the threads of a test to end, also when it fails.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+const CREATE_WAL: &str =
+    "PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, v); INSERT INTO t(v) VALUES (1);";
+const CREATE_DELETE: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, v); INSERT INTO t(v) VALUES (1);";
+const COUNT: &str = "SELECT count(*) FROM t";
 
 #[test]
-fn smoke() {
+fn an_open_connection_on_the_replica_sees_the_next_transaction() {
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();
-    primary.sql("app.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(x); INSERT INTO t VALUES (1);");
-    assert_equal(&primary, &replica, "app.db");
-    assert_eq!(replica.sql("app.db", "SELECT * FROM t"), "1");
-    replica.stop();
+    for (name, create) in [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)] {
+        primary.sql(name, create);
+        primary.wait_position_equal(&replica, name);
+        let reader = replica.open(name);
+        let mut other_process = Shell::open(&replica.path(name));
+        for rows in 2..30u32 {
+            primary.sql(name, "INSERT INTO t(v) VALUES (randomblob(3000))");
+            wait_seen(&reader, COUNT, &rows.to_string());
+            wait_for("another process sees it", PATIENCE, || {
+                (other_process.run(&format!("{COUNT};")) == rows.to_string()).then_some(())
+            });
+            if rows % 10 == 0 {
+                // The schema too.
+                primary.sql(
+                    name,
+                    &format!("CREATE TABLE u{rows}(a); ALTER TABLE t ADD COLUMN c{rows} DEFAULT {rows};"),
+                );
+                let sql = format!("SELECT count(*) FROM pragma_table_info('t') WHERE name = 'c{rows}'");
+                wait_seen(&reader, &sql, "1");
+                assert_eq!(ask(&reader, &format!("SELECT c{rows} FROM t LIMIT 1")), rows.to_string());
+            }
+        }
+        drop((reader, other_process));
+        assert_equal(&primary, &replica, name);
+    }
+}
+
+#[test]
+fn a_long_reader_keeps_its_snapshot_and_neither_blocks_nor_is_blocked_in_wal_mode() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    primary.sql("x.db", CREATE_WAL);
+    primary.sql("x.db", FILL);
+    primary.wait_position_equal(&replica, "x.db");
+
+    let sum = "SELECT count(*) || '/' || sum(length(v)) || '/' || max(id) FROM t";
+    let reader = replica.open("x.db");
+    // Whatever makes it wait is an error.
+    reader.busy_timeout(std::time::Duration::ZERO).unwrap();
+    exec(&reader, "BEGIN");
+    let snapshot = ask(&reader, sum);
+
+    let db = primary.open("x.db");
+    exec(&db, "PRAGMA synchronous=OFF");
+    for i in 0..400u32 {
+        exec(
+            &db,
+            &format!(
+                "UPDATE t SET v = randomblob({i} * 10) WHERE id % 100 = {i} % 100; INSERT INTO t(v) VALUES ({i});"
+            ),
+        );
+        if i % 10 == 0 {
+            assert_eq!(ask(&reader, sum), snapshot);
+        }
+    }
+    // The reader holds nothing up ...
+    primary.wait_position_equal(&replica, "x.db");
+    let current = ask(&db, sum);
+    assert_ne!(current, snapshot);
+    assert_eq!(replica.sql("x.db", sum), current);
+    // ... and its snapshot is whole.
+    assert_eq!(ask(&reader, sum), snapshot);
+    assert_eq!(ask(&reader, "PRAGMA integrity_check"), "ok");
+    exec(&reader, "COMMIT");
+    assert_eq!(ask(&reader, sum), current);
+    drop((reader, db));
+    assert_equal(&primary, &replica, "x.db");
+}
+
+#[test]
+fn readers_in_wal_mode_never_see_an_error_nor_a_state_that_was_not_committed() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    primary.sql(
+        "x.db",
+        "PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, v); CREATE TABLE total(n);
+        INSERT INTO total VALUES (0);",
+    );
+    primary.wait_position_equal(&replica, "x.db");
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let stop_at_end = StopAtEnd(&stop);
+        let reading = scope.spawn(|| {
+            let reader = replica.open("x.db");
+            reader.busy_timeout(std::time::Duration::ZERO).unwrap();
+            let mut reads = 0u64;
+            while !stop.load(Ordering::Relaxed) {
+                // Each transaction changes both.
+                assert_eq!(ask(&reader, "SELECT (SELECT count(*) FROM t) - n FROM total"), "0");
+                reads += 1;
+            }
+            reads
+        });
+        let db = primary.open("x.db");
+        exec(&db, "PRAGMA synchronous=OFF");
+        let write = || {
+            for _ in 0..1500 {
+                exec(
+                    &db,
+                    "BEGIN; INSERT INTO t(v) VALUES (randomblob(4000)); UPDATE total SET n = n + 1; COMMIT;",
+                );
+            }
+            primary.wait_position_equal(&replica, "x.db");
+        };
+        write();
+        drop(stop_at_end);
+        assert!(reading.join().unwrap() > 100);
+        // Now that nobody reads all the time, the replica's WAL begins anew: it does not grow with what is written.
+        let wal = || fs::metadata(replica.path("x.db-wal")).map_or(0, |m| m.len());
+        let before = wal();
+        write();
+        assert!(wal() < before + (8 << 20), "{before} -> {}", wal());
+    });
+    assert_equal(&primary, &replica, "x.db");
+}
+
+#[test]
+fn readers_in_rollback_mode_see_committed_states_and_wait_a_bounded_time() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    primary.sql(
+        "x.db",
+        "CREATE TABLE t(id INTEGER PRIMARY KEY, v); CREATE TABLE total(n); INSERT INTO total VALUES (0);",
+    );
+    primary.wait_position_equal(&replica, "x.db");
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let stop_at_end = StopAtEnd(&stop);
+        let reading = scope.spawn(|| {
+            // Waits as any application does that sets a timeout; never longer than that.
+            let reader = replica.open("x.db");
+            let mut reads = 0u64;
+            while !stop.load(Ordering::Relaxed) {
+                assert_eq!(ask(&reader, "SELECT (SELECT count(*) FROM t) - n FROM total"), "0");
+                reads += 1;
+            }
+            reads
+        });
+        let db = primary.open("x.db");
+        exec(&db, "PRAGMA synchronous=OFF");
+        for _ in 0..300 {
+            exec(
+                &db,
+                "BEGIN; INSERT INTO t(v) VALUES (randomblob(4000)); UPDATE total SET n = n + 1; COMMIT;",
+            );
+        }
+        primary.wait_position_equal(&replica, "x.db");
+        drop(stop_at_end);
+        assert!(reading.join().unwrap() > 50);
+    });
+    // A transaction that stays open keeps what it sees; when it ends, everything that waited arrives.
+    let mut holder = Shell::open(&replica.path("x.db"));
+    holder.run("BEGIN;");
+    assert_eq!(holder.run(&format!("{COUNT};")), "300");
+    for _ in 0..5 {
+        primary.sql("x.db", "BEGIN; INSERT INTO t(v) VALUES (1); UPDATE total SET n = n + 1; COMMIT;");
+    }
+    replica.wait_for("the replica knows that it is behind", || {
+        replica.database("x.db").is_some_and(|db| db["lag"]["transactions"] == 5)
+    });
+    assert_eq!(holder.run(&format!("{COUNT};")), "300");
+    holder.run("COMMIT;");
+    replica.wait_sql("x.db", COUNT, "305");
+    drop(holder);
+    assert_equal(&primary, &replica, "x.db");
+}
+
+#[test]
+fn one_blocked_database_does_not_hold_up_the_others() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    for name in ["blocked.db", "free.db"] {
+        primary.sql(name, CREATE_DELETE);
+        primary.wait_position_equal(&replica, name);
+    }
+    let mut holder = Shell::open(&replica.path("blocked.db"));
+    holder.run("BEGIN; SELECT * FROM t;");
+    let before = replica.position("blocked.db");
+    for i in 2..=50u32 {
+        primary.sql("blocked.db", "INSERT INTO t(v) VALUES (randomblob(2000))");
+        primary.sql("free.db", "INSERT INTO t(v) VALUES (randomblob(2000))");
+        if i % 10 == 0 {
+            primary.wait_position_equal(&replica, "free.db");
+        }
+    }
+    primary.sql("new.db", CREATE_WAL);
+    assert_equal(&primary, &replica, "new.db");
+    assert_equal(&primary, &replica, "free.db");
+    assert_eq!(replica.position("blocked.db"), before);
+    // What waits is safe in the replica's log: the primary is not needed for it.
     primary.stop();
+    holder.run("COMMIT;");
+    replica.wait_sql("blocked.db", COUNT, "50");
+    drop(holder);
+    assert_sane(&replica, "blocked.db");
+}
+
+#[test]
+fn a_late_joiner_gets_a_snapshot_when_the_beginning_of_the_log_is_gone() {
+    let fleet = Fleet::new();
+    let primary = fleet.host("a", Role::Primary);
+    primary.set("log.segment-size=64KiB").set("log.retention-age=0s").set("log.retention-size=64KiB").start();
+    let oldest = || primary.status()["log"]["oldest_lsn"].as_u64().unwrap();
+    let before = oldest();
+    for (name, create) in [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)] {
+        primary.sql(name, create);
+        primary.sql(name, FILL);
+        primary.sql(name, FILL);
+    }
+    // Enough for several segments.
+    let db = primary.open("wal.db");
+    exec(&db, "PRAGMA synchronous=OFF");
+    for _ in 0..100 {
+        exec(&db, "UPDATE t SET v = randomblob(3000) WHERE id = 1");
+    }
+    drop(db);
+    primary.wait_for("old records are removed", || oldest() > before);
+    let replica = fleet.replica("b", &primary);
+    for name in ["wal.db", "delete.db"] {
+        assert_equal(&primary, &replica, name);
+        assert_eq!(replica.sql(name, COUNT), "601");
+    }
+    assert!(replica.log().contains("snapshot"), "how else?");
+    // From here on it follows as any other.
+    primary.sql("wal.db", "INSERT INTO t(v) VALUES (1)");
+    assert_equal(&primary, &replica, "wal.db");
+}
+
+#[test]
+fn large_transactions_do_not_escape_retention() {
+    let fleet = Fleet::new();
+    let primary = fleet.host("a", Role::Primary);
+    primary.set("log.segment-size=64KiB").set("log.retention-age=0s").set("log.retention-size=1MiB").start();
+    primary.sql("x.db", CREATE_DELETE);
+    for _ in 0..6 {
+        primary.sql("x.db", FILL);
+    }
+    // The content of every LTX file and of every segment.
+    let bytes = || {
+        let du = run(Command::new("du")
+            .args(["-scb", "--exclude=spare-*"])
+            .args(["log", "ltx"])
+            .current_dir(primary.data()));
+        du.lines().last().and_then(|total| total.split('\t').next()?.parse::<u64>().ok()).unwrap()
+    };
+    assert!(bytes() > 6 << 20);
+    primary.wait_for("the log is as small as it should be", || bytes() < 3 << 20);
+    assert!(primary.status()["log"]["bytes"].as_u64().unwrap() <= bytes());
+    assert_sane(&primary, "x.db");
+    // Nor do they, once the log was read again.
+    primary.restart();
+    let replica = fleet.replica("b", &primary);
+    assert_equal(&primary, &replica, "x.db");
+}
+
+#[test]
+fn a_replica_that_was_away_goes_on_where_it_was() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    let names = [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)];
+    for (name, create) in names {
+        primary.sql(name, create);
+        primary.wait_position_equal(&replica, name);
+    }
+    for round in 0..4 {
+        // Stopped, killed, and left alone by its primary.
+        match round {
+            0 => drop(replica.stop()),
+            1 | 2 => drop(replica.kill()),
+            _ => drop(primary.kill().start()),
+        }
+        for (name, _) in names {
+            for _ in 0..5 {
+                primary
+                    .sql(name, "INSERT INTO t(v) VALUES (randomblob(5000)); DELETE FROM t WHERE id % 7 = 0;");
+            }
+        }
+        if round < 3 {
+            replica.start();
+        }
+        replica.wait_connected();
+        for (name, _) in names {
+            assert_equal(&primary, &replica, name);
+        }
+    }
+    assert!(!replica.log().contains("snapshot"), "the log had everything");
+}
+
+#[test]
+fn a_replica_starts_before_its_primary() {
+    let fleet = Fleet::new();
+    let primary = fleet.host("a", Role::Primary);
+    let replica = fleet.host("b", Role::ReplicaOf(&primary));
+    replica.start();
+    assert_eq!(replica.status()["role"]["upstream"]["connected"], false);
+    assert!(!replica.path(".primary").exists());
+    primary.start();
+    primary.sql("x.db", CREATE_WAL);
+    replica.wait_connected();
+    assert_equal(&primary, &replica, "x.db");
+}
+
+#[test]
+fn a_replica_feeds_further_replicas() {
+    let fleet = Fleet::new();
+    let (primary, middle) = fleet.pair();
+    let last = fleet.replica("c", &middle);
+    for (name, create) in [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)] {
+        primary.sql(name, create);
+        let reader_of = |host: &Host| {
+            primary.wait_position_equal(host, name);
+            host.open(name)
+        };
+        let (in_the_middle, at_the_end) = (reader_of(&middle), reader_of(&last));
+        for rows in 2..20u32 {
+            primary.sql(name, "INSERT INTO t(v) VALUES (randomblob(3000))");
+            wait_seen(&at_the_end, COUNT, &rows.to_string());
+            wait_seen(&in_the_middle, COUNT, &rows.to_string());
+        }
+        drop((in_the_middle, at_the_end));
+        assert_equal(&primary, &last, name);
+    }
+    middle.kill();
+    primary.sql("wal.db", FILL);
+    middle.start();
+    assert_equal(&primary, &last, "wal.db");
+    fs::remove_file(primary.path("delete.db")).unwrap();
+    last.wait_gone("delete.db");
+    // A joiner at the end gets everything from its upstream, also what is older than the connection.
+    let joiner = fleet.replica("d", &last);
+    assert_equal(&primary, &joiner, "wal.db");
+}
+
+#[test]
+fn many_databases_at_once() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    let name = |i: u32| format!("{i}.db");
+    for i in 0..100 {
+        let db = primary.open(&name(i));
+        exec(&db, if i % 2 == 0 { CREATE_WAL } else { CREATE_DELETE });
+    }
+    let writers: Vec<_> = (0..100).map(|i| primary.open(&name(i))).collect();
+    for db in &writers {
+        exec(db, "PRAGMA synchronous=OFF; INSERT INTO t(v) VALUES (2);");
+    }
+    drop(writers);
+    let positions = |host: &Host| {
+        let status = host.status();
+        let all = status["databases"].as_array().unwrap().iter();
+        all.map(|db| format!("{} {} {}", db["name"], db["txid"], db["checksum"])).collect::<Vec<_>>()
+    };
+    let expected = positions(&primary);
+    assert_eq!(expected.len(), 100);
+    replica.wait_for("all databases arrive", || positions(&replica) == expected);
+    for i in [0, 1, 98, 99] {
+        assert_equal(&primary, &replica, &name(i));
+    }
+}
+
+/// What a host keeps of the transactions that it had alone.
+#[track_caller]
+fn kept(host: &Host, database: &str) -> PathBuf {
+    let dir = host.data().join("diverged").join(database);
+    let mut kept = list(&dir);
+    assert_eq!(kept.len(), 1, "{} has {kept:?}", dir.display());
+    kept.remove(0)
+}
+
+fn list(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+    entries.map(|entry| entry.expect("the directory can be read").path()).collect()
+}
+
+/// The kept records can be read with the tool for it; says how many there are.
+#[track_caller]
+fn verify_ltx(dir: &Path) -> usize {
+    let files: Vec<_> = list(dir).into_iter().filter(|p| p.extension().is_some_and(|e| e == "ltx")).collect();
+    for file in &files {
+        run(Command::new(litefs_tests::litefs()).args(["ltx", "verify"]).arg(file));
+    }
+    files.len()
+}
+
+#[test]
+fn a_primary_restored_from_an_old_copy_wins_and_what_the_replica_had_alone_is_kept() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    let names = [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)];
+    for (name, create) in names {
+        primary.sql(name, create);
+    }
+    primary.stop();
+    let copy = fleet.scratch().join("data");
+    run(Command::new("cp").arg("-a").arg(primary.data()).arg(&copy));
+    primary.start();
+    for (name, _) in names {
+        for i in 0..3 {
+            primary.sql(name, &format!("INSERT INTO t(v) VALUES ('lost {i}')"));
+        }
+        primary.wait_position_equal(&replica, name);
+    }
+    let lost = replica.position("wal.db").unwrap();
+    primary.stop();
+    fs::remove_dir_all(primary.data()).unwrap();
+    fs::rename(&copy, primary.data()).unwrap();
+    primary.start();
+    // As many transactions, one fewer, one more: the number alone says nothing.
+    primary.sql("wal.db", "INSERT INTO t(v) VALUES ('new')");
+    primary.sql("delete.db", "INSERT INTO t(v) VALUES ('new')");
+    primary.sql("delete.db", "INSERT INTO t(v) VALUES ('new')");
+    primary.sql("delete.db", "INSERT INTO t(v) VALUES ('new')");
+    for (name, _) in names {
+        assert_equal(&primary, &replica, name);
+        assert_eq!(replica.sql(name, "SELECT count(*) FROM t WHERE v LIKE 'lost%'"), "0");
+        let dir = kept(&replica, name);
+        assert_eq!(
+            sqlite3(&dir.join("database.db"), "SELECT v FROM t WHERE v LIKE 'lost%'"),
+            "lost 0\nlost 1\nlost 2"
+        );
+        integrity_check(&dir.join("database.db"), "what is kept");
+        assert_eq!(verify_ltx(&dir), 3, "{name}");
+    }
+    assert!(kept(&replica, "wal.db").ends_with(lost.replace('/', "-")));
+    assert!(replica.log().contains("this node had transactions of its own; they are kept as files"));
+    // An open connection on the replica goes on, and so does everything else.
+    let reader = replica.open("wal.db");
+    primary.sql("wal.db", "INSERT INTO t(v) VALUES ('newer')");
+    wait_seen(&reader, COUNT, "3");
+}
+
+#[test]
+fn an_open_connection_survives_that_its_database_is_replaced_by_another_history() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    let names = [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)];
+    for (name, create) in names {
+        primary.sql(name, create);
+    }
+    primary.stop();
+    let copy = fleet.scratch().join("data");
+    run(Command::new("cp").arg("-a").arg(primary.data()).arg(&copy));
+    primary.start();
+    for (name, _) in names {
+        primary.sql(name, FILL);
+        primary.wait_position_equal(&replica, name);
+    }
+    let readers = names.map(|(name, _)| replica.open(name));
+    readers.iter().for_each(|reader| assert_eq!(ask(reader, COUNT), "301"));
+    primary.stop();
+    fs::remove_dir_all(primary.data()).unwrap();
+    fs::rename(&copy, primary.data()).unwrap();
+    primary.start();
+    for ((name, _), reader) in names.iter().zip(&readers) {
+        primary.sql(name, "INSERT INTO t(v) VALUES ('new')");
+        wait_seen(reader, COUNT, "2");
+        assert_eq!(ask(reader, "PRAGMA integrity_check"), "ok");
+        primary.sql(name, "INSERT INTO t(v) VALUES ('new')");
+        wait_seen(reader, COUNT, "3");
+    }
+    drop(readers);
+    for (name, _) in names {
+        assert_equal(&primary, &replica, name);
+    }
+}
+
+#[test]
+fn a_promoted_replica_takes_writes_and_the_old_primary_follows_it() {
+    let fleet = Fleet::new();
+    let (old, new) = fleet.pair();
+    let names = [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)];
+    for (name, create) in names {
+        old.sql(name, create);
+        old.wait_position_equal(&new, name);
+    }
+    // A connection that was there before stays usable, now for writing: SQLite keeps a connection read-only that was
+    // opened so, therefore a new one.
+    let reader = new.open("wal.db");
+    assert_eq!(ask(&reader, COUNT), "1");
+    new.set_role(Role::Primary).reload();
+    new.wait_for("the role is taken", || new.status()["role"]["name"] == "primary");
+    assert_eq!(new.status()["role"]["epoch"], 2);
+    for (name, _) in names {
+        new.sql(name, "INSERT INTO t(v) VALUES ('new primary')");
+        // Meanwhile the old one does not know yet: this is what must not be lost without a trace.
+        old.sql(name, "INSERT INTO t(v) VALUES ('alone 1')");
+        old.sql(name, "INSERT INTO t(v) VALUES ('alone 2')");
+    }
+    wait_seen(&reader, COUNT, "2");
+
+    old.set_role(Role::ReplicaOf(&new)).reload();
+    old.wait_connected();
+    for (name, _) in names {
+        assert_equal(&new, &old, name);
+        assert_eq!(old.sql(name, "SELECT group_concat(v) FROM t"), "1,new primary");
+        let dir = kept(&old, name);
+        assert_eq!(sqlite3(&dir.join("database.db"), "SELECT group_concat(v) FROM t"), "1,alone 1,alone 2");
+        assert_eq!(verify_ltx(&dir), 2, "{name}");
+        let error = old.try_sql(name, "INSERT INTO t(v) VALUES (1)").unwrap_err();
+        assert!(error.contains("readonly"), "{error}");
+        new.sql(name, "INSERT INTO t(v) VALUES (3)");
+        assert_equal(&new, &old, name);
+    }
+    assert_eq!(old.status()["role"]["epoch"], 2);
+
+    // And back again.
+    new.set_role(Role::ReplicaOf(&old));
+    old.set_role(Role::Primary).reload();
+    old.wait_for("the role is taken", || old.status()["role"]["name"] == "primary");
+    assert_eq!(old.status()["role"]["epoch"], 3);
+    new.reload();
+    new.wait_connected();
+    old.sql("wal.db", "INSERT INTO t(v) VALUES (4)");
+    assert_equal(&old, &new, "wal.db");
+}
+
+#[test]
+fn a_writer_that_is_open_when_the_role_is_lost_is_refused_at_its_commit() {
+    let fleet = Fleet::new();
+    let (old, new) = fleet.pair();
+    for (name, create) in [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)] {
+        old.sql(name, create);
+        old.wait_position_equal(&new, name);
+    }
+    let writers = ["wal.db", "delete.db"].map(|name| old.open(name));
+    for writer in &writers {
+        exec(writer, "BEGIN; INSERT INTO t(v) VALUES ('refused');");
+    }
+    new.set_role(Role::Primary).reload();
+    new.wait_for("the role is taken", || new.status()["role"]["name"] == "primary");
+    old.set_role(Role::ReplicaOf(&new)).reload();
+    old.wait_for("the role is lost", || old.status()["role"]["name"] == "replica");
+    for writer in writers {
+        let error = litefs_tests::try_exec(&writer, "COMMIT").unwrap_err();
+        assert!(error.sqlite_error_code().is_some(), "{error}");
+    }
+    old.wait_connected();
+    for name in ["wal.db", "delete.db"] {
+        new.sql(name, "INSERT INTO t(v) VALUES ('kept')");
+        assert_equal(&new, &old, name);
+        assert_eq!(old.sql(name, "SELECT group_concat(v) FROM t"), "1,kept");
+    }
+}
+
+#[test]
+fn an_upstream_of_an_older_epoch_is_refused() {
+    let fleet = Fleet::new();
+    let (old, new) = fleet.pair();
+    old.sql("x.db", CREATE_WAL);
+    old.wait_position_equal(&new, "x.db");
+    new.set_role(Role::Primary).reload();
+    new.wait_for("the role is taken", || new.status()["role"]["name"] == "primary");
+    let replica = fleet.replica("c", &new);
+    new.sql("x.db", "INSERT INTO t(v) VALUES ('epoch 2')");
+    assert_equal(&new, &replica, "x.db");
+    assert_eq!(replica.status()["role"]["epoch"], 2);
+
+    // Whoever has seen epoch 2 does not go back to a primary of epoch 1, whatever it offers.
+    for _ in 0..5 {
+        old.sql("x.db", "INSERT INTO t(v) VALUES ('epoch 1')");
+    }
+    replica.set_role(Role::ReplicaOf(&old)).reload();
+    replica.wait_for("it says why", || replica.log().contains("epoch 1"));
+    let status = replica.status();
+    assert_eq!(status["role"]["upstream"]["connected"], false, "{status}");
+    assert_eq!(replica.sql("x.db", "SELECT group_concat(v) FROM t"), "1,epoch 2");
+    assert_eq!(replica.status()["role"]["epoch"], 2);
+
+    replica.set_role(Role::ReplicaOf(&new)).reload();
+    replica.wait_connected();
+    new.sql("x.db", "INSERT INTO t(v) VALUES ('more')");
+    assert_equal(&new, &replica, "x.db");
+}
+
+#[test]
+fn import_replaces_a_live_database_under_open_connections() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    for (name, create) in [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)] {
+        primary.sql(name, create);
+        primary.sql(name, FILL);
+        primary.wait_position_equal(&replica, name);
+        let (writer, reader) = (primary.open(name), replica.open(name));
+        assert_eq!((ask(&writer, COUNT), ask(&reader, COUNT)), ("301".into(), "301".into()));
+
+        // Another schema, another size, another journal mode; then another page size; larger and smaller.
+        for (round, page_size) in [4096, 4096, 1024].into_iter().enumerate() {
+            if name == "wal.db" && page_size != 4096 {
+                continue;
+            }
+            let file = fleet.scratch().join(format!("{round}-{name}"));
+            sqlite3(&file, &format!("PRAGMA page_size={page_size}; CREATE TABLE other(a, b); CREATE TABLE t(id INTEGER PRIMARY KEY, v, extra);
+                INSERT INTO t(v) VALUES ('imported {round}'); PRAGMA user_version={round};"));
+            let before = primary.txid(name);
+            let said = primary.import(name, &file);
+            assert!(said.contains(name), "{said}");
+            assert_eq!(primary.txid(name), before + 1);
+            for connection in [&writer, &reader] {
+                wait_seen(connection, "SELECT v FROM t", &format!("imported {round}"));
+                assert_eq!(ask(connection, "PRAGMA integrity_check"), "ok");
+            }
+            exec(&writer, "INSERT INTO other VALUES (1, 2)");
+            wait_seen(&reader, "SELECT count(*) FROM other", "1");
+        }
+        drop((writer, reader));
+        assert_equal(&primary, &replica, name);
+        primary.restart();
+        replica.wait_connected();
+        primary.sql(name, "INSERT INTO t(v) VALUES ('after')");
+        assert_equal(&primary, &replica, name);
+    }
+    // What is no database, or not all of one, changes nothing.
+    let position = primary.position("wal.db");
+    let bad = fleet.scratch().join("bad.db");
+    for (content, why) in [(&b"not a database, only text".repeat(50)[..], "SQLite"), (&b""[..], "")] {
+        fs::write(&bad, content).unwrap();
+        let error = primary.try_import("wal.db", &bad).unwrap_err();
+        assert!(error.contains("bad.db") && error.contains(why), "{error}");
+    }
+    let error = replica.try_import("wal.db", &fleet.scratch().join("0-wal.db")).unwrap_err();
+    assert!(error.contains("not the primary") && error.contains("run it on a"), "{error}");
+    assert_eq!(primary.position("wal.db"), position);
+    assert_equal(&primary, &replica, "wal.db");
+}
+
+#[test]
+fn exports_made_while_others_write_are_exact_past_states() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    for (name, mode) in [("wal.db", "wal"), ("delete.db", "delete")] {
+        let db = primary.open(name);
+        set_journal_mode(&db, mode);
+        exec(
+            &db,
+            "PRAGMA synchronous=OFF; CREATE TABLE t(id INTEGER PRIMARY KEY, v); CREATE TABLE total(n); INSERT INTO total VALUES (0);",
+        );
+        exec(&db, FILL);
+        exec(&db, "UPDATE total SET n = 300");
+        primary.wait_position_equal(&replica, name);
+        let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            let stop_at_end = StopAtEnd(&stop);
+            let (stop, written) = (&stop, &written);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    exec(
+                        &db,
+                        "BEGIN; INSERT INTO t(v) VALUES (randomblob(20000)); UPDATE total SET n = n + 1;
+                        UPDATE t SET v = randomblob(3000) WHERE id = abs(random()) % 300; COMMIT;",
+                    );
+                    written.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            let mut positions = Vec::new();
+            for i in 0..6 {
+                let seen = written.load(Ordering::Relaxed);
+                wait_for("the writer goes on", PATIENCE, || {
+                    (written.load(Ordering::Relaxed) > seen).then_some(())
+                });
+                for host in [&primary, &replica] {
+                    let file = fleet.scratch().join(format!("{i}-{}-{name}", host.name()));
+                    let position = host.export(name, &file);
+                    assert_eq!(position.split_once('/').unwrap().1, checksum_of(&file));
+                    integrity_check(&file, "an export");
+                    assert_eq!(sqlite3(&file, "SELECT count(*) - (SELECT n FROM total) FROM t"), "0");
+                    positions.push(position);
+                }
+            }
+            drop(stop_at_end);
+            assert_ne!(positions.first(), positions.last());
+        });
+        assert_equal(&primary, &replica, name);
+    }
+    let mut export = primary.litefs(&["export", "missing.db"]);
+    let error = litefs_tests::try_run(export.arg(fleet.scratch().join("missing.db"))).unwrap_err();
+    assert!(error.contains("missing.db"), "{error}");
+    assert!(!fleet.scratch().join("missing.db").exists());
+}
+
+#[test]
+fn drops_and_new_beginnings_reach_a_replica_that_was_away() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    let names = [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)];
+    for (name, create) in names {
+        primary.sql(name, create);
+        primary.wait_position_equal(&replica, name);
+    }
+    // Dropped while it is away.
+    replica.stop();
+    names.iter().for_each(|(name, _)| fs::remove_file(primary.path(name)).unwrap());
+    replica.start();
+    names.iter().for_each(|(name, _)| replica.wait_gone(name));
+    // Created again, dropped and created while it is away, killed this time.
+    for (name, create) in names {
+        primary.sql(name, &create.replace("(1)", "('second')"));
+        primary.wait_position_equal(&replica, name);
+    }
+    replica.kill();
+    for (name, create) in names {
+        let txid = primary.txid(name);
+        fs::remove_file(primary.path(name)).unwrap();
+        primary.sql(name, &create.replace("(1)", "('third')"));
+        assert!(primary.txid(name) > txid + 1);
+    }
+    replica.start();
+    for (name, _) in names {
+        assert_equal(&primary, &replica, name);
+        assert_eq!(replica.sql(name, "SELECT v FROM t"), "third");
+    }
+    // The primary remembers across its own restart that a dropped database has a history.
+    let txid = primary.txid("wal.db");
+    fs::remove_file(primary.path("wal.db")).unwrap();
+    primary.restart();
+    assert!(primary.database("wal.db").is_none());
+    primary.sql("wal.db", CREATE_WAL);
+    assert!(primary.txid("wal.db") > txid + 1);
+    assert_equal(&primary, &replica, "wal.db");
 }
