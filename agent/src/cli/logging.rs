@@ -67,7 +67,11 @@ fn filter(level: LogLevel) -> Targets {
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
     };
-    Targets::new().with_default(LevelFilter::WARN.min(level)).with_targets(OWN.map(|target| (target, level)))
+    Targets::new()
+        .with_default(LevelFilter::WARN.min(level))
+        .with_targets(OWN.map(|target| (target, level)))
+        // It reports as an error that a killed application no longer wants its answer.
+        .with_target("fuser", LevelFilter::OFF)
 }
 
 /// Whether systemd connected stderr to the journal: it says so as `device:inode` (systemd.exec(5)), and the

@@ -46,6 +46,9 @@ pub struct Writer {
     /// Whether a mark since the last record tells that it is durable.
     marked: bool,
     closed: bool,
+    /// Bytes of files that the active segment's records refer to: retention removes them with the segment, so it must
+    /// not go on for long.
+    external_bytes: u64,
 }
 
 /// What the flusher has to do.
@@ -70,6 +73,7 @@ impl Writer {
             buffer: Vec::new(),
             marked: true,
             closed: false,
+            external_bytes: 0,
         }
     }
 
@@ -188,7 +192,8 @@ impl Shared {
                 continue;
             }
             self.check_sequence(record)?;
-            if !writer.has_room(len) && !self.next_segment(&mut writer)? {
+            let ended = writer.external_bytes >= self.options.segment_bytes;
+            if (ended || !writer.has_room(len)) && !self.next_segment(&mut writer)? {
                 drop(writer);
                 self.wait_for_spare()?;
                 continue;
@@ -211,6 +216,9 @@ impl Shared {
         let end = info.end();
         writer.write().map_err(|e| LogError::io("append to", &self.segments.path(first), e))?;
         writer.marked = false;
+        if let super::PayloadPlace::External { size, .. } = &info.payload {
+            writer.external_bytes += size;
+        }
         self.index.write().append(info);
         self.publish_appended(writer);
         Ok(end)
@@ -253,6 +261,7 @@ impl Shared {
         let (at, bytes) = format::encode_place(spare.key, place);
         // The first segment of a run is durable before an LSN in it is given out: after a crash it tells that there
         // was such a run, whose LSNs may have been seen. Its place goes first; later ones follow from their names.
+        writer.external_bytes = 0;
         let first_of_run = writer.active.is_none();
         let mut placed = spare.file.write_at(&bytes, at);
         if placed.is_ok() && first_of_run {

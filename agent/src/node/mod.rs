@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   start: lock data directory -> log -> recover databases -> role -> compare -> door -> sockets -> follow
-//!   stop:  no more writes -> door away -> followers drained -> sockets -> files marked durable -> log closed
+//!   stop:  no more writes -> followers drained -> applying lets go -> door away -> sockets -> files marked -> log closed
 //! ```
 
 mod background;
@@ -256,13 +256,18 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     tracing::info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     node.shared.set_role(node.shared.epoch(), false);
-    {
-        let node = node.clone();
-        tokio::task::spawn_blocking(move || node.close_door()).await?;
-    }
     node.drain_followers(DRAIN).await;
     if let Some(follower) = follower {
         follower.stop().await;
+    }
+    {
+        // Applying lets go through the mount.
+        let node = node.clone();
+        tokio::task::spawn_blocking(move || {
+            node.detach_all();
+            node.close_door();
+        })
+        .await?;
     }
     stop.cancel();
     server.stopped().await;
@@ -410,16 +415,12 @@ impl Node {
     fn close_files(&self) {
         let mut clean = true;
         for db in self.shared.known() {
-            let detached = db.detach();
-            if let Err(error) = detached {
-                tracing::warn!(database = %db.name(), %error, "cannot let go of the database");
-                clean = false;
-            }
             if let Err(error) = db.mark_durable() {
                 tracing::warn!(database = %db.name(), %error, "cannot mark the database durable; the next start replays");
                 clean = false;
             }
         }
+        self.shared.log.close();
         if clean && let Err(error) = self.identity.stopped_cleanly() {
             tracing::warn!(%error, "cannot note the clean stop");
         }

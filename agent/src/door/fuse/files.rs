@@ -15,9 +15,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, OnceLock};
 
 /// The kernel's page size at most platforms; a larger one only makes the cache less effective.
 const CACHE_PAGE_BYTES: u64 = 4096;
@@ -58,8 +58,13 @@ pub enum Handle {
     Staged(Arc<StagedWrite>),
     /// A made-up file.
     Special(Special),
-    /// A directory's entries: inode, is a directory, name.
-    Directory(Vec<(u64, bool, OsString)>),
+    /// A directory.
+    Directory {
+        /// Its inode.
+        inode: u64,
+        /// Inode, is a directory, name; listed at the first read.
+        entries: OnceLock<Vec<(u64, bool, OsString)>>,
+    },
 }
 
 /// Open handles by number.

@@ -21,8 +21,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Every change of a backing file goes through the mount, or is followed by an invalidation; so the kernel may keep
@@ -119,6 +119,33 @@ impl LitefsFilesystem {
 
     fn backing(&self, path: &Path) -> PathBuf {
         self.tree.backing(path)
+    }
+
+    /// A directory's entries: inode, is a directory, name.
+    fn list(&self, number: u64) -> Result<Vec<(u64, bool, OsString)>, Errno> {
+        let inode = self.tree.inodes.get(number).ok_or(Errno::ENOENT)?;
+        let dir = inode.path();
+        let mut entries = vec![(number, true, OsString::from(".")), (ROOT, true, OsString::from(".."))];
+        for entry in std::fs::read_dir(self.backing(&dir)).map_err(errno)? {
+            let entry = entry.map_err(errno)?;
+            let meta = entry.metadata().map_err(errno)?;
+            let name = entry.file_name();
+            if let Node::File(Kind::Main, Some(db)) = self.tree.node_for(&dir.join(&name), meta.is_dir())
+                && db.state().page_count > 0
+            {
+                let mut position = name.clone();
+                position.push(POSITION_SUFFIX);
+                entries.push((SPECIAL_BIT | meta.ino(), false, position));
+            }
+            entries.push((meta.ino(), meta.is_dir(), name));
+        }
+        if number == ROOT {
+            entries.push((SPECIAL_BIT, false, OsString::from(".lag")));
+            if self.view.0.primary_hostname().is_some() {
+                entries.push((SPECIAL_BIT | 1, false, OsString::from(".primary")));
+            }
+        }
+        Ok(entries)
     }
 
     fn child(&self, parent: INodeNo, name: &OsStr) -> Result<PathBuf, Errno> {
@@ -240,7 +267,10 @@ impl LitefsFilesystem {
             if internal || !adopt && kind != Kind::Wal {
                 fopen |= FopenFlags::FOPEN_NOFLUSH;
             }
-            if backing.is_none() {
+            if kind == Kind::Journal {
+                // Read only to roll back: the kernel's cache would cut its writes and save nothing.
+                fopen |= FopenFlags::FOPEN_DIRECT_IO;
+            } else if backing.is_none() {
                 fopen |= FopenFlags::FOPEN_KEEP_CACHE;
             }
             if flags & libc::O_TRUNC != 0 && !created {
@@ -773,43 +803,23 @@ impl Filesystem for LitefsFilesystem {
     }
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        let listed = (|| {
-            let inode = self.tree.inodes.get(ino.0).ok_or(Errno::ENOENT)?;
-            let dir = inode.path();
-            let mut entries = vec![(ino.0, true, OsString::from(".")), (ROOT, true, OsString::from(".."))];
-            for entry in std::fs::read_dir(self.backing(&dir)).map_err(errno)? {
-                let entry = entry.map_err(errno)?;
-                let meta = entry.metadata().map_err(errno)?;
-                let name = entry.file_name();
-                if let Node::File(Kind::Main, Some(db)) = self.tree.node_for(&dir.join(&name), meta.is_dir())
-                    && db.state().page_count > 0
-                {
-                    let mut position = name.clone();
-                    position.push(POSITION_SUFFIX);
-                    entries.push((SPECIAL_BIT | meta.ino(), false, position));
-                }
-                entries.push((meta.ino(), meta.is_dir(), name));
-            }
-            if inode.number == ROOT {
-                entries.push((SPECIAL_BIT, false, OsString::from(".lag")));
-                if self.view.0.primary_hostname().is_some() {
-                    entries.push((SPECIAL_BIT | 1, false, OsString::from(".primary")));
-                }
-            }
-            Ok(entries)
-        })();
-        match listed {
-            Ok(entries) => {
-                let handle = self.handles.add(Handle::Directory(entries));
-                reply.opened(FileHandle(handle), FopenFlags::empty());
-            }
-            Err(e) => reply.error(e),
-        }
+        // SQLite opens directories only to sync them: they are listed when they are read.
+        let handle = self.handles.add(Handle::Directory { inode: ino.0, entries: OnceLock::new() });
+        reply.opened(FileHandle(handle), FopenFlags::empty());
     }
 
     fn readdir(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         let handle = self.handles.get(fh.0);
-        let Some(Handle::Directory(entries)) = handle.as_deref() else { return reply.error(Errno::EBADF) };
+        let Some(Handle::Directory { inode, entries }) = handle.as_deref() else {
+            return reply.error(Errno::EBADF);
+        };
+        let entries = match entries.get() {
+            Some(entries) => entries,
+            None => match self.list(*inode) {
+                Ok(listed) => entries.get_or_init(|| listed),
+                Err(e) => return reply.error(e),
+            },
+        };
         for (i, (number, is_dir, name)) in entries.iter().enumerate().skip(offset as usize) {
             let kind = if *is_dir { FileType::Directory } else { FileType::RegularFile };
             if reply.add(INodeNo(*number), i as u64 + 1, kind, name) {
