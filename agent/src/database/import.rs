@@ -185,6 +185,7 @@ impl Database {
             }
         }
         if let Some(from) = from {
+            from.shared.forget_name(from);
             from.log_drop(&mut from.state())?;
             for left in [&from.paths.journal, &from.paths.wal, &from.paths.shm] {
                 match std::fs::remove_file(left) {

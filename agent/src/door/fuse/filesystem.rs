@@ -236,7 +236,13 @@ impl LitefsFilesystem {
         let mut open = inode.open.lock();
         let file = match &open.file {
             Some(file) => file.clone(),
-            None => Arc::new(open_backing_file(&self.backing(&inode.path())).map_err(errno)?),
+            None => {
+                Arc::new(open_backing_file(&self.backing(&inode.path())).map_err(|e| match e.kind() {
+                    // The kernel's entry is older than the removal of the file: it looks again.
+                    io::ErrorKind::NotFound => Errno::ESTALE,
+                    _ => errno(e),
+                })?)
+            }
         };
         let suits = match kind {
             Kind::Main => wal_mode,
@@ -581,7 +587,8 @@ impl Filesystem for LitefsFilesystem {
 
     fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         match self.child(parent, name) {
-            Ok(path) if self.special_at(&path).is_some() => reply.error(Errno::EPERM),
+            // It goes with its database; rm -r must not fail on it.
+            Ok(path) if self.special_at(&path).is_some() => reply.ok(),
             Ok(path) => self.unlink_file(&path, is_internal(req), reply),
             Err(e) => reply.error(e),
         }

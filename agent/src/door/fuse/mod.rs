@@ -24,7 +24,7 @@ pub use special::RoleView;
 
 use crate::database::{Database, Shared};
 use fuse_session::{MountError, MountState, Session, mount_state, unmount};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// How the door is opened.
@@ -166,12 +166,14 @@ impl Door {
 
 /// Makes the kernel forget what it knows of a name.
 pub trait NameInvalidator: Send + Sync {
-    /// Forgets the entry of a database, and the attributes of its inode.
+    /// Forgets the entries of a database and its companions.
     fn forget(&self, db: &Database);
 }
 
 impl NameInvalidator for files::Invalidator {
     fn forget(&self, db: &Database) {
-        self.forget_name(db.name().as_ref());
+        for suffix in ["", "-journal", "-wal", "-shm"] {
+            self.forget_name(Path::new(&format!("{}{suffix}", db.name())));
+        }
     }
 }

@@ -5,6 +5,7 @@ use super::files;
 use super::inodes::{Inodes, Node};
 use super::names::{Kind, classify};
 use crate::DatabaseName;
+use crate::capture::CaptureError;
 use crate::database::{Database, Shared};
 use fuse_session::fuse::Errno;
 use std::io;
@@ -62,8 +63,11 @@ impl Tree {
             if below.iter().any(|db| in_use_for_long(db)) {
                 return Err(Errno::EBUSY);
             }
-            // A caller like mv copies then, and each database is taken in as a copy.
-            return if below.is_empty() { self.rename_backing(from, to) } else { Err(Errno::EXDEV) };
+            self.rename_backing(from, to)?;
+            for db in below {
+                self.moved_with_directory(&db, from, to);
+            }
+            return Ok(());
         }
         let place = |path: &Path| {
             let (kind, base) = classify(path);
@@ -99,6 +103,25 @@ impl Tree {
             .map_err(|e| Errno::from_i32(files::errno_of(&to_db, "rename", &e)))?;
         self.inodes.renamed(from, to, |path| self.node_for(path, false));
         Ok(())
+    }
+
+    /// A database below a directory that was renamed goes on under its new name.
+    fn moved_with_directory(&self, db: &Database, from: &Path, to: &Path) {
+        let path = Path::new(db.name().as_str());
+        let moved = path.strip_prefix(from).ok().and_then(|rest| DatabaseName::new(to.join(rest)).ok());
+        let logged = match moved {
+            Some(name) => {
+                let new = self.shared.database_or_new(&name);
+                let mut st = new.state();
+                st.set_database_file(None);
+                files::adopt(&new, &mut st)
+            }
+            None => Err(CaptureError::NotADatabase("its new path cannot name a database")),
+        };
+        if let Err(e) = logged.and_then(|()| db.log_drop(&mut db.state())) {
+            files::errno_of(db, "rename", &e);
+        }
+        self.shared.forget_name(db);
     }
 
     fn rename_backing(&self, from: &Path, to: &Path) -> Result<(), Errno> {
