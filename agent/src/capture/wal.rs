@@ -9,8 +9,9 @@
 use super::{CaptureError, Commit, Logged, log_transaction};
 use crate::database::{Database, State};
 use crate::log::WalEnd;
+use ltx::page_checksum;
 use sqlite_file::wal::{CommittedWal, WalError, WalHeader, frame_bytes, frame_offset};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -34,6 +35,22 @@ pub struct WalCapture {
     /// Offset and error number of a frame that was refused. The kernel reports a short write when the first piece of it
     /// had been taken, and SQLite then writes the rest: that must not succeed.
     refused: Option<(u64, i32)>,
+    /// The last captured transaction. Its writer may die before it publishes it in the wal-index: then SQLite never had
+    /// it, and its frames are written over or left behind.
+    last: Option<LastCommit>,
+    /// Pages of such transactions: the next transaction has to put them back.
+    reverted: BTreeSet<u32>,
+}
+
+/// What is needed to take back the last captured transaction.
+#[derive(Debug)]
+struct LastCommit {
+    /// Offset of its first frame.
+    start: u64,
+    /// Its pages, and where each had its newest committed frame before.
+    before: Vec<(u32, Option<u64>)>,
+    /// Pages in the database before.
+    page_count: u32,
 }
 
 /// Whether the fields above still say what is in the file.
@@ -178,6 +195,7 @@ pub fn written(
         let header: &[u8; 32] = data.try_into().map_err(|_| CaptureError::NotADatabase("WAL header"))?;
         let (header, _) = WalHeader::decode(header)
             .map_err(|_| CaptureError::NotADatabase("its WAL header is not SQLite's"))?;
+        settle_unpublished(db, st)?;
         file.write_all_at(data, 0).map_err(io)?;
         st.wal.start_generation(&header);
         return Ok(None);
@@ -201,6 +219,16 @@ pub fn written(
         st.wal.arriving = Some(Arriving { at: offset, held: Vec::new(), filled: 0 });
         return continued(db, st, file, frame_bytes, data);
     }
+    if st
+        .wal
+        .last
+        .as_ref()
+        .is_some_and(|last| offset == last.start + FRAME_HEADER_BYTES && offset < st.wal.committed_end)
+    {
+        // Header rewrites have no page: this is another transaction in the place of the last one.
+        take_back_last(st, file).map_err(io)?;
+        return continued(db, st, file, frame_bytes, data);
+    }
     // A rewrite of header checksums up to the last commit, or of pages that a spilled transaction changed again.
     let known = end <= st.wal.committed_end
         || offset >= st.wal.committed_end && end <= st.wal.pending_end(frame_bytes);
@@ -209,6 +237,64 @@ pub fn written(
         return Ok(None);
     }
     not_followed(db, st, file, offset, data)
+}
+
+/// The last captured transaction was never published: its place is taken by one whose first header was written just
+/// now, and whose page arrives.
+fn take_back_last(st: &mut State, file: &File) -> std::io::Result<()> {
+    let Some(last) = st.wal.last.take() else { return Ok(()) };
+    for (pgno, before) in last.before {
+        st.wal.reverted.insert(pgno);
+        match before {
+            Some(offset) => st.wal.committed.insert(pgno, offset),
+            None => st.wal.committed.remove(&pgno),
+        };
+    }
+    st.wal.committed_end = last.start;
+    let mut header = vec![0; FRAME_HEADER_BYTES as usize];
+    file.read_exact_at(&mut header, last.start)?;
+    st.wal.pending.clear();
+    st.wal.pending.insert(last.start, u32::from_be_bytes([header[0], header[1], header[2], header[3]]));
+    let commits = header[4..8] != [0; 4];
+    if commits {
+        // Kept back like any commit frame.
+        file.write_all_at(&[0; FRAME_HEADER_BYTES as usize], last.start)?;
+    } else {
+        header.clear();
+    }
+    st.wal.arriving = Some(Arriving { at: last.start, held: header, filled: FRAME_HEADER_BYTES });
+    Ok(())
+}
+
+/// The WAL starts anew or goes: everything published is in the database file. What was captured and is not there was
+/// never published, and is taken back by a transaction of its own.
+pub fn settle_unpublished(db: &Database, st: &mut State) -> Result<(), CaptureError> {
+    let mut pages = std::mem::take(&mut st.wal.reverted);
+    let mut page_count = st.page_count;
+    if let Some(last) = st.wal.last.take() {
+        pages.extend(last.before.iter().map(|(pgno, _)| *pgno));
+        page_count = last.page_count;
+    }
+    if pages.is_empty() || st.page_size == 0 {
+        return Ok(());
+    }
+    let file = st.database_file(db)?;
+    let mut page = vec![0; st.page_size as usize];
+    st.open_checksums(db)?;
+    let mut published = true;
+    for pgno in &pages {
+        db.read_database_page(&file, *pgno, &mut page)?;
+        let expected = st.checksums().get(*pgno);
+        published &= expected.is_none_or(|sum| sum == page_checksum(*pgno, &page));
+    }
+    if published {
+        return Ok(());
+    }
+    tracing::info!(database = %db.name, "a writer died before it published its transaction: taken back");
+    let pages: Vec<u32> = pages.into_iter().filter(|pgno| *pgno <= page_count).collect();
+    let commit = Commit { page_size: st.page_size, page_count, pages: &pages, wal: None };
+    log_transaction(db, st, &commit, &mut |pgno, buf| db.read_database_page(&file, pgno, buf))?;
+    Ok(())
 }
 
 /// The next piece of the frame that is arriving. A frame that fails is refused as a whole.
@@ -305,6 +391,17 @@ fn commit(
     // Later frames of a page win.
     let newest: BTreeMap<u32, u64> = st.wal.pending.iter().map(|(offset, pgno)| (*pgno, *offset)).collect();
     let mut pages: Vec<u32> = newest.keys().copied().collect();
+    let before = newest.keys().map(|pgno| (*pgno, st.wal.committed.get(pgno).copied())).collect();
+    let last = LastCommit {
+        start: st.wal.pending.first_key_value().map_or(at, |(offset, _)| *offset),
+        before,
+        page_count: st.page_count,
+    };
+    if st.wal.reverted.iter().any(|pgno| !newest.contains_key(pgno)) {
+        pages.extend(st.wal.reverted.iter().filter(|pgno| !newest.contains_key(pgno)));
+        pages.sort_unstable();
+    }
+    let committed = std::mem::take(&mut st.wal.committed);
     let grown = st.page_count + 1..=page_count;
     if grown.clone().any(|pgno| !newest.contains_key(&pgno)) {
         pages.extend(grown.filter(|pgno| !newest.contains_key(pgno)));
@@ -319,7 +416,11 @@ fn commit(
             Ok(())
         }
         Some(offset) => file.read_exact_at(buf, offset + FRAME_HEADER_BYTES).map_err(|e| db.wal_error(e)),
-        // SQLite writes every page it adds to the WAL; what it did not was in the file before this history began.
+        // A page to put back, or one that was in the file before this history began: SQLite writes every page it
+        // adds to the WAL.
+        None if committed.contains_key(&pgno) => {
+            file.read_exact_at(buf, committed[&pgno] + FRAME_HEADER_BYTES).map_err(|e| db.wal_error(e))
+        }
         None => match &database {
             Some(database) => db.read_database_page(database, pgno, buf),
             None => {
@@ -331,8 +432,10 @@ fn commit(
     // With its header still zeros, which is no frame: afterwards a full disk cannot keep the frame out of the file.
     let mut unfinished = vec![0; FRAME_HEADER_BYTES as usize];
     unfinished.extend_from_slice(page);
-    file.write_all_at(&unfinished, at).map_err(|e| db.wal_error(e))?;
-    let logged = log_transaction(db, st, &commit, &mut read)?;
+    let written = file.write_all_at(&unfinished, at).map_err(|e| db.wal_error(e));
+    let logged = written.and_then(|()| log_transaction(db, st, &commit, &mut read));
+    st.wal.committed = committed;
+    let logged = logged?;
     // The log has the transaction. If this write fails the file lacks it until recovery puts it back, so the
     // database must not be used on.
     if let Err(e) = file.write_all_at(&frame[..FRAME_HEADER_BYTES as usize], at) {
@@ -347,6 +450,8 @@ fn commit(
     st.wal.pending.clear();
     st.wal.committed.extend(newest);
     st.wal.committed_end = end_offset;
+    st.wal.last = Some(last);
+    st.wal.reverted.clear();
     Ok(logged)
 }
 

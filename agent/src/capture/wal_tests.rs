@@ -151,3 +151,56 @@ fn a_wal_that_was_copied_in_is_captured_from_the_file() {
     }
     assert_eq!(copied, db.state().position.checksum);
 }
+
+/// A commit whose writer dies before it publishes it never happened for SQLite: the next transaction takes its place.
+#[test]
+fn a_transaction_in_the_place_of_an_unpublished_one_takes_it_back() {
+    let made = tempfile::tempdir().unwrap();
+    let (one, two) = (made.path().join("one.db"), made.path().join("two.db"));
+    let suffixed = |path: &std::path::Path, suffix: &str| format!("{}{suffix}", path.display());
+    let db = Connection::open(&one).unwrap();
+    db.execute_batch(
+        "pragma journal_mode=wal; create table a(x); create table b(x); create table c(x);
+         insert into a values(1); insert into b values(1);",
+    )
+    .unwrap();
+    for suffix in ["", "-wal"] {
+        std::fs::copy(suffixed(&one, suffix), suffixed(&two, suffix)).unwrap();
+    }
+    let base = std::fs::read(suffixed(&one, "-wal")).unwrap();
+    db.execute_batch("begin; update a set x = 2; insert into c values(zeroblob(20000)); commit").unwrap();
+    let unpublished = std::fs::read(suffixed(&one, "-wal")).unwrap();
+    let other = Connection::open(&two).unwrap();
+    other.execute_batch("update b set x = 3").unwrap();
+    let published = std::fs::read(suffixed(&two, "-wal")).unwrap();
+
+    let dir = tempfile::tempdir().unwrap();
+    let case = Case { dir, wal: published.clone(), page_size: 4096 };
+    let (primary, file) = case.primary();
+    let feed = |wal: &[u8], from: usize| {
+        let frame = frame_bytes(4096) as usize;
+        if from == 0 {
+            written(&primary, &mut primary.state(), &file, 0, &wal[..32]).unwrap();
+        }
+        for at in (from.max(32)..wal.len()).step_by(frame) {
+            written(&primary, &mut primary.state(), &file, at as u64, &wal[at..at + 24]).unwrap();
+            for (offset, piece) in pieces(at as u64 + 24, &wal[at + 24..at + frame], 4096) {
+                written(&primary, &mut primary.state(), &file, offset, piece).unwrap();
+            }
+        }
+    };
+    std::fs::copy(&one, &primary.paths().database).unwrap();
+    feed(&base, 0);
+    feed(&unpublished, base.len());
+    feed(&published, base.len());
+
+    other.execute_batch("pragma wal_checkpoint(truncate)").unwrap();
+    let expected = std::fs::read(&two).unwrap();
+    let sum = expected
+        .chunks_exact(4096)
+        .zip(1..)
+        .fold(ltx::Checksum::EMPTY, |sum, (page, pgno)| sum.xor(ltx::page_checksum(pgno, page)));
+    let st = primary.state();
+    assert_eq!(st.page_count as usize, expected.len() / 4096);
+    assert_eq!(st.position.checksum, sum);
+}

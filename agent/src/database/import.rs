@@ -123,6 +123,16 @@ impl Database {
         Ok(self.state().position)
     }
 
+    /// Whether the file is an SQLite database as long as its header says.
+    pub(crate) fn is_complete_database(&self) -> bool {
+        let mut first = [0; sqlite_file::header::HEADER_BYTES];
+        let Ok(file) = File::open(&self.paths.database) else { return false };
+        let len = file.metadata().map_or(0, |m| m.len());
+        file.read_exact_at(&mut first, 0).is_ok()
+            && DatabaseHeader::parse(&first)
+                .is_ok_and(|h| u64::from(h.page_count(len)) * u64::from(h.page_size) == len)
+    }
+
     /// There is no such file yet: the staged one becomes it.
     fn adopt_staged(&self, st: &mut State, staged: &Path) -> Result<Pos, CaptureError> {
         let failed = |source| CaptureError::Io { path: self.paths.database.clone(), source };

@@ -127,6 +127,8 @@ pub struct State {
     pub rollback: RollbackCapture,
     /// Open handles through which the door does not see writes.
     pub passthrough_handles: u32,
+    /// Open handles of programs that copy a database in: it is complete when they have closed it.
+    pub copiers: u32,
     /// Open handles of applications on the main file.
     pub handles: u32,
     /// End of the newest record in the log.

@@ -148,7 +148,10 @@ fn sweep(node: &Node) {
                     let _ = st.remember_stamp(&db);
                 }
             }
-            !st.wal_mode && !st.rollback.journal_active && (st.rollback.is_dirty() || unseen)
+            st.copiers == 0
+                && !st.wal_mode
+                && !st.rollback.journal_active
+                && (st.rollback.is_dirty() || unseen)
         };
         if look && let Err(error) = sweep_one(&db) {
             tracing::warn!(database = %db.name(), %error, "cannot capture what was written without a journal");
@@ -171,7 +174,7 @@ fn sweep_one(db: &Arc<Database>) -> anyhow::Result<()> {
         st.rollback.mark_unknown();
     }
     match db.capture_rollback(&mut st) {
-        Err(crate::capture::CaptureError::NotADatabase(_)) if st.position.txid.0 == 0 => {
+        Err(crate::capture::CaptureError::NotADatabase(_)) if st.page_count == 0 => {
             // A plain file that is being written: looked at again when it changes.
             st.rollback = Default::default();
             Ok(())

@@ -209,7 +209,7 @@ impl OpenFile {
                 st.rollback.synced = true;
                 Ok(Answer::Now)
             }
-            Kind::Main if st.rollback.is_dirty() && !db.load_journal_mode(&mut st) => {
+            Kind::Main if st.copiers == 0 && st.rollback.is_dirty() && !db.load_journal_mode(&mut st) => {
                 // journal_mode=MEMORY or OFF: SQLite syncs the file once all of a transaction is in it.
                 capture_unjournaled(db, &mut st).map_err(|e| errno_of(db, "sync", &e))?;
                 Ok(Answer::WhenDurable(st.logged_end))
@@ -280,6 +280,9 @@ pub fn adopt(db: &Database, st: &mut State) -> Result<(), CaptureError> {
     if st.rollback.journal_active {
         return Ok(());
     }
+    if st.page_count == 0 && !db.is_complete_database() {
+        return Ok(());
+    }
     st.rollback.mark_unknown();
     capture_unjournaled(db, st)
 }
@@ -288,7 +291,7 @@ pub fn adopt(db: &Database, st: &mut State) -> Result<(), CaptureError> {
 fn capture_unjournaled(db: &Database, st: &mut State) -> Result<(), CaptureError> {
     match db.capture_rollback(st) {
         Ok(_) => Ok(()),
-        Err(CaptureError::NotADatabase(_)) if st.position.txid.0 == 0 => Ok(()),
+        Err(CaptureError::NotADatabase(_)) if st.page_count == 0 => Ok(()),
         Err(e) => Err(e),
     }
 }
@@ -350,6 +353,7 @@ pub fn wal_ends(db: &Database, st: &mut State) -> Result<(), CaptureError> {
         if let Ok(file) = File::open(&db.paths().wal) {
             wal::capture_foreign(db, st, &file)?;
         }
+        wal::settle_unpublished(db, st)?;
         db.check_wal_is_checkpointed(st)?;
     }
     st.wal.reset();

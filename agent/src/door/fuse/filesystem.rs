@@ -261,6 +261,7 @@ impl LitefsFilesystem {
         };
 
         let mut fopen = FopenFlags::empty();
+        let mut adopts = false;
         let handle = if replaces {
             let db = db.clone().ok_or(Errno::EIO)?;
             // The kernel must not keep what is written: the database is as it was until the copy is complete.
@@ -269,6 +270,7 @@ impl LitefsFilesystem {
         } else {
             let adopt =
                 kind == Kind::Main && !tracked && (plain_program || (created && flags & libc::O_EXCL != 0));
+            adopts = adopt;
             // A flush of the agent's own handles would be a request of a dying process to itself.
             if internal || !adopt && kind != Kind::Wal {
                 fopen |= FopenFlags::FOPEN_NOFLUSH;
@@ -299,6 +301,7 @@ impl LitefsFilesystem {
         drop(open);
         if let (Kind::Main, Some(db)) = (kind, &db) {
             let mut st = db.state();
+            st.copiers += u32::from(adopts);
             st.handles += u32::from(!internal);
             st.passthrough_handles += u32::from(backing.is_some());
             if st.passthrough_handles == 1 && backing.is_some() {
@@ -318,6 +321,7 @@ impl LitefsFilesystem {
         drop(open);
         if let (Node::File(Kind::Main, Some(db)), Some(file)) = (inode.node(), file) {
             let mut st = db.state();
+            st.copiers = st.copiers.saturating_sub(u32::from(file.adopt));
             st.handles = st.handles.saturating_sub(u32::from(!file.internal));
             st.passthrough_handles = st.passthrough_handles.saturating_sub(u32::from(file.passthrough));
         }
@@ -768,13 +772,7 @@ impl Filesystem for LitefsFilesystem {
             Some(Handle::File(file)) => answer_empty(&self.workers, file, file.closed(), reply),
             Some(Handle::Staged(copy)) => {
                 let copy = copy.clone();
-                self.workers.through_mount(move || match copy.install() {
-                    Ok(()) => reply.ok(),
-                    Err(e) => {
-                        tracing::error!(database = %copy.name(), error = %e, "a copy over the database was refused");
-                        reply.error(Errno::from_i32(e.errno()));
-                    }
-                });
+                self.workers.through_mount(move || finish(copy.install().map_err(Errno::from_i32), reply));
             }
             _ => reply.ok(),
         }

@@ -1,9 +1,7 @@
 //! A plain copy over a live database (`cp backup.db config.db`): written aside, and made the database in one
 //! transaction when it is complete, so that open connections see it as they see any commit.
 
-use crate::DatabaseName;
 use crate::database::Database;
-use crate::database::import::ImportError;
 use parking_lot::Mutex;
 use std::fs::File;
 use std::io;
@@ -16,8 +14,17 @@ use tempfile::TempPath;
 pub struct StagedWrite {
     db: Arc<Database>,
     file: File,
-    /// Taken when the copy has been made the database.
-    path: Mutex<Option<TempPath>>,
+    path: TempPath,
+    progress: Mutex<Progress>,
+}
+
+/// A copy is closed more than once when its descriptor was duplicated or inherited: each time it is tried if something
+/// was written since the last time.
+#[derive(Debug, Default)]
+struct Progress {
+    written: bool,
+    /// Error number of the last try; 0 when the copy became the database.
+    outcome: Option<i32>,
 }
 
 impl StagedWrite {
@@ -26,16 +33,12 @@ impl StagedWrite {
         let staged =
             tempfile::Builder::new().prefix("copy-").suffix(".db").tempfile_in(&db.shared().dirs.staging)?;
         let (file, path) = staged.into_parts();
-        Ok(StagedWrite { db, file, path: Mutex::new(Some(path)) })
-    }
-
-    /// The database it is for.
-    pub fn name(&self) -> &DatabaseName {
-        self.db.name()
+        Ok(StagedWrite { db, file, path, progress: Mutex::default() })
     }
 
     /// Writes to the copy.
     pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.progress.lock().written = true;
         self.file.write_all_at(data, offset)
     }
 
@@ -44,21 +47,25 @@ impl StagedWrite {
         self.file.set_len(len)
     }
 
-    /// The copy is complete: makes it the database. Goes through the mount, so never on a thread that serves it.
-    /// An empty copy is left alone: a truncation that was never followed by a write.
-    pub fn install(&self) -> Result<(), ImportError> {
-        let Some(path) = self.path.lock().take() else { return Ok(()) };
-        let len = self
-            .file
-            .metadata()
-            .map_err(|source| ImportError::Io { path: path.to_path_buf(), source })?
-            .len();
-        if len == 0 {
-            return Err(ImportError::NotADatabase {
-                name: self.db.name().clone(),
-                reason: "the copy is empty",
-            });
-        }
-        self.db.import(&path).map(|_| ())
+    /// The copy was closed: makes it the database, if it is one. Goes through the mount, so never on a thread that
+    /// serves it. Gives the error number for close(2).
+    pub fn install(&self) -> Result<(), i32> {
+        let before = {
+            let mut progress = self.progress.lock();
+            if std::mem::take(&mut progress.written) {
+                None
+            } else {
+                Some(progress.outcome.unwrap_or(libc::EINVAL))
+            }
+        };
+        let outcome = before.unwrap_or_else(|| match self.db.import(&self.path) {
+            Ok(_) => 0,
+            Err(error) => {
+                tracing::warn!(database = %self.db.name(), %error, "a copy over the database was refused");
+                error.errno()
+            }
+        });
+        self.progress.lock().outcome = Some(outcome);
+        if outcome == 0 { Ok(()) } else { Err(outcome) }
     }
 }
