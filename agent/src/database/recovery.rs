@@ -15,7 +15,7 @@ use super::checksums::{Checksums, ChecksumsError, Mark};
 use super::{Database, State};
 use crate::capture::{CaptureError, ChecksumOrEmpty, unix_ms};
 use crate::log::{NewRecord, Payload, RecordInfo, RecordKind, WalEnd};
-use ltx::{Decoder, Pos, page_checksum};
+use ltx::{Decoder, Pos, Txid, page_checksum};
 use sqlite_file::header::DatabaseHeader;
 use sqlite_file::journal::{self, Journal};
 use sqlite_file::wal::{FRAME_HEADER_BYTES, Scanner, WalError, frame_offset};
@@ -57,8 +57,11 @@ impl Database {
         if !intact {
             done.compare = true;
         }
-        let target =
-            last.as_ref().map_or(mark, |r| if r.max_txid > mark.position.txid { mark_of(r) } else { mark });
+        let replay_from = self.replay_from(last.as_ref(), mark)?;
+        let target = match &last {
+            Some(last) if replay_from.is_some() => mark_of(last),
+            _ => mark,
+        };
         st.position = target.position;
         st.page_size = target.page_size;
         st.page_count = target.page_count;
@@ -70,19 +73,19 @@ impl Database {
         if !power_failed {
             self.give_new_inode()?;
         }
-        if let Some(last) = last.as_ref().filter(|r| r.max_txid < mark.position.txid) {
+        let behind = replay_from.is_some();
+        if let Some(last) = last.as_ref().filter(|r| !behind && r.max_txid < mark.position.txid) {
             self.continue_after_lost_records(last, mark)?;
         }
-        let behind = last.as_ref().is_some_and(|r| r.max_txid > mark.position.txid);
         let journal = self.recover_journal(&mut done)?;
         let wal = self.recover_wal(last.as_ref(), &mut done)?;
-        if behind {
-            self.replay(&mut st, mark, target, &mut done)?;
+        if let Some(first) = replay_from {
+            self.replay(&mut st, first, mark, target, &mut done)?;
         }
         done.compare |= power_failed && (behind || wal || journal);
         if behind || journal || wal || !intact {
             remove_if_there(&self.paths.shm)?;
-            self.finish(&mut st, target, intact)?;
+            self.finish(&mut st, target, intact, !done.compare)?;
             tracing::info!(database = %self.name, position = %st.position, ?done, "database recovered");
         }
         if !(behind || journal || wal) && intact && mark.page_count > 0 {
@@ -90,6 +93,29 @@ impl Database {
         }
         st.close_idle();
         Ok(done)
+    }
+
+    /// First transaction of the log that the files may lack. A snapshot may have led to a history of its own, with
+    /// lower numbers than the mark has: then the mark says nothing, and the files begin anew with it.
+    fn replay_from(&self, last: Option<&RecordInfo>, mark: Mark) -> Result<Option<Txid>, RecoveryError> {
+        let Some(last) = last else { return Ok(None) };
+        if mark_of(last).position == mark.position {
+            return Ok(None);
+        }
+        let log = &self.shared.log;
+        let Some((oldest, _)) = log.kept(&self.name).map_err(failed)? else { return Ok(None) };
+        let begins = log.find(&self.name, oldest).map_err(failed)?;
+        let after_snapshot = begins.is_some_and(|r| r.kind == RecordKind::Reset);
+        let known = log.find(&self.name, mark.position.txid).map_err(failed)?;
+        let in_history = known.is_some_and(|r| {
+            r.max_txid == mark.position.txid && r.post_apply == mark.position.checksum_or_empty()
+        });
+        if after_snapshot && !in_history {
+            return Ok(Some(oldest));
+        }
+        // What retention removed the files have, unless the mark was lost: the comparison in step 4 tells.
+        let next = Txid(mark.position.txid.0 + 1).max(oldest);
+        Ok((next <= last.max_txid).then_some(next))
     }
 
     /// The files are newer than the log, which has lost records (it says where). They are whole at the mark: the
@@ -279,25 +305,20 @@ impl Database {
     fn replay(
         &self,
         st: &mut State,
+        first: Txid,
         mark: Mark,
         target: Mark,
         done: &mut Recovered,
     ) -> Result<(), RecoveryError> {
-        let mut next = mark.position.txid.0 + 1;
-        if let Some((oldest, _)) = self.shared.log.kept(&self.name).map_err(failed)?
-            && oldest.0 > next
-        {
-            // The file had those when the mark was lost; the comparison in step 4 tells.
-            next = oldest.0;
-        }
+        let mut next = first.0;
         let mut shape = mark;
         while next <= target.position.txid.0 {
-            let found = self.shared.log.find(&self.name, ltx::Txid(next)).map_err(failed)?;
+            let found = self.shared.log.find(&self.name, Txid(next)).map_err(failed)?;
             let record = found.ok_or_else(|| {
                 RecoveryError(format!(
                     "the log lacks transaction {} that the files need (they are at {}); restore the database or \
                      let it follow a primary",
-                    ltx::Txid(next),
+                    Txid(next),
                     mark.position
                 ))
             })?;
@@ -400,7 +421,8 @@ impl Database {
     }
 
     /// Checks the sum of all page checksums, makes the files durable, writes the mark.
-    fn finish(&self, st: &mut State, target: Mark, intact: bool) -> Result<(), RecoveryError> {
+    /// Without `mark` the mark stays where it was: the comparison comes first.
+    fn finish(&self, st: &mut State, target: Mark, intact: bool, mark: bool) -> Result<(), RecoveryError> {
         if !intact && st.page_count > 0 {
             self.rebuild_checksums(st, target)?;
         }
@@ -434,8 +456,10 @@ impl Database {
                 target.position.checksum, target.position.txid
             )));
         }
-        sums.persist(&self.name, target).map_err(failed)?;
-        st.marked = target.position;
+        if mark {
+            sums.persist(&self.name, target).map_err(failed)?;
+            st.marked = target.position;
+        }
         Ok(())
     }
 
@@ -444,7 +468,8 @@ impl Database {
         let mut st = self.state();
         let differing = self.differing_pages(&mut st, usize::MAX)?;
         if differing.is_empty() {
-            return Ok(());
+            drop(st);
+            return self.mark_durable();
         }
         if !self.shared.is_writable() {
             let reason = format!("{} pages differ from the log after a crash", differing.len());
@@ -462,7 +487,7 @@ impl Database {
     }
 
     /// Where the staged file of a Reset record is.
-    pub(crate) fn staged_path(&self, txid: ltx::Txid) -> std::path::PathBuf {
+    pub(crate) fn staged_path(&self, txid: Txid) -> std::path::PathBuf {
         self.shared.dirs.staging.join(format!("{}@{txid}.snapshot", self.name.escaped()))
     }
 }

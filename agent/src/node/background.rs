@@ -2,6 +2,7 @@
 //! and letting go of what is idle.
 
 use super::Node;
+use crate::DatabaseName;
 use crate::capture::unix_ms;
 use crate::database::{Database, Shared};
 use crate::log::Lsn;
@@ -24,13 +25,23 @@ const SWEEP_EVERY: Duration = Duration::from_millis(200);
 /// Frames of applied transactions in the WAL before they are moved to the file: SQLite's own default is the same.
 const CHECKPOINT_FRAMES: usize = 1000;
 
-/// Removes what a crash left in the staging directory; staged snapshots belong to recovery.
+/// Removes what a crash left in the staging directory. Recovery has used the staged snapshots it needs; those of a
+/// database that is set aside stay.
 pub fn remove_leftovers(shared: &Shared) -> anyhow::Result<()> {
     for entry in std::fs::read_dir(&shared.dirs.staging)? {
         let entry = entry?;
         let name = entry.file_name();
         let temporary = ["transaction-", "copy-", "rename-", "import-", "export-"];
-        if name.to_str().is_some_and(|n| temporary.iter().any(|t| n.starts_with(t))) {
+        let done_with = |snapshot: &str| {
+            // Without a TXID it is one that a follower is still receiving.
+            let Some((name, _)) = snapshot.rsplit_once('@') else { return false };
+            let db = DatabaseName::from_escaped(name).ok().and_then(|name| shared.database(&name));
+            db.is_none_or(|db| db.state().quarantine_reason().is_none())
+        };
+        let left = |n: &str| {
+            temporary.iter().any(|t| n.starts_with(t)) || n.strip_suffix(".snapshot").is_some_and(done_with)
+        };
+        if name.to_str().is_some_and(left) {
             std::fs::remove_file(entry.path())
                 .with_context(|| format!("cannot remove {}", entry.path().display()))?;
         }
