@@ -1,0 +1,428 @@
+//! Random workloads: whatever applications do on the primary, the replica is the same file, page for page.
+//!
+//! `LITEFS_WORKLOAD_SEED` repeats a run (its seed is printed), `LITEFS_WORKLOAD_SECONDS` makes it longer.
+
+use litefs_tests::{Fleet, Host, JOURNAL_MODES, PATIENCE, Shell, assert_equal, sqlite3, try_exec};
+use rusqlite::{Connection, ErrorCode};
+use std::collections::VecDeque;
+use std::fs;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// SplitMix64: small, and the same everywhere.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+
+    fn of<'a, T: ?Sized>(&mut self, choices: &[&'a T]) -> &'a T {
+        choices[self.below(choices.len() as u64) as usize]
+    }
+}
+
+fn seed() -> u64 {
+    let given =
+        std::env::var("LITEFS_WORKLOAD_SEED").ok().map(|seed| seed.parse().expect("the seed is a number"));
+    given.unwrap_or_else(|| {
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_millis() as u64)
+    })
+}
+
+/// How long to go on: a share of the time for all tests of this file.
+fn time(share: f64) -> Duration {
+    let seconds = std::env::var("LITEFS_WORKLOAD_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(25.0);
+    Duration::from_secs_f64(seconds * share)
+}
+
+/// The last steps, shown with the seed when the test fails.
+struct Trace {
+    seed: u64,
+    steps: VecDeque<String>,
+}
+
+impl Trace {
+    fn new(seed: u64) -> Trace {
+        println!("LITEFS_WORKLOAD_SEED={seed}");
+        Trace { seed, steps: VecDeque::new() }
+    }
+
+    fn step(&mut self, what: String) {
+        if self.steps.len() == 80 {
+            self.steps.pop_front();
+        }
+        self.steps.push_back(what);
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let steps: Vec<_> = self.steps.iter().map(String::as_str).collect();
+            eprintln!("LITEFS_WORKLOAD_SEED={}\n{}", self.seed, steps.join("\n"));
+        }
+    }
+}
+
+/// Statements that change something; some of them fail, as they do in applications.
+fn change(random: &mut Random) -> String {
+    let table = random.below(3);
+    let bytes = random.of(&[&20, &300, &3000, &30_000]);
+    let rows = 1 + random.below(60);
+    let (divisor, rest) = (2 + random.below(9), random.below(3));
+    match random.below(17) {
+        0..=4 => format!(
+            "INSERT INTO t{table}(a, v) WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT {rows})
+             SELECT i, randomblob(abs(random()) % {bytes}) FROM n"
+        ),
+        5..=7 => format!("UPDATE t{table} SET v = randomblob(abs(random()) % {bytes}) WHERE id % {divisor} = {rest}"),
+        8..=10 => format!("DELETE FROM t{table} WHERE id % {divisor} = {rest}"),
+        11 => format!("DELETE FROM t{table} WHERE id > (SELECT avg(id) FROM t{table})"),
+        12 => format!("CREATE INDEX IF NOT EXISTS i{table} ON t{table}(v, a)"),
+        13 => format!("DROP INDEX IF EXISTS i{table}"),
+        14 => format!("DROP TABLE IF EXISTS t{table}"),
+        15 => format!("ALTER TABLE t{table} ADD COLUMN c{} DEFAULT 'x'", random.below(20)),
+        _ => format!("DELETE FROM t{table}; PRAGMA user_version={rows}"),
+    }
+}
+
+const TABLES: &str = "CREATE TABLE IF NOT EXISTS t0(id INTEGER PRIMARY KEY, a, v);
+    CREATE TABLE IF NOT EXISTS t1(id INTEGER PRIMARY KEY, a, v); CREATE TABLE IF NOT EXISTS t2(id INTEGER PRIMARY KEY, a, v)";
+
+/// A transaction with savepoints that may be undone in parts or as a whole.
+fn transaction(random: &mut Random) -> String {
+    let mut sql = format!(
+        "PRAGMA cache_size={}; BEGIN {};",
+        random.of(&[&1, &5, &-2000]),
+        random.of(&["", "IMMEDIATE"])
+    );
+    for depth in 0..1 + random.below(4) {
+        if random.one_in(2) {
+            sql.push_str(&format!("SAVEPOINT s{depth}; {}; {}; ", change(random), change(random)));
+            sql.push_str(&match random.below(3) {
+                0 => format!("ROLLBACK TO s{depth};"),
+                1 => format!("ROLLBACK TO s{depth}; {}; RELEASE s{depth};", change(random)),
+                _ => format!("RELEASE s{depth};"),
+            });
+        } else {
+            sql.push_str(&format!("{}; ", change(random)));
+        }
+    }
+    sql + if random.one_in(4) { "ROLLBACK" } else { "COMMIT" }
+}
+
+/// What applications may be told: that somebody else has the database, or that their statement does not fit.
+#[track_caller]
+fn may_fail(sql: &str, error: &rusqlite::Error) {
+    let harmless = match error.sqlite_error_code() {
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => true,
+        // No such table, duplicate column, VACUUM in a transaction, ...
+        Some(ErrorCode::Unknown) => {
+            let text = error.to_string();
+            [
+                "no such",
+                "duplicate column",
+                "already exists",
+                "transaction",
+                "VACUUM",
+                "safety level",
+                "into wal mode",
+                "has no column",
+            ]
+            .iter()
+            .any(|part| text.contains(part))
+        }
+        _ => false,
+    };
+    assert!(harmless, "{sql}: {error}");
+}
+
+/// One database and everybody who uses it.
+struct Database<'a> {
+    name: String,
+    primary: &'a Host,
+    replica: &'a Host,
+    writers: Vec<Option<Connection>>,
+    reader: Option<Connection>,
+}
+
+impl<'a> Database<'a> {
+    fn new(name: String, primary: &'a Host, replica: &'a Host, random: &mut Random) -> Database<'a> {
+        let mut db = Database { name, primary, replica, writers: Vec::new(), reader: None };
+        db.writers.resize_with(3, || None);
+        db.create(random);
+        db
+    }
+
+    /// What holds for the file, and the tables.
+    fn create(&mut self, random: &mut Random) {
+        let page_size = 512 << random.below(8);
+        let sql = format!(
+            "PRAGMA page_size={page_size}; PRAGMA auto_vacuum={}; PRAGMA journal_mode={}; {TABLES};",
+            random.below(3),
+            random.of(&JOURNAL_MODES)
+        );
+        self.primary.sql(&self.name, &sql);
+    }
+
+    fn writer(&mut self, i: usize) -> &Connection {
+        let (primary, name) = (self.primary, &self.name);
+        self.writers[i].get_or_insert_with(|| {
+            let connection = primary.open(name);
+            // Others may be in a transaction for as long as this test likes.
+            connection.busy_timeout(Duration::from_millis(20)).expect("a timeout can be set");
+            connection
+        })
+    }
+
+    fn close(&mut self) {
+        self.writers.iter_mut().for_each(|writer| *writer = None);
+        self.reader = None;
+    }
+
+    fn run(&mut self, i: usize, sql: &str) {
+        let connection = self.writer(i);
+        if let Err(error) = try_exec(connection, sql) {
+            may_fail(sql, &error);
+            if !connection.is_autocommit() {
+                try_exec(connection, "ROLLBACK").unwrap_or_else(|error| may_fail("ROLLBACK", &error));
+            }
+        }
+    }
+
+    /// One step of the workload; says what it was.
+    fn step(&mut self, random: &mut Random) -> String {
+        let i = random.below(self.writers.len() as u64) as usize;
+        let sql = match random.below(100) {
+            0..=24 => change(random),
+            25..=49 => transaction(random),
+            // Stays open over the next steps.
+            50..=54 => format!("BEGIN {}; {}", random.of(&["", "IMMEDIATE", "EXCLUSIVE"]), change(random)),
+            55..=60 => random.of(&["COMMIT", "ROLLBACK"]).to_owned(),
+            61..=64 => TABLES.to_owned(),
+            65..=70 => {
+                format!("PRAGMA wal_checkpoint({})", random.of(&["PASSIVE", "FULL", "RESTART", "TRUNCATE"]))
+            }
+            71..=75 => format!("PRAGMA journal_mode={}", random.of(&JOURNAL_MODES)),
+            76..=78 => {
+                // Another page size waits for connections that have been in WAL mode to be closed.
+                self.reader = None;
+                format!("PRAGMA page_size={}; VACUUM", 512 << random.below(8))
+            }
+            79..=80 => format!("PRAGMA incremental_vacuum({})", random.below(50)),
+            81 => format!("PRAGMA synchronous={}", random.below(3)),
+            82 => format!("PRAGMA mmap_size={}", random.below(2) << 22),
+            83 => format!("PRAGMA journal_size_limit={}", random.below(2) * 40_000),
+            84 => format!("PRAGMA wal_autocheckpoint={}", random.of(&[&0, &10, &1000])),
+            85 => format!("PRAGMA secure_delete={}", random.below(2)),
+            86 => {
+                // Closed at the end: a connection that began in WAL mode like this never shares it.
+                let sql = format!("PRAGMA locking_mode=EXCLUSIVE; {}", change(random));
+                self.run(i, &sql);
+                self.writers[i] = None;
+                return format!("{} {i}: {sql}", self.name);
+            }
+            87..=89 => {
+                self.writers[i] = None;
+                return format!("{} close {i}", self.name);
+            }
+            90..=92 => {
+                // A process that dies in the middle.
+                let mut victim = Shell::open(&self.primary.path(&self.name));
+                let sql = format!(
+                    ".timeout 20\nPRAGMA cache_size=1; BEGIN; {}; {};",
+                    change(random),
+                    change(random)
+                );
+                victim.ask(&sql);
+                victim.kill();
+                return format!("{} killed: {sql}", self.name);
+            }
+            93..=97 => return self.read(random),
+            _ => {
+                // Another file takes its place. Nobody is in a transaction, or this waits for him.
+                self.writers.iter_mut().for_each(|writer| *writer = None);
+                let dir = tempfile::tempdir().expect("a directory");
+                let file = dir.path().join("import.db");
+                let mode = random.of(&JOURNAL_MODES);
+                sqlite3(
+                    &file,
+                    &format!("PRAGMA journal_mode={mode}; {TABLES}; {};", change(random))
+                        .replace("PRAGMA user", ";PRAGMA user"),
+                );
+                self.reader = None;
+                self.primary.import(&self.name, &file);
+                return format!("{} import in {mode}", self.name);
+            }
+        };
+        self.run(i, &sql);
+        format!("{} {i}: {sql}", self.name)
+    }
+
+    /// A reader on the replica looks, maybe for longer.
+    fn read(&mut self, random: &mut Random) -> String {
+        if self.reader.is_none() && self.replica.path(&self.name).exists() {
+            self.reader = Some(self.replica.open(&self.name));
+        }
+        let Some(reader) = &self.reader else { return format!("{} has no reader", self.name) };
+        let sql = match (reader.is_autocommit(), random.one_in(2)) {
+            (true, true) => "BEGIN; SELECT count(*) FROM sqlite_schema",
+            (false, true) => "COMMIT",
+            _ => "PRAGMA integrity_check",
+        };
+        if sql.starts_with("PRAGMA") {
+            let found: String = reader.query_row(sql, [], |row| row.get(0)).expect("readers are served");
+            assert_eq!(found, "ok", "{} on the replica", self.name);
+        } else {
+            try_exec(reader, sql)
+                .unwrap_or_else(|error| panic!("{} on the replica: {sql}: {error}", self.name));
+        }
+        format!("{} reader: {sql}", self.name)
+    }
+
+    /// Everybody comes to an end, and the hosts are compared.
+    fn compare(&mut self, random: &mut Random) {
+        for writer in self.writers.iter().flatten().filter(|writer| !writer.is_autocommit()) {
+            try_exec(writer, random.of(&["COMMIT", "ROLLBACK"])).unwrap_or_else(|error| {
+                may_fail("COMMIT", &error);
+                try_exec(writer, "ROLLBACK").unwrap_or_else(|error| may_fail("ROLLBACK", &error));
+            });
+        }
+        if let Some(reader) = self.reader.as_ref().filter(|reader| !reader.is_autocommit()) {
+            try_exec(reader, "COMMIT").expect("a reader can end its transaction");
+        }
+        assert_equal(self.primary, self.replica, &self.name);
+    }
+}
+
+#[test]
+fn random_workloads_leave_the_replica_equal() {
+    let seed = seed();
+    let mut trace = Trace::new(seed);
+    let mut random = Random(seed);
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    // What the agent says of processes that were killed, and of refused imports, is not an error here.
+    let mut databases: Vec<_> =
+        (0..3).map(|i| Database::new(format!("{i}.db"), &primary, &replica, &mut random)).collect();
+    let (end, mut steps, mut rounds) = (Instant::now() + time(0.65), 0, 0);
+    while Instant::now() < end {
+        for _ in 0..40 + random.below(40) {
+            let i = random.below(3) as usize;
+            let step = databases[i].step(&mut random);
+            trace.step(step);
+            steps += 1;
+        }
+        trace.step("compare".to_owned());
+        for db in &mut databases {
+            db.compare(&mut random);
+        }
+        rounds += 1;
+        if rounds % 3 != 0 {
+            continue;
+        }
+        match random.below(4) {
+            0 => {
+                trace.step("the replica is killed".to_owned());
+                databases.iter_mut().for_each(|db| db.reader = None);
+                replica.kill().start().wait_connected();
+            }
+            1 => {
+                trace.step("the primary is killed".to_owned());
+                databases.iter_mut().for_each(Database::close);
+                primary.kill().start();
+                replica.wait_connected();
+            }
+            2 => {
+                trace.step("the primary stops".to_owned());
+                databases.iter_mut().for_each(Database::close);
+                primary.restart();
+                replica.wait_connected();
+            }
+            _ => {
+                let db = &mut databases[random.below(3) as usize];
+                trace.step(format!("{} is dropped and made again", db.name));
+                db.close();
+                fs::remove_file(primary.path(&db.name)).expect("it is there");
+                for suffix in ["-journal", "-wal", "-shm"] {
+                    let _ = fs::remove_file(primary.path(format!("{}{suffix}", db.name)));
+                }
+                db.create(&mut random);
+            }
+        }
+    }
+    println!("{steps} steps, {rounds} comparisons");
+    assert!(rounds > 0);
+}
+
+#[test]
+fn concurrent_writers_leave_the_replica_equal() {
+    let seed = seed();
+    let _trace = Trace::new(seed);
+    let mut random = Random(seed ^ 1);
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    let names = ["wal.db", "delete.db"];
+    for (name, mode) in names.iter().zip(["wal", "delete"]) {
+        primary.sql(name, &format!("PRAGMA journal_mode={mode}; {TABLES};"));
+    }
+    let (end, mut rounds) = (Instant::now() + time(0.3), 0);
+    while Instant::now() < end {
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                let (primary, mut random) = (&primary, Random(random.next()));
+                scope.spawn(move || {
+                    let connections = names.map(|name| primary.open(name));
+                    for connection in &connections {
+                        connection.busy_timeout(PATIENCE).expect("a timeout can be set");
+                    }
+                    for i in 0..25 {
+                        let connection = &connections[random.below(2) as usize];
+                        let sql = match i % 5 {
+                            0 => TABLES.to_owned(),
+                            1 => format!("PRAGMA synchronous={}; {}", random.below(3), change(&mut random)),
+                            2 => "PRAGMA wal_checkpoint(PASSIVE)".to_owned(),
+                            // Writers that begin as readers cannot wait for each other.
+                            _ => transaction(&mut random).replace("BEGIN ;", "BEGIN IMMEDIATE;"),
+                        };
+                        if let Err(error) = try_exec(connection, &sql) {
+                            may_fail(&sql, &error);
+                            if !connection.is_autocommit() {
+                                try_exec(connection, "ROLLBACK").expect("a transaction can be undone");
+                            }
+                        }
+                    }
+                });
+            }
+            // And processes of their own.
+            scope.spawn(|| {
+                for i in 0..10 {
+                    for name in names {
+                        primary.sql(name, &format!("CREATE TABLE IF NOT EXISTS p(a); INSERT INTO p VALUES ({i}); UPDATE p SET a = a + 1;"));
+                        if replica.path(name).exists() {
+                            replica.sql(name, "SELECT count(*) FROM sqlite_schema");
+                        }
+                    }
+                }
+            });
+        });
+        for name in names {
+            assert_equal(&primary, &replica, name);
+        }
+        rounds += 1;
+    }
+    println!("{rounds} rounds");
+    assert!(rounds > 0);
+}
