@@ -85,7 +85,7 @@ pub struct MountConfig {
     pub dir: PathBuf,
     /// Whether the kernel reads and writes backing files itself.
     pub passthrough: Passthrough,
-    /// Threads that answer the kernel, at least 1.
+    /// Threads that answer the kernel; 0: as many as suit the CPUs.
     pub threads: usize,
 }
 
@@ -328,7 +328,7 @@ impl Config {
             mount: MountConfig {
                 dir: Path::new("/srv/litefs").join(cluster),
                 passthrough: Passthrough::Auto,
-                threads: 8,
+                threads: 0,
             },
             http: HttpConfig {
                 listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 20202)),

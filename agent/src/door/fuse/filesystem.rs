@@ -591,9 +591,12 @@ impl Filesystem for LitefsFilesystem {
 
     fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         match self.child(parent, name) {
-            // It goes with its database; rm -r must not fail on it.
-            Ok(path) if self.special_at(&path).is_some() => reply.ok(),
-            Ok(path) => self.unlink_file(&path, is_internal(req), reply),
+            Ok(path) => match self.special_at(&path) {
+                // It goes with its database; rm -r must not fail on it.
+                Some(Special::Position(_)) => reply.ok(),
+                Some(_) => reply.error(Errno::EPERM),
+                None => self.unlink_file(&path, is_internal(req), reply),
+            },
             Err(e) => reply.error(e),
         }
     }
