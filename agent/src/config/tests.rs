@@ -158,7 +158,7 @@ fn unknown_keys_and_tables_are_errors_with_a_place_and_a_suggestion() {
 fn every_bad_value_is_reported_at_once_with_its_place() {
     let problems = Files::problems(
         "[lease]\nrole = \"replca\"\n[log]\nsegment-size = \"32 megs\"\nretention-age = 10\n[http]\nlisten = \
-         \"localhost:1\"\n[data]\ndir = \"var/lib\"\n[mount]\nthreads = 0\n[node]\nname = \"a b\"\n",
+         \"localhost:1\"\n[data]\ndir = \"var/lib\"\n[mount]\nthreads = 999\n[node]\nname = \"a b\"\n",
     );
     let first: Vec<&str> = problems.iter().map(|problem| problem.lines().next().unwrap()).collect();
     assert_eq!(
@@ -169,7 +169,7 @@ fn every_bad_value_is_reported_at_once_with_its_place() {
             "db.toml:5:17: log.retention-age must be a duration such as \"100ms\", \"5s\", \"10m\" or \"24h\", is 10",
             "db.toml:7:10: http.listen must be an IP address and a port such as \"0.0.0.0:20202\", is \"localhost:1\"",
             "db.toml:9:7: data.dir must be an absolute path without \"..\", is \"var/lib\"",
-            "db.toml:11:11: mount.threads must be a number from 0 to 256, is 0",
+            "db.toml:11:11: mount.threads must be a number from 0 to 256, is 999",
             "db.toml:13:8: node.name must be a host name (letters, digits, '-', '_' and '.'), is \"a b\"",
         ]
     );

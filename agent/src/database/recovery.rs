@@ -8,13 +8,14 @@
 //! 2. Frames of the WAL that the log knows are moved into the file; the others are dropped.
 //! 3. The records after the sidecar's mark are written to file and sidecar.
 //! 4. Only where something may have been written that the log does not know, all pages are compared: after a hot
-//!    journal (SQLite does not restore pages it took from the free list), and after a power failure the databases
-//!    that were being written. What differs becomes a transaction on the primary.
+//!    journal (SQLite does not restore pages it took from the free list), where a rollback-mode file is newer than its
+//!    last record (written without a journal), and after a power failure the databases that were being written. What differs becomes a transaction on the primary.
 
 use super::checksums::{Checksums, ChecksumsError, Mark};
 use super::{Database, State};
 use crate::capture::{CaptureError, ChecksumOrEmpty, unix_ms};
 use crate::log::{NewRecord, Payload, RecordInfo, RecordKind, WalEnd};
+use crate::node::LastStop;
 use ltx::{Decoder, Pos, Txid, page_checksum};
 use sqlite_file::header::DatabaseHeader;
 use sqlite_file::journal::{self, Journal};
@@ -48,8 +49,8 @@ pub struct Recovered {
 }
 
 impl Database {
-    /// Recovers the files and sets the state. `power_failed`: the host did not stop cleanly since the last run.
-    pub fn recover(&self, power_failed: bool) -> Result<Recovered, RecoveryError> {
+    /// Recovers the files and sets the state.
+    pub fn recover(&self, last_stop: LastStop) -> Result<Recovered, RecoveryError> {
         let mut st = self.state();
         let mut done = Recovered::default();
         let last = self.shared.log.last(&self.name);
@@ -70,19 +71,21 @@ impl Database {
         st.logged_end = last.as_ref().map_or_else(Default::default, RecordInfo::end);
         self.set_durable_position(target.position);
 
-        if !power_failed {
+        if last_stop != LastStop::PowerFailed {
             self.give_new_inode()?;
         }
         let behind = replay_from.is_some();
         if let Some(last) = last.as_ref().filter(|r| !behind && r.max_txid < mark.position.txid) {
             self.continue_after_lost_records(last, mark)?;
         }
+        let written_later = last.as_ref().is_some_and(|last| self.written_after(last));
         let journal = self.recover_journal(&mut done)?;
         let wal = self.recover_wal(last.as_ref(), &mut done)?;
         if let Some(first) = replay_from {
             self.replay(&mut st, first, mark, target, &mut done)?;
         }
-        done.compare |= power_failed && (behind || wal || journal);
+        done.compare |= last_stop == LastStop::PowerFailed && (behind || wal || journal);
+        done.compare |= last_stop != LastStop::Clean && written_later;
         if behind || journal || wal || !intact {
             remove_if_there(&self.paths.shm)?;
             self.finish(&mut st, target, intact, !done.compare)?;
@@ -93,6 +96,16 @@ impl Database {
         }
         st.close_idle();
         Ok(done)
+    }
+
+    /// Whether a rollback-mode file was written after its last capture, as without a journal.
+    fn written_after(&self, last: &RecordInfo) -> bool {
+        let Ok(file) = File::open(&self.paths.database) else { return false };
+        let mut first = [0; sqlite_file::header::HEADER_BYTES];
+        let rollback = file.read_exact_at(&mut first, 0).is_ok()
+            && DatabaseHeader::parse(&first).is_ok_and(|header| !header.is_wal());
+        let modified_ms = file.metadata().map_or(0, |m| m.mtime() * 1000 + m.mtime_nsec() / 1_000_000);
+        rollback && modified_ms > last.timestamp_ms
     }
 
     /// First transaction of the log that the files may lack. A snapshot may have led to a history of its own, with

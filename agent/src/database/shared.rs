@@ -237,8 +237,8 @@ impl Shared {
     /// Databases below a directory.
     pub fn below(&self, dir: &DatabaseName) -> Vec<Arc<Database>> {
         let prefix = format!("{dir}/");
-        let all = self.databases.read();
-        let below = all.values().filter(|db| db.name.as_str().starts_with(&prefix));
-        below.filter(|db| db.state().page_count > 0).cloned().collect()
+        let mut below = self.known();
+        below.retain(|db| db.name.as_str().starts_with(&prefix) && db.state().page_count > 0);
+        below
     }
 }

@@ -1,5 +1,6 @@
 //! Finding the databases of a node at start, and recovering those that need it.
 
+use super::LastStop;
 use crate::DatabaseName;
 use crate::capture::CaptureError;
 use crate::database::checksums::Checksums;
@@ -22,7 +23,7 @@ pub struct Discovered {
 }
 
 /// Recovers every database that the log, a sidecar or a backing file names. One that cannot be recovered is set aside.
-pub fn discover(shared: &Arc<Shared>, power_failed: bool) -> io::Result<Discovered> {
+pub fn discover(shared: &Arc<Shared>, last_stop: LastStop) -> io::Result<Discovered> {
     let mut names: BTreeSet<DatabaseName> = shared.log.databases().into_iter().collect();
     for entry in std::fs::read_dir(&shared.dirs.checksums)? {
         let path = entry?.path();
@@ -36,7 +37,7 @@ pub fn discover(shared: &Arc<Shared>, power_failed: bool) -> io::Result<Discover
     let mut found = Discovered::default();
     for name in &names {
         let db = shared.database_or_new(name);
-        match db.recover(power_failed) {
+        match db.recover(last_stop) {
             Ok(_) if !db.is_tracked() && has_sqlite_header(&db.paths().database) => {
                 tracing::error!(database = %name, "its history is lost; the file is taken in as a new one");
                 found.untracked.push(db);
@@ -55,7 +56,7 @@ pub fn discover(shared: &Arc<Shared>, power_failed: bool) -> io::Result<Discover
     for name in files {
         if !names.contains(&name) && has_sqlite_header(&shared.dirs.files.join(&name)) {
             let db = shared.database_or_new(&name);
-            match db.recover(power_failed) {
+            match db.recover(last_stop) {
                 Ok(_) => found.untracked.push(db),
                 Err(error) => tracing::warn!(database = %name, %error, "a file cannot be taken in"),
             }

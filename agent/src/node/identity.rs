@@ -37,6 +37,17 @@ pub enum IdentityError {
     },
 }
 
+/// How the last agent on a data directory ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LastStop {
+    /// With everything marked durable.
+    Clean,
+    /// It was killed; what was written to files is there.
+    Killed,
+    /// The host went down: what was not synced may be gone.
+    PowerFailed,
+}
+
 /// A locked data directory.
 #[derive(Debug)]
 pub struct Identity {
@@ -47,8 +58,8 @@ pub struct Identity {
     pub node_id: u64,
     /// Newest epoch this node has seen.
     pub epoch: Epoch,
-    /// The host went down without a clean stop of the agent.
-    pub power_failed: bool,
+    /// How the last agent ended.
+    pub last_stop: LastStop,
 }
 
 impl Identity {
@@ -86,8 +97,12 @@ impl Identity {
         let boot = boot_id().map_err(io_at(Path::new("/proc/sys/kernel/random/boot_id")))?;
         let before = read_if_there(&running).map_err(io_at(&running))?;
         replace_file(&running, &boot)?;
-        let power_failed = before.is_some_and(|b| b != boot);
-        Ok(Identity { dir: dir.to_owned(), _lock: lock, node_id, epoch, power_failed })
+        let last_stop = match before {
+            None => LastStop::Clean,
+            Some(before) if before == boot => LastStop::Killed,
+            Some(_) => LastStop::PowerFailed,
+        };
+        Ok(Identity { dir: dir.to_owned(), _lock: lock, node_id, epoch, last_stop })
     }
 
     /// Remembers an epoch, durably, before anything is done in it.
@@ -160,7 +175,7 @@ mod tests {
         let id = first.node_id;
         drop(first);
         let again = Identity::open(dir.path()).unwrap();
-        assert_eq!((again.node_id, again.epoch, again.power_failed), (id, Epoch(7), false));
+        assert_eq!((again.node_id, again.epoch, again.last_stop), (id, Epoch(7), LastStop::Killed));
     }
 
     #[test]
@@ -169,10 +184,10 @@ mod tests {
         drop(Identity::open(dir.path()).unwrap());
         std::fs::write(dir.path().join("running"), "another boot\n").unwrap();
         let after = Identity::open(dir.path()).unwrap();
-        assert!(after.power_failed);
+        assert_eq!(after.last_stop, LastStop::PowerFailed);
         after.stopped_cleanly().unwrap();
         drop(after);
-        assert!(!Identity::open(dir.path()).unwrap().power_failed);
+        assert_eq!(Identity::open(dir.path()).unwrap().last_stop, LastStop::Clean);
     }
 
     #[test]

@@ -12,7 +12,7 @@ mod sink;
 mod source;
 mod view;
 
-pub use identity::{Identity, IdentityError};
+pub use identity::{Identity, IdentityError, LastStop};
 
 use crate::config::{Config, LeaseRole, Passthrough};
 use crate::database::{Dirs, Shared};
@@ -132,7 +132,7 @@ impl Node {
         identity.store_epoch(epoch)?;
         let shared = Shared::new(Arc::new(log), dirs, identity.node_id, epoch);
         let found =
-            discovery::discover(&shared, identity.power_failed).context("cannot read the data directory")?;
+            discovery::discover(&shared, identity.last_stop).context("cannot read the data directory")?;
         background::remove_leftovers(&shared)?;
         shared.set_role(epoch, role == RoleName::Primary);
         discovery::settle(&found, shared.is_writable());
@@ -298,7 +298,7 @@ fn start_following(node: &Arc<Node>, stop: &CancellationToken) -> anyhow::Result
     Ok(Some(Follower::spawn(upstream, node.clone(), node.follow_options(), stop.child_token())))
 }
 
-/// SIGHUP: reads the configuration again and takes over what can change while running: role and upstream, retention.
+/// SIGHUP: reads the configuration again and takes over what can change while running: role, upstream, log level.
 async fn reload(
     node: &Arc<Node>,
     follower: Option<FollowerHandle>,
@@ -319,12 +319,14 @@ async fn reload(
                 || old.mount != new.mount
                 || old.http != new.http
                 || old.socket != new.socket
+                || old.log != new.log
                 || old.cluster != new.cluster;
             if restart_only {
                 tracing::warn!(
-                    "[data], [mount], [http], [socket] and cluster take effect with the next start"
+                    "[data], [mount], [http], [socket], [log] and cluster take effect with the next start"
                 );
             }
+            crate::cli::logging::set_level(new.log_output.level);
             let role_changes = old.lease != new.lease;
             *node.config.write() = new.clone();
             if role_changes {

@@ -302,8 +302,8 @@ impl LitefsFilesystem {
         if let (Kind::Main, Some(db)) = (kind, &db) {
             let mut st = db.state();
             st.copiers += u32::from(adopts);
-            st.handles += u32::from(!internal);
-            st.passthrough_handles += u32::from(backing.is_some());
+            st.handles += u32::from(!internal && !replaces);
+            st.passthrough_handles += u32::from(backing.is_some() && !replaces);
             if st.passthrough_handles == 1 && backing.is_some() {
                 let _ = st.remember_stamp(db);
             }
