@@ -141,6 +141,7 @@ fn a_shell_redirection_replaces_a_live_database() {
     // The shell closes a duplicate of the descriptor before anything is written.
     primary.expect_error("the copy is empty");
     primary.sql("live.db", "CREATE TABLE t(v)");
+    primary.wait_position_equal(&replica, "live.db");
     let reader = replica.open("live.db");
     for (fills, script) in [
         (1, "cat FILE > live.db"),
