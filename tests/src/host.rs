@@ -212,8 +212,8 @@ impl Host {
         for setting in own.iter().chain(lock(&self.settings).iter()) {
             command.args(["--set", setting]);
         }
-        if let Ok(level) = std::env::var("LITEFS_TEST_LOG") {
-            command.args(["--set", &format!("log-output.level={level}")]);
+        for setting in std::env::var("LITEFS_TEST_SET").unwrap_or_default().split_whitespace() {
+            command.args(["--set", setting]);
         }
         command
     }

@@ -15,6 +15,9 @@
 //! also after a panic; then its log is looked at: an ERROR line that no [`Host::expect_error`] announced fails the
 //! test.
 //!
+//! `LITEFS_TEST_SET` sets configuration keys of all agents (`mount.passthrough=off log-output.level=debug`), `LITEFS_BIN`
+//! the program under test.
+//!
 //! POSIX locks belong to a process: two connections of this process do exclude each other (SQLite sees to that), but
 //! reading a database that this process has open by other means than SQLite would drop its locks. For a second process
 //! there are [`Host::sql`], [`Shell`] and `python3`.

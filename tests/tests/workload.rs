@@ -2,7 +2,7 @@
 //!
 //! `LITEFS_WORKLOAD_SEED` repeats a run (its seed is printed), `LITEFS_WORKLOAD_SECONDS` makes it longer.
 
-use litefs_tests::{Fleet, Host, JOURNAL_MODES, PATIENCE, Shell, assert_equal, sqlite3, try_exec};
+use litefs_tests::{Fleet, Host, JOURNAL_MODES, PATIENCE, Role, Shell, assert_equal, sqlite3, try_exec};
 use rusqlite::{Connection, ErrorCode};
 use std::collections::VecDeque;
 use std::fs;
@@ -313,8 +313,14 @@ fn random_workloads_leave_the_replica_equal() {
     let mut trace = Trace::new(seed);
     let mut random = Random(seed);
     let fleet = Fleet::new();
-    let (primary, replica) = fleet.pair();
-    // What the agent says of processes that were killed, and of refused imports, is not an error here.
+    let primary = fleet.host("a", Role::Primary);
+    let replica = fleet.host("b", Role::ReplicaOf(&primary));
+    for host in [&primary, &replica] {
+        // As on a kernel that cannot pass reads and writes through.
+        host.set(random.of(&["mount.passthrough=auto", "mount.passthrough=auto", "mount.passthrough=off"]))
+            .start();
+    }
+    replica.wait_connected();
     let mut databases: Vec<_> =
         (0..3).map(|i| Database::new(format!("{i}.db"), &primary, &replica, &mut random)).collect();
     let (end, mut steps, mut rounds) = (Instant::now() + time(0.65), 0, 0);
