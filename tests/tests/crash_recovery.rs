@@ -1,0 +1,610 @@
+//! What an agent makes of a data directory that a crash has left: of itself, of an application, of the host.
+//!
+//! A power failure is simulated on copies of the data directory: whatever was not synced since a point at which all was
+//! durable may have reached the disk or not, block by block, in any combination. `LITEFS_CRASH_IMAGES` (6) and
+//! `LITEFS_CRASH_SEED` (1) try more of them.
+
+use litefs_tests::{Fleet, Host, Role, Shell, assert_equal, assert_sane, run, sqlite3};
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// A small random number generator (SplitMix64): the same seed gives the same images.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
+
+/// A backing file.
+fn backing(host: &Host, name: &str) -> PathBuf {
+    host.data().join("files").join(name)
+}
+
+fn sidecar(host: &Host, database: &str) -> PathBuf {
+    host.data().join("checksums").join(format!("{database}.sum"))
+}
+
+fn flip(path: &Path, offset: u64) {
+    let file = File::options().read(true).write(true).open(path).expect("the file is there");
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).expect("the file reaches there");
+    file.write_all_at(&[byte[0] ^ 0x40], offset).expect("the file can be written");
+}
+
+/// What a start has written to the log.
+fn log_of_start(host: &Host) -> String {
+    let before = host.log().len();
+    host.start();
+    host.log()[before..].to_owned()
+}
+
+/// Creates a table with 200 rows of about a kilobyte.
+fn fill(host: &Host, database: &str, mode: &str) {
+    let sql = format!(
+        "PRAGMA journal_mode={mode};\n\
+         CREATE TABLE t(id INTEGER PRIMARY KEY, x);\n\
+         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200) \
+         INSERT INTO t SELECT i, printf('%04d', i) || hex(zeroblob(500)) FROM n;"
+    );
+    host.sql(database, &sql);
+}
+
+const SUM: &str = "SELECT count(*), total(id), total(length(x)), min(x), max(x) FROM t";
+
+#[test]
+fn a_hot_journal_is_rolled_back_and_nothing_of_its_transaction_is_left() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    let modes = ["DELETE", "TRUNCATE", "PERSIST"];
+    let mut before = Vec::new();
+    for mode in modes {
+        let name = format!("{mode}.db");
+        fill(&primary, &name, mode);
+        // Pages on the free list are written without being journaled.
+        primary.sql(&name, &format!("PRAGMA journal_mode={mode}; DELETE FROM t WHERE id > 150;"));
+        primary.wait_position_equal(&replica, &name);
+        before.push((primary.sql(&name, SUM), primary.position(&name)));
+    }
+    let shells = modes.map(|mode| {
+        let mut shell = Shell::open(&primary.path(format!("{mode}.db")));
+        shell.run(&format!(
+            "PRAGMA journal_mode={mode}; PRAGMA cache_size=5; BEGIN; UPDATE t SET x = 'changed' || x; \
+             INSERT INTO t SELECT id + 1000, x FROM t; DELETE FROM t WHERE id < 20;"
+        ));
+        shell
+    });
+    primary.kill();
+    shells.into_iter().for_each(Shell::kill);
+    for mode in modes {
+        let journal = fs::metadata(backing(&primary, &format!("{mode}.db-journal"))).expect("a journal");
+        assert!(journal.len() > 10_000, "the transaction did not spill");
+    }
+    primary.start();
+    replica.wait_connected();
+    for (mode, (rows, position)) in modes.iter().zip(before) {
+        let name = format!("{mode}.db");
+        assert_eq!(primary.position(&name), position, "a rollback is no transaction");
+        assert_eq!(primary.sql(&name, SUM), rows);
+        assert_equal(&primary, &replica, &name);
+        primary.sql(&name, "INSERT INTO t VALUES (5000, 'after')");
+        assert_equal(&primary, &replica, &name);
+    }
+}
+
+#[test]
+fn commits_that_only_a_wal_has_are_dropped_with_a_word() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    fill(&primary, "app.db", "WAL");
+    let mut application = Shell::open(&primary.path("app.db"));
+    application.run("UPDATE t SET x = 'known to the log' WHERE id = 1;");
+    let position = primary.wait_position_equal(&replica, "app.db");
+    primary.kill();
+    application.kill();
+    // Frames that are as valid as the others, of a commit that did not reach the log.
+    let mut behind_the_agent = Shell::open(&backing(&primary, "app.db"));
+    behind_the_agent.run("UPDATE t SET x = 'unknown to the log' WHERE id = 2;");
+    behind_the_agent.kill();
+
+    let log = log_of_start(&primary);
+    assert!(log.contains("WARN") && log.contains("never reached the log"), "{log}");
+    assert_eq!(primary.position("app.db"), Some(position));
+    assert_eq!(primary.sql("app.db", "SELECT x FROM t WHERE id = 1"), "known to the log");
+    assert_eq!(primary.sql("app.db", "SELECT count(*) FROM t WHERE x LIKE 'unknown%'"), "0");
+    replica.wait_connected();
+    assert_equal(&primary, &replica, "app.db");
+}
+
+/// A program that is killed when it syncs a file.
+fn killed_at_its_first_sync(command: &mut Command) -> &mut Command {
+    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let jump_if = |number: i64, to: u8| libc::sock_filter {
+        code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
+        jt: to,
+        jf: 0,
+        k: number as u32,
+    };
+    // The number of the system call is the first word of seccomp_data.
+    let filter = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
+        jump_if(libc::SYS_fdatasync, 2),
+        jump_if(libc::SYS_fsync, 1),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_KILL_PROCESS),
+    ];
+    let install = move || {
+        let mut filter = filter;
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+        // SAFETY: prctl(2) with these arguments reads `program` and the filter it points to, which live until it
+        // returns; it is async-signal-safe, so it may be called between fork and exec.
+        let failed = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+                || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) != 0
+        };
+        if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: the closure only makes system calls and allocates nothing.
+    unsafe { command.pre_exec(install) }
+}
+
+/// SQLite has written the commit frame and is killed before other connections can see the commit (it syncs in
+/// between). What the next one does with these frames is up to SQLite; log, database and replica must agree on it.
+#[test]
+fn a_commit_whose_writer_died_before_publishing_it_is_there_everywhere_or_nowhere() {
+    for next in ["the next writer", "a restart of the WAL", "the last close", "a restart of the agent"] {
+        let fleet = Fleet::new();
+        let (primary, replica) = fleet.pair();
+        primary.sql(
+            "app.db",
+            "PRAGMA journal_mode=WAL;\n\
+             CREATE TABLE a(x); INSERT INTO a VALUES (0); CREATE TABLE b(x); INSERT INTO b VALUES (0);\n\
+             CREATE TABLE c(x); INSERT INTO c VALUES (0);",
+        );
+        // Keeps the wal-index alive.
+        let mut other = Shell::open(&primary.path("app.db"));
+        other.run("PRAGMA synchronous=FULL; UPDATE c SET x = 1;");
+        let mut dies = Command::new("sqlite3");
+        dies.args(["-batch", "-init", "/dev/null", "-cmd", "PRAGMA synchronous=FULL"])
+            .arg(primary.path("app.db"));
+        dies.arg("BEGIN; UPDATE a SET x = 1; UPDATE b SET x = 1; COMMIT;");
+        let status = killed_at_its_first_sync(&mut dies).stdout(Stdio::null()).status().expect("it runs");
+        assert_eq!(status.signal(), Some(libc::SIGSYS), "it was killed in its commit");
+
+        match next {
+            "the next writer" => drop(other.run("UPDATE c SET x = 2;")),
+            "a restart of the WAL" => drop(other.run("PRAGMA wal_checkpoint; UPDATE c SET x = 2;")),
+            "the last close" => {
+                drop(other);
+                primary.wait_for("the database is closed", || {
+                    primary.database("app.db").is_some_and(|db| db["open_handles"] == 0)
+                });
+                primary.sql("app.db", "UPDATE c SET x = 2;");
+            }
+            _ => {
+                primary.kill();
+                drop(other);
+                primary.start();
+                replica.wait_connected();
+                primary.sql("app.db", "UPDATE c SET x = 2;");
+            }
+        }
+        // Only a refusal to remove a WAL that SQLite has not checkpointed is an error that belongs here.
+        primary.expect_error("the WAL has transactions that are not in the database file yet");
+        let rows = primary.sql("app.db", "SELECT a.x, b.x, c.x FROM a, b, c");
+        assert!(["0|0|2", "1|1|2"].contains(&rows.as_str()), "after {next}: {rows}");
+        assert_equal(&primary, &replica, "app.db");
+        primary.sql("app.db", "UPDATE a SET x = 3; UPDATE b SET x = 3;");
+        assert_equal(&primary, &replica, "app.db");
+    }
+}
+
+/// TXID of the mark in a sidecar: up to there the files are durable, and recovery does not replay the log.
+fn mark(host: &Host, database: &str) -> u64 {
+    let mut txid = [0; 8];
+    let file = File::open(sidecar(host, database)).expect("there is a sidecar");
+    file.read_exact_at(&mut txid, 16).expect("it has a header");
+    u64::from_le_bytes(txid)
+}
+
+/// Commits something, kills the agent before it has marked that durable, and gives the position.
+fn kill_before_it_marks(host: &Host, database: &str, sql: &str) -> String {
+    loop {
+        host.sql(database, sql);
+        let (position, txid) = (host.position(database).expect("it is there"), host.txid(database));
+        host.kill();
+        if mark(host, database) < txid {
+            return position;
+        }
+        host.start();
+    }
+}
+
+#[test]
+fn a_database_file_damaged_in_its_last_transaction_is_healed_from_the_log() {
+    for mode in ["WAL", "DELETE"] {
+        let fleet = Fleet::new();
+        let (primary, replica) = fleet.pair();
+        for damage in ["a flipped page", "a truncated file", "a missing file", "zeros"] {
+            let name = format!("{}.db", damage.rsplit(' ').next().expect("a word"));
+            // All pages are in the last transaction.
+            let sql = format!(
+                "PRAGMA journal_mode={mode};\nDROP TABLE IF EXISTS t;\nVACUUM;\n\
+                 CREATE TABLE t AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 50) \
+                 SELECT i AS id, randomblob(500) AS x FROM n;"
+            );
+            let position = kill_before_it_marks(&primary, &name, &sql);
+            let file = backing(&primary, &name);
+            let len = fs::metadata(&file).expect("the database").len();
+            assert!(len > 16_384, "the database is too small for this test");
+            match damage {
+                "a flipped page" => flip(&file, len - 2000),
+                "a truncated file" => File::options().write(true).open(&file).unwrap().set_len(4096).unwrap(),
+                "a missing file" => fs::remove_file(&file).unwrap(),
+                _ => File::options()
+                    .write(true)
+                    .open(&file)
+                    .unwrap()
+                    .write_all_at(&[0; 4096], len - 4096)
+                    .unwrap(),
+            }
+            primary.start();
+            replica.wait_connected();
+            assert_eq!(primary.position(&name).as_ref(), Some(&position), "{damage}, {mode}");
+            assert_eq!(assert_equal(&primary, &replica, &name), position, "{damage}, {mode}");
+        }
+    }
+}
+
+#[test]
+fn page_checksums_that_are_lost_or_damaged_are_made_anew() {
+    type Damage = (&'static str, fn(&Path));
+    let damages: [Damage; 5] = [
+        ("missing", |path| fs::remove_file(path).unwrap()),
+        ("cut.in.the.header", |path| File::options().write(true).open(path).unwrap().set_len(1000).unwrap()),
+        ("cut.in.the.entries", |path| File::options().write(true).open(path).unwrap().set_len(4100).unwrap()),
+        ("flipped.header", |path| flip(path, 20)),
+        ("flipped.entry", |path| flip(path, 4096 + 8 + 3)),
+    ];
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    for (name, _) in damages {
+        fill(&primary, name, "WAL");
+        primary.wait_position_equal(&replica, name);
+    }
+    for after_crash in [true, false] {
+        let mut positions = Vec::new();
+        for (name, _) in damages {
+            primary.sql(name, "UPDATE t SET x = x || '.' WHERE id % 7 = 0");
+            positions.push(primary.wait_position_equal(&replica, name));
+        }
+        if after_crash {
+            primary.kill()
+        } else {
+            primary.stop()
+        };
+        for (name, damage) in damages {
+            damage(&sidecar(&primary, name));
+        }
+        primary.start();
+        replica.wait_connected();
+        for ((name, _), position) in damages.iter().zip(positions) {
+            let context = format!("{name}, after a {}", if after_crash { "crash" } else { "stop" });
+            assert_eq!(primary.position(name), Some(position), "{context}");
+            primary.sql(name, "UPDATE t SET x = 'after' || x WHERE id % 5 = 0");
+            assert_equal(&primary, &replica, name);
+        }
+    }
+    for host in [&primary, &replica] {
+        let kept = fs::read_dir(host.data().join("diverged")).unwrap().count();
+        assert_eq!(kept, 0, "{} had something alone", host.name());
+    }
+}
+
+#[test]
+fn what_a_crash_left_in_the_staging_directory_is_removed() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    fill(&primary, "app.db", "WAL");
+    let position = primary.wait_position_equal(&replica, "app.db");
+    for host in [&replica, &primary] {
+        host.kill();
+        let staging = host.data().join("staging");
+        // Half of an import, of a copy over a database, of an export, of a large transaction; a snapshot that did not
+        // get into the log; a snapshot whose progress cannot be read.
+        for name in [
+            "import-x1y2z3.db",
+            "copy-x1y2z3.db",
+            "export-x1y2z3.db",
+            "transaction-x1y2z3.ltx",
+            "app.db@00000000000000ff.snapshot",
+        ] {
+            fs::write(staging.join(name), b"SQLite format 3\0 and no more").unwrap();
+        }
+        host.start();
+        let left: Vec<_> = fs::read_dir(&staging).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert!(left.is_empty(), "still in the staging directory of {}: {left:?}", host.name());
+    }
+    replica.wait_connected();
+    assert_eq!(assert_equal(&primary, &replica, "app.db"), position);
+}
+
+#[test]
+fn a_replica_killed_while_it_takes_a_snapshot_ends_with_the_primarys_database() {
+    let fleet = Fleet::new();
+    let primary = fleet.primary("a");
+    let replica = fleet.primary("b");
+    // Two histories: the replica has to keep its own and take the other's as a snapshot.
+    for host in [&primary, &replica] {
+        host.sql(
+            "app.db",
+            &format!(
+                "PRAGMA journal_mode=WAL;\nCREATE TABLE t(x);\nINSERT INTO t VALUES ('{}');\n\
+                 WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2500) \
+                 INSERT INTO t SELECT randomblob(4000) FROM n;",
+                host.name()
+            ),
+        );
+    }
+    replica.stop();
+    replica.set_role(Role::ReplicaOf(&primary));
+    let mut random = Random(1);
+    for _ in 0..8 {
+        replica.start();
+        std::thread::sleep(Duration::from_millis(random.below(150)));
+        replica.kill();
+    }
+    replica.start();
+    replica.wait_connected();
+    assert_equal(&primary, &replica, "app.db");
+    assert_eq!(replica.sql("app.db", "SELECT x FROM t WHERE length(x) = 1"), "a");
+    let staged = replica.data().join("staging");
+    replica.wait_for("nothing is staged any more", || {
+        fs::read_dir(&staged).is_ok_and(|mut d| d.next().is_none())
+    });
+    // What it had alone is kept, whole.
+    let kept = replica.data().join("diverged/app.db");
+    let kept: Vec<_> = fs::read_dir(kept).expect("something is kept").map(|e| e.unwrap().path()).collect();
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    let database = kept[0].join("database.db");
+    assert_eq!(sqlite3(&database, "PRAGMA integrity_check; SELECT x FROM t WHERE length(x) = 1"), "ok\nb");
+}
+
+/// Copies a directory, with holes as holes.
+fn copy(from: &Path, to: &Path) {
+    run(Command::new("cp").args(["-a", "--sparse=always", "--"]).arg(from).arg(to));
+}
+
+const BLOCK: usize = 4096;
+
+/// Up to where a segment is durable, when the log is durable up to `lsn`. A segment is named by its first LSN, which
+/// is at byte 4096.
+fn durable_bytes(segment: &Path, lsn: u64) -> u64 {
+    let first = segment.file_stem().and_then(|stem| u64::from_str_radix(stem.to_str()?, 16).ok());
+    4096 + lsn.saturating_sub(first.expect("segments are named by a number"))
+}
+
+/// A data directory as a power failure may leave it: each block of each file is as it was at `durable`, when all was
+/// on the disk, or as it was written later, at `later`. Of the log everything up to `lsn` was synced.
+fn power_failure(durable: &Path, later: &Path, lsn: u64, random: &mut Random, image: &Path) {
+    fs::create_dir_all(image).unwrap();
+    let names = |dir: &Path| -> BTreeSet<_> {
+        fs::read_dir(dir).into_iter().flatten().map(|entry| entry.unwrap().file_name()).collect()
+    };
+    for name in names(later).union(&names(durable)) {
+        let (old, new, to) = (durable.join(name), later.join(name), image.join(name));
+        if new.is_dir() {
+            power_failure(&old, &new, lsn, random, &to);
+            continue;
+        }
+        let text = name.to_str().expect("a name in ASCII");
+        let (segment, index) = (text.ends_with(".log"), text.ends_with(".idx"));
+        if segment && !text.starts_with("spare") {
+            // A record tells up to where the log was durable when it was appended; so none of the tail is there
+            // without all that is before it.
+            let mut bytes = read(&new);
+            let used = bytes.iter().rposition(|b| *b != 0).map_or(0, |last| last as u64 + 1);
+            let synced = durable_bytes(&new, lsn).min(used);
+            let end = (synced + random.below(used - synced + 1)) as usize;
+            bytes[end..].fill(0);
+            write_with_holes(&to, &bytes);
+        } else if index || text.starts_with("spare") || text == "node-id" || text == "epoch" || text == "lock"
+        {
+            // Replaced as a whole, each time synced.
+            let from = if new.exists() { &new } else { &old };
+            fs::copy(from, &to).unwrap();
+        } else if text == "running" {
+            // Written by an agent on a host that has been booted since.
+            fs::write(&to, "ffffffff-0000-4000-8000-000000000000\n").unwrap();
+        } else if old.exists() == new.exists() {
+            mix(&read(&old), &read(&new), random, &to);
+        } else if random.below(2) == 0 {
+            // A file made or removed since: the directory may say so or not.
+            let from = if new.exists() { &new } else { &old };
+            mix(&[], &read(from), random, &to);
+        }
+    }
+}
+
+/// The content of a file; nothing when there is none.
+fn read(path: &Path) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if let Ok(mut file) = File::open(path) {
+        file.read_to_end(&mut bytes).unwrap();
+    }
+    bytes
+}
+
+/// A file of which each block is as in `old` or as in `new`.
+fn mix(old: &[u8], new: &[u8], random: &mut Random, to: &Path) {
+    let mut mixed = new.to_vec();
+    // Also all or nothing, which a coin for each block would hardly give.
+    let newer_of_8 = [0, 2, 4, 6, 8][random.below(5) as usize];
+    for (i, block) in mixed.chunks_mut(BLOCK).enumerate() {
+        if random.below(8) >= newer_of_8 {
+            let before = old.get(i * BLOCK..).unwrap_or_default();
+            let n = before.len().min(block.len());
+            block[..n].copy_from_slice(&before[..n]);
+            block[n..].fill(0);
+        }
+    }
+    write_with_holes(to, &mixed);
+}
+
+/// Segments of the log are preallocated: 32 MiB that are mostly zeros.
+fn write_with_holes(to: &Path, bytes: &[u8]) {
+    let file = File::create(to).unwrap();
+    file.set_len(bytes.len() as u64).unwrap();
+    for (i, block) in bytes.chunks(BLOCK).enumerate().filter(|(_, block)| block.iter().any(|b| *b != 0)) {
+        file.write_all_at(block, (i * BLOCK) as u64).unwrap();
+    }
+}
+
+/// Databases of the power failure test: name, journal mode, `synchronous`.
+const POWER: [(&str, &str, &str); 4] = [
+    ("wal-full.db", "WAL", "FULL"),
+    ("wal-normal.db", "WAL", "NORMAL"),
+    ("delete-full.db", "DELETE", "FULL"),
+    ("persist-normal.db", "PERSIST", "NORMAL"),
+];
+
+/// One transaction: a numbered row, and the number in another place.
+fn numbered(n: u64, bytes: u64) -> String {
+    format!(
+        "BEGIN IMMEDIATE; INSERT INTO row VALUES ({n}, randomblob({bytes})); UPDATE last SET n = {n}; \
+         DELETE FROM junk; INSERT INTO junk VALUES (randomblob({}));  COMMIT;",
+        bytes / 2 + 1
+    )
+}
+
+#[test]
+fn after_a_power_failure_nothing_is_lost_that_was_synced_and_nothing_is_half_there() {
+    let number = |variable: &str, default| {
+        std::env::var(variable).map_or(default, |text| text.parse().expect("the variable is a number"))
+    };
+    let images = number("LITEFS_CRASH_IMAGES", 6);
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    let new_database = |name: &str, mode: &str| {
+        let sql = format!(
+            "PRAGMA journal_mode={mode};\nCREATE TABLE row(n INTEGER PRIMARY KEY, body); \
+             CREATE TABLE last(n INTEGER); INSERT INTO last VALUES (0); CREATE TABLE junk(body);"
+        );
+        primary.sql(name, &sql);
+    };
+    for (name, mode, _) in &POWER[..3] {
+        new_database(name, mode);
+        for n in 1..20 {
+            primary.sql(name, &numbered(n, 3000));
+        }
+    }
+    for (name, ..) in &POWER[..3] {
+        primary.wait_position_equal(&replica, name);
+    }
+    // After an orderly stop all is on the disk.
+    primary.stop();
+    let dir = fleet.scratch();
+    let (durable, later) = (dir.join("durable"), dir.join("later"));
+    copy(&primary.data(), &durable);
+    primary.start();
+    replica.wait_connected();
+    // Made since: its file may be missing after the failure.
+    new_database(POWER[3].0, POWER[3].1);
+
+    let mut random = Random(number("LITEFS_CRASH_SEED", 1));
+    let mut numbers = [19, 19, 19, 0];
+    let mut shells = POWER.map(|(name, mode, synchronous)| {
+        let mut shell = Shell::open(&primary.path(name));
+        // Small, so that frames and pages are written before the commit, and the WAL begins anew.
+        shell.run(&format!(
+            "PRAGMA journal_mode={mode}; PRAGMA synchronous={synchronous}; PRAGMA cache_size=5; \
+             PRAGMA wal_autocheckpoint=40;"
+        ));
+        shell
+    });
+    // FULL last: then all that is acknowledged there is durable when the power fails.
+    for i in [1, 3, 0, 2] {
+        for _ in 0..30 {
+            numbers[i] += 1;
+            assert_eq!(shells[i].ask(&numbered(numbers[i], random.below(20_000))), "");
+        }
+    }
+    // NORMAL in WAL mode once more, without a checkpoint: nothing is synced any more, so these may be lost.
+    let lsn = primary.status()["log"]["durable_lsn"].as_u64().expect("a number");
+    let synced = [numbers[0], numbers[2]];
+    shells[1].run("PRAGMA wal_autocheckpoint=0;");
+    for _ in 0..5 {
+        numbers[1] += 1;
+        assert_eq!(shells[1].ask(&numbered(numbers[1], 2000)), "");
+    }
+    primary.kill();
+    shells.into_iter().for_each(Shell::kill);
+    copy(&primary.data(), &later);
+    for (name, ..) in &POWER[..3] {
+        let moved = |dir: &Path| {
+            let mut header = [0; 40];
+            let file = File::open(dir.join("checksums").join(format!("{name}.sum"))).unwrap();
+            file.read_exact_at(&mut header, 0).unwrap();
+            header
+        };
+        assert_eq!(
+            moved(&durable),
+            moved(&later),
+            "this machine is too slow: the agent has synced in between"
+        );
+    }
+    replica.kill();
+
+    for i in 0..images {
+        let host = fleet.host(&format!("image-{i}"), Role::Primary);
+        power_failure(&durable, &later, lsn, &mut random, &host.data());
+        let log = log_of_start(&host);
+        for (k, (name, ..)) in POWER.iter().enumerate() {
+            let context = format!("{name} of image {i}\n{log}");
+            if host.database(name).is_none() && k == 3 {
+                // Nothing of it had been synced.
+                continue;
+            }
+            assert_sane(&host, name);
+            let rows = host.sql(name, "SELECT (SELECT n FROM last), count(*), total(n) FROM row");
+            let found: Vec<f64> = rows.split('|').map(|n| n.parse().expect("a number")).collect();
+            let (last, count) = (found[0] as u64, found[1] as u64);
+            assert!(last == count && found[2] as u64 == last * (last + 1) / 2, "{rows} in {context}");
+            assert!(last <= numbers[k], "{rows} in {context}");
+            let kept = match k {
+                0 => synced[0],
+                2 => synced[1],
+                3 => 0,
+                _ => 19,
+            };
+            assert!(last >= kept, "only {last} of {kept} in {context}");
+            host.sql(name, &numbered(last + 1, 1000));
+            assert_sane(&host, name);
+        }
+        // Whoever followed before the failure has nothing that the primary has lost.
+        if i == 0 {
+            replica.set_role(Role::ReplicaOf(&host)).start();
+            replica.wait_connected();
+            for (name, ..) in &POWER[..3] {
+                assert_equal(&host, &replica, name);
+            }
+        }
+        host.stop();
+    }
+}

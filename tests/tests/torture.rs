@@ -1,0 +1,299 @@
+//! Applications, the primary's agent and the replica's agent are killed at random, under load, again and again.
+//!
+//! Each writer numbers its transactions and notes, outside of the mounts, which of them were acknowledged. A
+//! transaction writes its row and its number, so that any mixture of two states is seen by everyone who reads.
+//!
+//! `LITEFS_TORTURE_ROUNDS` (1) lengthens the test, `LITEFS_TORTURE_SEED` (1) changes what is killed when.
+
+use litefs_tests::{Fleet, Host, PATIENCE, Shell, assert_equal};
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long one round kills.
+const ROUND: Duration = Duration::from_secs(20);
+
+/// Name, journal mode and `synchronous` of each database. SIGKILL is no power failure: NORMAL may lose nothing.
+const DATABASES: [(&str, &str, &str); 4] = [
+    ("wal-full.db", "WAL", "FULL"),
+    ("wal-normal.db", "WAL", "NORMAL"),
+    ("delete-full.db", "DELETE", "FULL"),
+    ("delete-normal.db", "DELETE", "NORMAL"),
+];
+const WRITERS_PER_DATABASE: u64 = 2;
+
+/// A small random number generator (SplitMix64): the same seed gives the same kills.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    fn pause(&mut self, from_ms: u64, to_ms: u64) {
+        std::thread::sleep(Duration::from_millis(from_ms + self.below(to_ms - from_ms)));
+    }
+}
+
+/// A host whose agent is killed: an application's error is excused only when the agent was killed meanwhile.
+struct Victim {
+    host: Host,
+    /// Grows when it is killed and when it is back: odd while it is down.
+    kills: AtomicU64,
+}
+
+impl Victim {
+    fn new(host: Host) -> Victim {
+        Victim { host, kills: AtomicU64::new(0) }
+    }
+
+    fn kill_and_start(&self, random: &mut Random) {
+        self.kills.fetch_add(1, Ordering::SeqCst);
+        self.host.kill();
+        // Sometimes applications meet the dead mount for a while.
+        if random.below(2) == 0 {
+            random.pause(0, 150);
+        }
+        self.host.start();
+        self.kills.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn open(&self, database: &str) -> Application<'_> {
+        let kills = self.kills.load(Ordering::SeqCst);
+        // The shell would end if it could not open the database, so that is attached later.
+        let shell = Shell::open(Path::new(":memory:"));
+        Application { victim: self, database: database.to_owned(), kills, shell }
+    }
+}
+
+/// A process that uses a database.
+struct Application<'a> {
+    victim: &'a Victim,
+    database: String,
+    kills: u64,
+    shell: Shell,
+}
+
+impl Application<'_> {
+    fn connect(&mut self) -> Result<(), ()> {
+        // Never created: while the agent is replaced there may be nothing but an empty directory.
+        let path = self.victim.host.path(&self.database);
+        self.ask(&format!("ATTACH 'file:{}?mode=rw' AS d;", path.display())).map(drop)
+    }
+
+    /// Runs SQL. An error is fine if the agent was killed since the application has begun, or is down, and if it is
+    /// none that says the database is damaged.
+    fn ask(&mut self, sql: &str) -> Result<String, ()> {
+        let answer = self.shell.ask(sql);
+        if !answer.contains("rror") {
+            return Ok(answer);
+        }
+        let on = format!("{} on {}", self.database, self.victim.host.name());
+        for never in ["malformed", "not a database", "constraint", "syntax"] {
+            assert!(!answer.contains(never), "{sql:?} in {on}: {answer}");
+        }
+        let excused = self.kills % 2 == 1 || self.victim.kills.load(Ordering::SeqCst) != self.kills;
+        assert!(excused, "an error although nobody was killed: {sql:?} in {on}: {answer}");
+        Err(())
+    }
+}
+
+/// Writes until it is told to stop, is killed itself now and then, and gives the number of its last acknowledged
+/// transaction.
+fn write(primary: &Victim, database: &str, synchronous: &str, id: u64, seed: u64, done: &AtomicBool) -> u64 {
+    let mut random = Random(seed);
+    let (mut tried, mut acknowledged) = (0, 0);
+    let mut connected: Option<Application<'_>> = None;
+    let mut tries_since = Instant::now();
+    while !done.load(Ordering::Relaxed) {
+        let Some(application) = &mut connected else {
+            let mut application = primary.open(database);
+            let setup = format!("PRAGMA d.synchronous={synchronous}; PRAGMA d.cache_size=20;");
+            let last = format!("SELECT n FROM last WHERE w = {id};");
+            let found = application
+                .connect()
+                .and_then(|()| application.ask(&setup))
+                .and_then(|_| application.ask(&last));
+            if let Ok(last) = found {
+                let last: u64 = last.parse().expect("each writer has a number");
+                assert!(
+                    (acknowledged..=tried).contains(&last),
+                    "{database}: writer {id} was told of {acknowledged}, had tried {tried}, and finds {last}"
+                );
+                tried = last;
+                acknowledged = last;
+                connected = Some(application);
+                tries_since = Instant::now();
+            } else {
+                assert!(tries_since.elapsed() < PATIENCE, "writer {id} of {database} cannot connect");
+                random.pause(1, 10);
+            }
+            continue;
+        };
+        tried += 1;
+        // Now and then a transaction does not fit into SQLite's cache.
+        let bytes = if random.below(20) == 0 { 200_000 } else { random.below(3000) };
+        let sql = format!(
+            "BEGIN IMMEDIATE; INSERT INTO row VALUES ({id}, {tried}, randomblob({bytes})); \
+             UPDATE last SET n = {tried} WHERE w = {id}; COMMIT;"
+        );
+        if random.below(60) == 0 {
+            application.shell.send(&sql);
+            if random.below(3) > 0 {
+                random.pause(0, 4);
+            }
+            if let Some(application) = connected.take() {
+                application.shell.kill();
+            }
+        } else if application.ask(&sql).is_ok() {
+            acknowledged = tried;
+        } else {
+            connected = None;
+        }
+    }
+    acknowledged
+}
+
+/// Reads until it is told to stop: every state must be whole, and none older than one seen before.
+fn read(victim: &Victim, seed: u64, done: &AtomicBool) -> u64 {
+    let mut random = Random(seed);
+    let mut seen = [0; DATABASES.len()];
+    let mut looks = 0;
+    while !done.load(Ordering::Relaxed) {
+        let i = random.below(DATABASES.len() as u64) as usize;
+        let mut application = victim.open(DATABASES[i].0);
+        if application.connect().is_err() {
+            continue;
+        }
+        for _ in 0..random.below(20) + 1 {
+            let sql = "SELECT (SELECT sum(n) FROM last), (SELECT count(*) FROM row), \
+                       (SELECT total(m) FROM (SELECT max(n) AS m FROM row GROUP BY w));";
+            let Ok(answer) = application.ask(sql) else { break };
+            let numbers: Vec<f64> = answer.split('|').map(|n| n.parse().expect("a number")).collect();
+            let (name, host) = (DATABASES[i].0, victim.host.name());
+            assert!(
+                numbers[0] == numbers[1] && numbers[1] == numbers[2],
+                "{name} on {host} is a mixture of states: {answer}"
+            );
+            assert!(numbers[0] >= seen[i] as f64, "{name} on {host} went back from {} to {answer}", seen[i]);
+            seen[i] = numbers[0] as u64;
+            looks += 1;
+        }
+    }
+    looks
+}
+
+fn round(seed: u64) {
+    println!("torture with LITEFS_TORTURE_SEED={seed}");
+    let mut random = Random(seed);
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    for (name, mode, _) in DATABASES {
+        primary.sql(
+            name,
+            &format!(
+                "PRAGMA journal_mode={mode};\n\
+                 CREATE TABLE row(w INTEGER, n INTEGER, body, PRIMARY KEY(w, n)) WITHOUT ROWID;\n\
+                 CREATE TABLE last(w INTEGER PRIMARY KEY, n INTEGER);\n\
+                 INSERT INTO last SELECT value, 0 FROM generate_series(0, {});",
+                WRITERS_PER_DATABASE - 1
+            ),
+        );
+        primary.wait_position_equal(&replica, name);
+    }
+    let (primary, replica) = (Victim::new(primary), Victim::new(replica));
+    let done = AtomicBool::new(false);
+    let acknowledged = std::thread::scope(|scope| {
+        // Dropped in any case, so that nobody writes on after somebody has panicked.
+        let stop = StopAtEnd(&done);
+        let writers: Vec<_> = DATABASES
+            .iter()
+            .flat_map(|database| (0..WRITERS_PER_DATABASE).map(move |id| (database, id)))
+            .map(|((name, _, synchronous), id)| {
+                let (primary, done, seed) = (&primary, &done, random.next());
+                scope.spawn(move || write(primary, name, synchronous, id, seed, done))
+            })
+            .collect();
+        let readers: Vec<_> = [&primary, &replica]
+            .map(|victim| {
+                let (done, seed) = (&done, random.next());
+                scope.spawn(move || read(victim, seed, done))
+            })
+            .into_iter()
+            .collect();
+        let end = Instant::now() + ROUND;
+        while Instant::now() < end {
+            random.pause(100, 900);
+            if writers.iter().chain(&readers).any(|thread| thread.is_finished()) {
+                break;
+            }
+            let victim = if random.below(2) == 0 { &primary } else { &replica };
+            victim.kill_and_start(&mut random);
+        }
+        drop(stop);
+        let acknowledged: Vec<u64> = writers.into_iter().map(|w| w.join().expect("a writer")).collect();
+        for reader in readers {
+            let looks = reader.join().expect("a reader");
+            assert!(looks > 0, "a reader never saw anything");
+        }
+        acknowledged
+    });
+    let kills = |victim: &Victim| victim.kills.load(Ordering::SeqCst) / 2;
+    println!(
+        "killed the primary {} times, the replica {} times; acknowledged: {acknowledged:?}",
+        kills(&primary),
+        kills(&replica)
+    );
+
+    replica.host.wait_connected();
+    for ((name, ..), acknowledged) in DATABASES.iter().zip(acknowledged.chunks(WRITERS_PER_DATABASE as usize))
+    {
+        assert_equal(&primary.host, &replica.host, name);
+        for (id, acknowledged) in acknowledged.iter().enumerate() {
+            assert!(*acknowledged > 0, "writer {id} of {name} was never told of a commit");
+            let rows = format!(
+                "SELECT (SELECT n FROM last WHERE w = {id}), count(*), max(n) FROM row WHERE w = {id}"
+            );
+            let found = replica.host.sql(name, &rows);
+            let numbers: Vec<u64> = found.split('|').map(|n| n.parse().expect("a number")).collect();
+            assert!(numbers.iter().all(|n| *n == numbers[0]), "{name}: writer {id} left {found}");
+            assert!(numbers[0] >= *acknowledged, "{name}: writer {id} lost acknowledged rows: {found}");
+        }
+    }
+    for victim in [&primary, &replica] {
+        let diverged = victim.host.data().join("diverged");
+        let kept: Vec<_> = fs::read_dir(diverged).expect("it is there").flatten().collect();
+        assert!(kept.is_empty(), "{} had transactions that nobody else had: {kept:?}", victim.host.name());
+    }
+}
+
+/// Tells all to stop when it is dropped.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn number(variable: &str) -> u64 {
+    std::env::var(variable)
+        .map_or(1, |text| text.parse().unwrap_or_else(|_| panic!("{variable} is no number")))
+}
+
+#[test]
+fn whoever_is_killed_nothing_acknowledged_is_lost_and_replicas_stay_exact() {
+    let seed = number("LITEFS_TORTURE_SEED");
+    for i in 0..number("LITEFS_TORTURE_ROUNDS") {
+        round(seed + i);
+    }
+}
