@@ -208,7 +208,7 @@ impl Database {
     /// A transaction was logged: once it is durable, followers may have it.
     pub(crate) fn committed(self: &Database, position: Pos, end: Lsn) {
         let Some(this) = self.shared.database(&self.name) else { return };
-        self.shared.log.on_durable(
+        self.shared.log.on_durable_paced(
             end,
             Box::new(move |result| {
                 if result.is_ok() {

@@ -186,7 +186,12 @@ impl CommitLog {
     /// Has `callback` called from the flusher's thread once everything before `lsn` is durable. It must not block,
     /// and not append. After [`CommitLog::close`] it is called at once, from this thread.
     pub fn on_durable(&self, lsn: Lsn, callback: OnDurable) {
-        self.shared.on_durable(lsn, callback);
+        self.shared.on_durable(lsn, callback, true);
+    }
+
+    /// As [`CommitLog::on_durable`], for something that is not waited for: many commits share a sync.
+    pub fn on_durable_paced(&self, lsn: Lsn, callback: OnDurable) {
+        self.shared.on_durable(lsn, callback, false);
     }
 
     /// Asks for durability without waiting. The flusher does it by itself as soon as something is appended.

@@ -8,7 +8,12 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
+
+/// Between the beginnings of two syncs that nobody waits for: followers get what was committed without a sync this much
+/// later at most, and a commit costs the CPU of a fraction of a sync.
+const PACE: Duration = Duration::from_millis(1);
 
 /// Called once a record is durable, or cannot be any more.
 pub type OnDurable = Box<dyn FnOnce(Result<(), LogError>) + Send>;
@@ -32,6 +37,8 @@ pub struct Flush {
 
 #[derive(Default)]
 struct FlushState {
+    /// Somebody waits for everything before this; what comes after may wait for the pace.
+    urgent: Lsn,
     callbacks: Vec<(Lsn, OnDurable)>,
     stop: bool,
     /// No flusher will ever run again.
@@ -96,8 +103,9 @@ impl Shared {
             }
             return Ok(());
         }
-        self.wake_flusher();
         let mut state = self.flush.state.lock();
+        state.urgent = state.urgent.max(lsn);
+        self.flush.work.notify_one();
         while self.durable() < lsn {
             if let Some(error) = self.flush.failure() {
                 return Err(error);
@@ -110,13 +118,18 @@ impl Shared {
         Ok(())
     }
 
-    /// Has `callback` called by the flusher once everything before `lsn` is durable.
-    pub(super) fn on_durable(&self, lsn: Lsn, callback: OnDurable) {
+    /// Has `callback` called by the flusher once everything before `lsn` is durable; `urgent`: as soon as the disk can.
+    pub(super) fn on_durable(&self, lsn: Lsn, callback: OnDurable, urgent: bool) {
         let mut state = self.flush.state.lock();
         if !state.stopped {
             state.callbacks.push((lsn, callback));
+            if urgent {
+                state.urgent = state.urgent.max(lsn);
+            }
             drop(state);
-            self.flush.work.notify_one();
+            if urgent || self.durable() >= lsn {
+                self.flush.work.notify_one();
+            }
             return;
         }
         drop(state);
@@ -169,9 +182,15 @@ impl Shared {
     /// Body of the flusher's thread.
     pub(super) fn run_flusher(&self) {
         let guard = FailOnPanic(self);
+        let mut paced_until = Instant::now();
         loop {
             let mut state = self.flush.state.lock();
             let stop = self.flusher_sleep(&mut state);
+            while !state.stop && self.flush.failed.get().is_none() && state.urgent <= self.durable() {
+                if self.flush.work.wait_until(&mut state, paced_until).timed_out() {
+                    break;
+                }
+            }
             let failure = self.flush.failure();
             let durable = self.durable();
             let ready = take_ready(&mut state, |lsn| failure.is_some() || lsn <= durable);
@@ -180,6 +199,7 @@ impl Shared {
                 callback(failure.clone().map_or(Ok(()), Err));
             }
             if failure.is_none() && self.appended.load(Ordering::SeqCst) > durable.0 {
+                paced_until = Instant::now() + PACE;
                 // A failure is told to everyone by the next round.
                 let _ = self.flush_once();
             } else if stop {

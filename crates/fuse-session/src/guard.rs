@@ -4,8 +4,10 @@
 //! answer that only the dead process could give, and as long as it waits the kernel keeps the connection open, with
 //! every application in it. Somebody else must abort the connection.
 
+use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::stat::Mode;
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, getppid};
 use std::io;
@@ -53,7 +55,10 @@ fn watch(dir: &Path, parent: Pid) -> ! {
     if watching.is_ok() && getppid() == parent {
         let _ = expected.wait();
     }
-    // MNT_FORCE aborts the connection, also when the mount is in use and stays.
+    // MNT_FORCE aborts the connection. The mount must stay: applications get an error from it, while in a bare directory
+    // they would find nothing and make their databases anew. So it is held, which asks its server nothing.
+    let held = open(dir, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
     let _ = umount2(dir, MntFlags::MNT_FORCE | MntFlags::UMOUNT_NOFOLLOW);
+    drop(held);
     std::process::exit(0);
 }
