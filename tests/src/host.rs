@@ -287,7 +287,7 @@ impl Host {
     /// Waits for the end of an agent that was killed. One that waits for its own mount would wait for ever: breaks
     /// the mount then, and says `false`.
     fn reap(&self, agent: &mut Child) -> bool {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         while agent.try_wait().expect("it is our child").is_none() {
             if Instant::now() > deadline {
                 abort_mount(&self.mount());

@@ -250,13 +250,14 @@ fn savepoints_and_spilled_caches_commit_what_sqlite_commits() {
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();
     for mode in JOURNAL_MODES {
-        for cache in [1, 5, 10] {
+        for cache in [1, 10] {
             let name = format!("{mode}-{cache}.db");
             let db = primary.open(&name);
             set_journal_mode(&db, mode);
             exec(&db, &format!("PRAGMA cache_size={cache}; PRAGMA synchronous=NORMAL;"));
             exec(&db, "CREATE TABLE t(id INTEGER PRIMARY KEY, v); CREATE INDEX i ON t(v);");
             exec(&db, FILL);
+            exec(&db, "DELETE FROM t WHERE id > 120");
             let before = primary.txid(&name);
             // Many spills, a part undone, the same pages written again.
             exec(&db, "BEGIN; UPDATE t SET v = randomblob(2000);");
@@ -266,15 +267,15 @@ fn savepoints_and_spilled_caches_commit_what_sqlite_commits() {
             );
             exec(
                 &db,
-                "ROLLBACK TO b; UPDATE t SET v = randomblob(100) WHERE id < 50; RELEASE b; ROLLBACK TO a;",
+                "ROLLBACK TO b; UPDATE t SET v = randomblob(100) WHERE id < 20; RELEASE b; ROLLBACK TO a;",
             );
             exec(&db, "INSERT INTO t(v) SELECT randomblob(500) FROM t; RELEASE a; COMMIT;");
             assert_eq!(primary.txid(&name), before + 1, "{name}");
             // Spilled, then undone as a whole. In a rollback mode this may change bytes: those of free pages, which
             // SQLite neither journals nor restores.
             let (position, sum) = (primary.position(&name), ask(&db, "SELECT sum(length(v)) FROM t"));
-            exec(&db, "BEGIN; UPDATE t SET v = randomblob(4000); DELETE FROM t WHERE id > 100; ROLLBACK;");
-            assert_eq!(ask(&db, "SELECT count(*) FROM t"), "600");
+            exec(&db, "BEGIN; UPDATE t SET v = randomblob(4000); DELETE FROM t WHERE id > 50; ROLLBACK;");
+            assert_eq!(ask(&db, "SELECT count(*) FROM t"), "240");
             assert_eq!(ask(&db, "SELECT sum(length(v)) FROM t"), sum);
             if mode == "wal" {
                 assert_eq!(primary.position(&name), position, "{name}: a rollback is no transaction");
