@@ -350,12 +350,12 @@ fn a_replica_killed_while_it_takes_a_snapshot_ends_with_the_primarys_database() 
     let fleet = Fleet::new();
     let primary = fleet.primary("a");
     let replica = fleet.primary("b");
-    // Two histories: the replica has to keep its own and take the other's as a snapshot.
-    for host in [&primary, &replica] {
+    // Two histories, in pages of different sizes: the replica has to keep its own and take the other's as a snapshot.
+    for (host, page_size) in [(&primary, 4096), (&replica, 1024)] {
         host.sql(
             "app.db",
             &format!(
-                "PRAGMA journal_mode=WAL;\nCREATE TABLE t(x);\nINSERT INTO t VALUES ('{}');\n\
+                "PRAGMA page_size={page_size};\nPRAGMA journal_mode=WAL;\nCREATE TABLE t(x);\nINSERT INTO t VALUES ('{}');\n\
                  WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2500) \
                  INSERT INTO t SELECT randomblob(4000) FROM n;",
                 host.name()
@@ -384,6 +384,47 @@ fn a_replica_killed_while_it_takes_a_snapshot_ends_with_the_primarys_database() 
     assert_eq!(kept.len(), 1, "{kept:?}");
     let database = kept[0].join("database.db");
     assert_eq!(sqlite3(&database, "PRAGMA integrity_check; SELECT x FROM t WHERE length(x) = 1"), "ok\nb");
+}
+
+#[test]
+fn an_import_that_is_killed_is_there_as_a_whole_or_not_at_all() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    let dir = fleet.scratch();
+    // Two databases of which each page differs; they replace each other.
+    let sources = ["one", "two"].map(|name| {
+        let path = dir.join(format!("{name}.db"));
+        let sql = format!(
+            "CREATE TABLE t(x);\nINSERT INTO t VALUES ('{name}');\n\
+             WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1500) \
+             INSERT INTO t SELECT '{name}' || hex(randomblob(2000)) FROM n;"
+        );
+        sqlite3(&path, &sql);
+        path
+    });
+    let mut random = Random(1);
+    for mode in ["WAL", "DELETE"] {
+        let name = format!("{mode}.db");
+        primary.import(&name, &sources[0]);
+        primary.sql(&name, &format!("PRAGMA journal_mode={mode}"));
+        let mut imported = 0;
+        for i in 0..6 {
+            let mut command = primary.litefs(&["import", &name]);
+            command.arg(&sources[(i + 1) % 2]).stdout(Stdio::null()).stderr(Stdio::null());
+            let mut import = command.spawn().expect("the command runs");
+            std::thread::sleep(Duration::from_millis(random.below(300)));
+            primary.kill();
+            imported += u32::from(import.wait().expect("it ends with the agent").success());
+            primary.start();
+            replica.wait_connected();
+            let rows = primary.sql(&name, "SELECT DISTINCT substr(x, 1, 3) FROM t; SELECT count(*) FROM t;");
+            assert!(
+                ["one\n1501", "two\n1501"].contains(&rows.as_str()),
+                "{mode}, {imported} imported: {rows}"
+            );
+            assert_equal(&primary, &replica, &name);
+        }
+    }
 }
 
 /// Copies a directory, with holes as holes.

@@ -139,9 +139,26 @@ fn write(primary: &Victim, database: &str, synchronous: &str, id: u64, seed: u64
             }
             continue;
         };
+        // Housekeeping, which changes nothing that anyone sees.
+        let housekeeping = match random.below(300) {
+            0 => Some("VACUUM d;"),
+            1 => Some("PRAGMA d.wal_checkpoint(TRUNCATE);"),
+            2 => Some("PRAGMA d.wal_checkpoint(RESTART);"),
+            _ => None,
+        };
+        if let Some(sql) = housekeeping {
+            if application.ask(sql).is_err() {
+                connected = None;
+            }
+            continue;
+        }
         tried += 1;
-        // Now and then a transaction does not fit into SQLite's cache.
-        let bytes = if random.below(20) == 0 { 200_000 } else { random.below(3000) };
+        // Now and then a transaction does not fit into SQLite's cache, or into the agent's memory.
+        let bytes = match random.below(200) {
+            0 => 2_000_000,
+            1..10 => 200_000,
+            _ => random.below(3000),
+        };
         let sql = format!(
             "BEGIN IMMEDIATE; INSERT INTO row VALUES ({id}, {tried}, randomblob({bytes})); \
              UPDATE last SET n = {tried} WHERE w = {id}; COMMIT;"
