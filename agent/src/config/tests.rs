@@ -270,5 +270,5 @@ fn bad_options_are_errors_that_quote_the_option() {
     let text: Vec<String> = problems.iter().map(ToString::to_string).collect();
     assert!(text[0].contains("--set mount.thread=1: unknown key") && text[0].contains("mount.threads?"));
     assert!(text[1].contains("--set x: no '=' in it"));
-    assert!(text[2].contains("mount.threads must be a number from 1 to 256, is \"many\""));
+    assert!(text[2].contains("mount.threads must be a number from 0 to 256, is \"many\""));
 }

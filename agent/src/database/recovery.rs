@@ -93,6 +93,11 @@ impl Database {
         }
         if !(behind || journal || wal) && intact && mark.page_count > 0 {
             self.check_file_size(mark)?;
+            let expected = mark.position.checksum_or_empty();
+            if st.open_checksums(self).map_err(failed)?.fold(mark.page_count) != expected {
+                tracing::warn!(database = %self.name, "page checksums are damaged and are rebuilt from the file");
+                self.finish(&mut st, target, false, true)?;
+            }
         }
         st.close_idle();
         Ok(done)

@@ -1,7 +1,7 @@
 //! The log as others use it.
 
 use super::error::{Damage, LogError};
-use super::flusher::{Flush, OnDurable};
+use super::flusher::{Flush, OnDurable, OnSync};
 use super::format::{self, NewPayload};
 use super::index::Index;
 use super::keeper::Keeper;
@@ -187,6 +187,11 @@ impl CommitLog {
     /// and not append. After [`CommitLog::close`] it is called at once, from this thread.
     pub fn on_durable(&self, lsn: Lsn, callback: OnDurable) {
         self.shared.on_durable(lsn, callback, true);
+    }
+
+    /// Has `told` called with the time each sync takes; once.
+    pub fn on_sync(&self, told: OnSync) {
+        let _ = self.shared.flush.on_sync.set(told);
     }
 
     /// As [`CommitLog::on_durable`], for something that is not waited for: many commits share a sync.

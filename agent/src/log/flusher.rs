@@ -15,6 +15,9 @@ use tokio::sync::watch;
 /// later at most, and a commit costs the CPU of a fraction of a sync.
 const PACE: Duration = Duration::from_millis(1);
 
+/// Gets the time each sync took.
+pub type OnSync = Box<dyn Fn(Duration) + Send + Sync>;
+
 /// Called once a record is durable, or cannot be any more.
 pub type OnDurable = Box<dyn FnOnce(Result<(), LogError>) + Send>;
 
@@ -29,6 +32,8 @@ pub struct Flush {
     /// Whether the flusher sleeps, so that appending need not wake it each time.
     asleep: AtomicBool,
     durable: AtomicU64,
+    /// Told how long each sync took.
+    pub(super) on_sync: OnceLock<OnSync>,
     published: watch::Sender<Lsn>,
     /// The first failed fsync. The kernel may have dropped what it could not write, so that a second fsync would
     /// succeed without it: there is no way on.
@@ -55,6 +60,7 @@ impl Flush {
             done: Condvar::new(),
             asleep: AtomicBool::new(false),
             durable: AtomicU64::new(durable.0),
+            on_sync: OnceLock::new(),
             published: watch::Sender::new(durable),
             failed: OnceLock::new(),
         }
@@ -143,6 +149,7 @@ impl Shared {
             return Err(error);
         }
         let work = self.writer.lock().take_work();
+        let begun = Instant::now();
         for file in &work.files {
             let synced = file.file.sync_data();
             let synced =
@@ -151,6 +158,9 @@ impl Shared {
                 tracing::error!(segment = %self.segments.path(file.first).display(), error = %e, "fsync failed");
                 return Err(self.fail(e));
             }
+        }
+        if let (Some(told), false) = (self.flush.on_sync.get(), work.files.is_empty()) {
+            told(begun.elapsed());
         }
         self.publish_durable(work.target);
         if !work.to_seal.is_empty() {

@@ -40,7 +40,7 @@ mod tests;
 
 pub use commit_log::{CommitLog, Options};
 pub use error::{Damage, LogError};
-pub use flusher::OnDurable;
+pub use flusher::{OnDurable, OnSync};
 pub use reading::Visit;
 pub use record::{Lsn, NewRecord, Payload, PayloadPlace, RecordInfo, RecordKind, WalEnd};
 pub use retention::Retained;

@@ -5,11 +5,22 @@ use crate::DatabaseName;
 use crate::log::{Payload, RecordKind};
 use crate::ship::engine::{EngineError, Epoch, PageRange, RecordPayload, Resume, ShippedRecord, Source};
 use ltx::{Checksum, Pos, Txid};
+use std::fs::File;
+use std::io::BufReader;
 use std::ops::RangeInclusive;
+use std::path::Path;
 use tokio::sync::broadcast;
 
 fn other(e: impl std::fmt::Display) -> EngineError {
     EngineError::Other(e.to_string())
+}
+
+fn check_file(path: &Path) -> Result<(), ltx::Error> {
+    let file = File::open(path).map_err(|source| ltx::Error::Io { offset: 0, source })?;
+    let mut decoder = ltx::Decoder::new(BufReader::new(file))?;
+    let mut page = Vec::new();
+    while decoder.next_page(&mut page)?.is_some() {}
+    decoder.finish().map(|_| ())
 }
 
 impl Source for Node {
@@ -79,7 +90,15 @@ impl Source for Node {
         };
         let payload = match self.shared.log.read(&info).map_err(other)? {
             Payload::Bytes(bytes) => RecordPayload::Bytes(bytes),
-            Payload::File { path, size } => RecordPayload::File { path, size },
+            Payload::File { path, size } => {
+                // The log checks such a file's size and end only. A record that cannot be sent is as good as gone: the
+                // follower gets a snapshot.
+                if let Err(error) = check_file(&path) {
+                    tracing::error!(database = %name, path = %path.display(), %error, "a record is damaged");
+                    return Ok(None);
+                }
+                RecordPayload::File { path, size }
+            }
         };
         Ok(Some(ShippedRecord {
             epoch: info.epoch,

@@ -127,6 +127,12 @@ impl Node {
     /// Publishes what happens to databases.
     pub(super) fn publish_notices(self: &Arc<Self>) {
         let node = Arc::downgrade(self);
+        let metrics = node.clone();
+        self.shared.log.on_sync(Box::new(move |took| {
+            if let Some(node) = metrics.upgrade() {
+                node.metrics.fsynced(took);
+            }
+        }));
         self.shared.on_notice(move |notice| {
             let Some(node) = node.upgrade() else { return };
             if let Notice::Transactions(db, count) = &notice {

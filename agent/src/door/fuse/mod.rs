@@ -81,6 +81,12 @@ pub enum DoorError {
         /// The mount point.
         dir: PathBuf,
     },
+    /// A file is there.
+    #[error("{dir} is no directory; move it away or choose another [mount] dir")]
+    NotADirectory {
+        /// The mount point.
+        dir: PathBuf,
+    },
     /// The directory cannot be made or read.
     #[error("{dir}: {source}")]
     Directory {
@@ -118,6 +124,9 @@ impl Door {
             MountState::Other(fs_type) => return Err(DoorError::InUse { dir: dir.clone(), fs_type }),
         }
         let directory = |source| DoorError::Directory { dir: dir.clone(), source };
+        if dir.exists() && !dir.is_dir() {
+            return Err(DoorError::NotADirectory { dir: dir.clone() });
+        }
         std::fs::create_dir_all(dir).map_err(directory)?;
         if std::fs::read_dir(dir).map_err(directory)?.next().is_some() {
             return Err(DoorError::NotEmpty { dir: dir.clone() });
