@@ -15,6 +15,7 @@ use anyhow::{Context, Result};
 use process::{Agent, Driver, PATIENCE, wait_for};
 use report::{Bar, Pairs, Report, median, percentile, thousands};
 use serde_json::{Value, json};
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -51,6 +52,9 @@ pub struct Options {
     /// Measure this program instead of building one
     #[arg(long)]
     litefs: Option<PathBuf>,
+    /// Seconds to wait, before each measurement, for a machine that is busy with other things
+    #[arg(long, default_value_t = 1)]
+    patience: u64,
 }
 
 /// A part of the benchmark.
@@ -137,7 +141,7 @@ fn measure(options: &Options, litefs: &Path, dir: &Path, report: &mut Report) ->
         report.line(&format!("{name:<12} {fact}"));
     }
     if [Part::Commits, Part::Reads, Part::Latency].iter().any(|part| options.has(*part)) {
-        let mut fleet = Fleet::start(litefs, dir, &script)?;
+        let mut fleet = Fleet::start(litefs, dir, &script, options.patience)?;
         report.line(&format!("passthrough  {}", fleet.passthrough));
         if options.has(Part::Commits) {
             fleet.commits(&extent, report)?;
@@ -148,6 +152,12 @@ fn measure(options: &Options, litefs: &Path, dir: &Path, report: &mut Report) ->
         if options.has(Part::Latency) {
             fleet.latency(&extent, report)?;
         }
+        report.line("");
+        report.line(&format!(
+            "{} of {} measurements began on a machine that was busy with other things",
+            fleet.quiet.busy.get(),
+            fleet.quiet.measured.get()
+        ));
     }
     if options.has(Part::Large) {
         large(litefs, dir, &script, &extent, report)?;
@@ -155,6 +165,28 @@ fn measure(options: &Options, litefs: &Path, dir: &Path, report: &mut Report) ->
     report.line("");
     report.line(&format!("load after   {}", machine::load()?));
     Ok(())
+}
+
+/// Waits a while for a machine that has nothing else to do, and counts how often there was none.
+struct Quiet {
+    patience: Duration,
+    measured: Cell<usize>,
+    busy: Cell<usize>,
+}
+
+impl Quiet {
+    fn wait(&self) -> Result<()> {
+        self.measured.set(self.measured.get() + 1);
+        let deadline = Instant::now() + self.patience;
+        while machine::busy(Duration::from_millis(150))? > 0.2 {
+            process::check_interrupted()?;
+            if Instant::now() > deadline {
+                self.busy.set(self.busy.get() + 1);
+                break;
+            }
+        }
+        Ok(())
+    }
 }
 
 fn progress(text: &str) {
@@ -170,10 +202,11 @@ struct Fleet {
     replica: Agent,
     primary: Agent,
     passthrough: bool,
+    quiet: Quiet,
 }
 
 impl Fleet {
-    fn start(litefs: &Path, dir: &Path, script: &Path) -> Result<Fleet> {
+    fn start(litefs: &Path, dir: &Path, script: &Path, patience: u64) -> Result<Fleet> {
         progress("starting a primary and a replica");
         let native_dir = dir.join("native");
         fs::create_dir_all(&native_dir)?;
@@ -189,6 +222,11 @@ impl Fleet {
             replica,
             primary,
             passthrough: status["mount"]["passthrough"].as_bool().unwrap_or_default(),
+            quiet: Quiet {
+                patience: Duration::from_secs(patience),
+                measured: Cell::default(),
+                busy: Cell::default(),
+            },
         })
     }
 
@@ -233,6 +271,7 @@ impl Fleet {
                 let command = json!({"do": "commits", "name": name, "seconds": extent.seconds});
                 let (mut native, mut ours) = (0.0, 0.0);
                 for ours_now in in_turn(round + i) {
+                    self.quiet.wait()?;
                     if ours_now {
                         ours = rate(&self.ours.ask(&command)?)?;
                         behind[i].push(self.wait_for_replica(name)?.as_secs_f64() * 1e3);
@@ -259,21 +298,36 @@ impl Fleet {
     }
 
     fn reads(&mut self, extent: &Extent, report: &mut Report) -> Result<()> {
-        for mode in JOURNAL_MODES {
-            let name = format!("read-{mode}.db");
-            self.add_database(&name, mode, "normal", READ_ROWS)?;
-            let path = self.replica.path(&name);
-            self.on_replica
-                .ask(&json!({"do": "open", "name": name, "path": path, "synchronous": "normal"}))?;
+        let cells = [
+            // Since it was opened nobody has written: then SQLite asks the file's size at every read.
+            ("WAL, nothing written yet", "wal", "read-wal-empty.db", Bar::ratio(0.95, 1.0)),
+            ("WAL", "wal", "read-wal.db", Bar::ratio(0.95, 1.0)),
+            ("DELETE", "delete", "read-delete.db", Bar::ratio(0.6, 0.95)),
+        ];
+        for (_, mode, name, _) in cells {
+            self.add_database(name, mode, "normal", READ_ROWS)?;
+            if name == "read-wal.db" {
+                for driver in [&mut self.native, &mut self.ours] {
+                    driver.ask(&json!({"do": "pace", "name": name, "rate": 1000, "count": 1}))?;
+                }
+                self.wait_for_replica(name)?;
+            }
+            let path = self.replica.path(name);
+            let open = json!({"do": "open", "name": name, "path": path, "synchronous": "normal"});
+            self.on_replica.ask(&open)?;
+            // The first read of a page is the disk's business.
+            for driver in [&mut self.native, &mut self.ours, &mut self.on_replica] {
+                driver.ask(&json!({"do": "scan", "name": name}))?;
+            }
         }
-        let mut rates: Vec<[Pairs; 2]> = JOURNAL_MODES.iter().map(|_| Default::default()).collect();
+        let mut rates: [[Pairs; 2]; 3] = Default::default();
         for round in 0..extent.rounds {
             progress(&format!("reads, round {} of {}", round + 1, extent.rounds));
-            for (i, mode) in JOURNAL_MODES.iter().enumerate() {
-                let command =
-                    json!({"do": "reads", "name": format!("read-{mode}.db"), "seconds": extent.seconds});
+            for (i, (_, _, name, _)) in cells.iter().enumerate() {
+                let command = json!({"do": "reads", "name": name, "seconds": extent.seconds});
                 let mut measured = [0.0; 3];
                 for turn in 0..3 {
+                    self.quiet.wait()?;
                     let who = (turn + round + i) % 3;
                     let driver = match who {
                         0 => &mut self.native,
@@ -288,10 +342,9 @@ impl Fleet {
             }
         }
         report.heading("point reads/s", "native", "litefs");
-        for (mode, rates) in JOURNAL_MODES.iter().zip(&rates) {
-            let bar = if *mode == "wal" { Bar::ratio(0.95, 1.0) } else { Bar::ratio(0.6, 0.95) };
+        for ((title, _, _, bar), rates) in cells.iter().zip(&rates) {
             for (place, pairs) in ["primary", "replica"].iter().zip(rates) {
-                report.ratio(&format!("{}, {place}", mode.to_uppercase()), pairs, Some(bar), "");
+                report.ratio(&format!("{title}, {place}"), pairs, Some(*bar), "");
             }
         }
         Ok(())
@@ -313,6 +366,7 @@ impl Fleet {
             for round in 0..extent.latency_rounds {
                 progress(&format!("latency at {rate}/s, round {} of {}", round + 1, extent.latency_rounds));
                 for ours_now in in_turn(round) {
+                    self.quiet.wait()?;
                     let count = rate * extent.latency_seconds;
                     let (watched, writer) =
                         if ours_now { ("ours", &mut self.ours) } else { ("native", &mut self.native) };
@@ -414,7 +468,7 @@ fn large(litefs: &Path, dir: &Path, script: &Path, extent: &Extent, report: &mut
     let mib = (bytes / MIB).round();
     report.heading(&format!("{mib} MiB database, MB/s"), "cp, fsync", "litefs");
     report.ratio("snapshot to a late joiner", &pairs, None, "");
-    report.line(&format!("  {:<32} {:>11} {:>11}", "litefs import", "", thousands(import)));
+    report.line(&format!("  {:<34} {:>11} {:>11}", "litefs import", "", thousands(import)));
     report.heading("RSS with it, MiB", "", "litefs");
     for (who, agent) in [("primary", &primary), ("replica", &replica)] {
         let now = agent.memory_kib("VmRSS")? as f64 / 1024.0;

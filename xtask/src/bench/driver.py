@@ -84,6 +84,12 @@ def commits(name, seconds):
             return {"count": count, "seconds": now - begin}
 
 
+def scan(name):
+    """Reads everything once."""
+    connections[name][0].execute("SELECT sum(length(v)) FROM t").fetchone()
+    return {}
+
+
 def reads(name, seconds):
     db, rows = connections[name]
     execute = db.execute
@@ -145,6 +151,7 @@ COMMANDS = {
     "open": open_database,
     "close": close_database,
     "commits": commits,
+    "scan": scan,
     "reads": reads,
     "pace": pace,
     "watch": watch,

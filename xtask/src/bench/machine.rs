@@ -6,6 +6,7 @@ use serde_json::Value;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 /// Facts to print above the figures. `dir` is where all files of the run are.
 pub fn facts(dir: &Path, versions: &Value, litefs: &Path) -> Result<Vec<(&'static str, String)>> {
@@ -25,6 +26,25 @@ pub fn facts(dir: &Path, versions: &Value, litefs: &Path) -> Result<Vec<(&'stati
 pub fn load() -> Result<String> {
     let load = fs::read_to_string("/proc/loadavg").context("cannot read /proc/loadavg")?;
     Ok(load.split(' ').next().unwrap_or_default().to_owned())
+}
+
+/// The share of all processors' time that is used by anybody while this waits.
+pub fn busy(time: Duration) -> Result<f64> {
+    let sample = || -> Result<(f64, f64)> {
+        let stat = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
+        let ticks: Vec<f64> =
+            stat.lines().next().unwrap_or_default().split(' ').filter_map(|word| word.parse().ok()).collect();
+        // proc(5): user, nice, system, idle, iowait, ...
+        let idle = ticks.iter().skip(3).take(2).sum();
+        Ok((ticks.iter().sum(), idle))
+    };
+    let (total, idle) = sample()?;
+    std::thread::sleep(time);
+    let (total, idle) = {
+        let now = sample()?;
+        (now.0 - total, now.1 - idle)
+    };
+    Ok(if total > 0.0 { 1.0 - idle / total } else { 0.0 })
 }
 
 fn processors() -> Result<String> {

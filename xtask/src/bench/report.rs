@@ -90,7 +90,7 @@ impl Report {
     pub fn heading(&mut self, title: &str, native: &str, ours: &str) {
         self.line("");
         self.line(&format!(
-            "{title:<34} {native:>11} {ours:>11} {:>7} {:<15} {:>8} {:>7}",
+            "{title:<36} {native:>11} {ours:>11} {:>7} {:<15} {:>8} {:>7}",
             "ratio", "  (of rounds)", "at least", "reach"
         ));
     }
@@ -103,7 +103,7 @@ impl Report {
         let (native, ours) = (thousands(median(&pairs.native)), thousands(median(&pairs.ours)));
         let verdict = self.verdict(bar, ratio);
         self.line(&format!(
-            "  {name:<32} {native:>11} {ours:>11} {ratio:>7.3} {of_rounds:<15} {verdict}  {note}"
+            "  {name:<34} {native:>11} {ours:>11} {ratio:>7.3} {of_rounds:<15} {verdict}  {note}"
         ));
     }
 
@@ -111,7 +111,7 @@ impl Report {
     pub fn figure(&mut self, name: &str, native: Option<f64>, ours: f64, bar: Option<Bar>, note: &str) {
         let native = native.map_or(String::new(), |native| format!("{native:.2}"));
         let verdict = self.verdict(bar, ours);
-        self.line(&format!("  {name:<32} {native:>11} {ours:>11.2} {:>7} {:<15} {verdict}  {note}", "", ""));
+        self.line(&format!("  {name:<34} {native:>11} {ours:>11.2} {:>7} {:<15} {verdict}  {note}", "", ""));
     }
 
     fn verdict(&mut self, bar: Option<Bar>, figure: f64) -> String {
