@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// A program that has to be there, and the Debian package that brings it.
-const PROGRAMS: [(&str, &str); 3] = [
+const PROGRAMS: [(&str, &str); 4] = [
     // SQLite is compiled into some tests.
     ("cc", "build-essential"),
     // The unmodified application of the demo and the tests.
     ("sqlite3", "sqlite3"),
     // Another one, and the driver of the benchmark.
     ("python3", "python3"),
+    // Makes the root of the hosts that the fleet tests boot.
+    ("mmdebstrap", "mmdebstrap"),
 ];
 
 /// Pinned, so that a check does not begin to fail by itself.
