@@ -1,5 +1,6 @@
 //! Processes of the benchmark: agents and drivers, which are gone when it ends, however it ends.
 
+use super::door::Door;
 use crate::run::{self, show};
 use anyhow::{Context, Result, bail};
 use nix::sys::prctl::set_pdeathsig;
@@ -81,6 +82,7 @@ impl Agent {
     /// Starts an agent; with an `upstream`, a replica of it.
     pub fn start(
         litefs: &Path,
+        door: Door,
         parent: &Path,
         name: &'static str,
         upstream: Option<&Agent>,
@@ -101,6 +103,7 @@ impl Agent {
         if let Some(upstream) = upstream {
             settings.extend(["lease.role=replica".to_owned(), format!("lease.primary-url={}", upstream.url)]);
         }
+        settings.extend(door.settings());
         let mut command = Command::new(litefs);
         command.arg("agent");
         for setting in &settings {
@@ -202,10 +205,11 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Starts the program at `script`.
-    pub fn start(script: &Path) -> Result<Driver> {
+    /// Starts the program at `script`: for plain files, or to go through a door.
+    pub fn start(script: &Path, door: Option<Door>) -> Result<Driver> {
         let mut command = Command::new("python3");
         command.arg(script).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.envs(door.map(Door::environment).unwrap_or_default());
         let mut child = spawn(&mut command)?;
         let (commands, output) = (child.stdin.take(), child.stdout.take());
         let commands = commands.context("no input of the driver")?;

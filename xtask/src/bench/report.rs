@@ -1,8 +1,9 @@
-//! Figures, what the issue demands of them, and the table.
+//! Figures, what is demanded of them, and the table: a column for native SQLite, and some for each door.
 
+use super::door::Door;
 use std::fmt::Write;
 
-/// What is demanded.
+/// What is demanded. Of ratios more is better, of milliseconds and MiB less: the aim lies beyond the demand.
 #[derive(Clone, Copy)]
 pub struct Bar {
     /// A figure on the wrong side of this is short.
@@ -12,49 +13,65 @@ pub struct Bar {
 }
 
 impl Bar {
-    /// A ratio to native: the more the better.
-    pub const fn ratio(at_least: f64, reach: f64) -> Self {
-        Bar { at_least, reach }
-    }
-
-    /// Milliseconds or MiB: the less the better.
-    pub const fn at_most(at_least: f64, reach: f64) -> Self {
-        Bar { at_least, reach }
-    }
-
-    fn is_met(at: f64, bar: f64, less_is_better: bool) -> bool {
-        if less_is_better { at <= bar } else { at >= bar }
-    }
-
     fn mark(self, figure: f64) -> &'static str {
-        // An aim lies beyond what is demanded, so it tells which way is good.
         let less_is_better = self.reach < self.at_least;
-        if Self::is_met(figure, self.reach, less_is_better) {
-            "PASS, reached"
-        } else if Self::is_met(figure, self.at_least, less_is_better) {
-            "PASS"
+        let is_met = |bar: f64| if less_is_better { figure <= bar } else { figure >= bar };
+        if is_met(self.reach) {
+            "reached"
+        } else if is_met(self.at_least) {
+            "met"
         } else {
             "SHORT"
         }
     }
 }
 
-/// The same thing measured several times, natively and by this product one right after the other.
-#[derive(Default)]
-pub struct Pairs {
-    native: Vec<f64>,
-    ours: Vec<f64>,
+/// A figure of one door.
+pub struct Cell {
+    /// As it is printed.
+    pub figure: String,
+    /// Beside it: the ratio to native and its range, or something else that is known.
+    pub beside: String,
+    /// What the bar is held against.
+    pub judged: f64,
 }
 
-impl Pairs {
-    /// Adds what one round gave.
-    pub fn add(&mut self, native: f64, ours: f64) {
-        self.native.push(native);
-        self.ours.push(ours);
+/// The same thing measured in several rounds, natively and through each door one right after the other.
+pub struct Rounds {
+    native: Vec<f64>,
+    /// By door.
+    ours: Vec<Vec<f64>>,
+}
+
+impl Rounds {
+    /// Nothing yet, for so many doors.
+    pub fn new(doors: usize) -> Self {
+        Rounds { native: Vec::new(), ours: vec![Vec::new(); doors] }
     }
 
-    fn ratios(&self) -> Vec<f64> {
-        self.native.iter().zip(&self.ours).map(|(native, ours)| ours / native).collect()
+    /// Adds what a round gave: natively, then by door.
+    pub fn add(&mut self, figures: &[f64]) {
+        self.native.push(figures[0]);
+        for (ours, figure) in self.ours.iter_mut().zip(&figures[1..]) {
+            ours.push(*figure);
+        }
+    }
+
+    /// The median of the native figures.
+    pub fn native(&self) -> String {
+        thousands(median(&self.native))
+    }
+
+    /// By door: the median, and the median of the ratios in the same round.
+    pub fn cells(&self) -> Vec<Cell> {
+        let cell = |ours: &Vec<f64>| {
+            let ratios: Vec<f64> = self.native.iter().zip(ours).map(|(native, ours)| ours / native).collect();
+            let judged = median(&ratios);
+            let (least, most) = (percentile(&ratios, 0.0), percentile(&ratios, 100.0));
+            let beside = format!("{judged:>6.3} ({least:.3}-{most:.3})");
+            Cell { figure: thousands(median(ours)), beside, judged }
+        };
+        self.ours.iter().map(cell).collect()
     }
 }
 
@@ -72,54 +89,50 @@ pub fn percentile(figures: &[f64], percent: f64) -> f64 {
 }
 
 /// The table, as it grows.
-#[derive(Default)]
 pub struct Report {
+    doors: Vec<Door>,
     text: String,
     short: usize,
     bars: usize,
 }
 
 impl Report {
+    /// An empty table with columns for these doors.
+    pub fn new(doors: &[Door]) -> Self {
+        Report { doors: doors.to_vec(), text: String::new(), short: 0, bars: 0 }
+    }
+
     /// A line as it is.
     pub fn line(&mut self, text: &str) {
         self.text.push_str(text.trim_end());
         self.text.push('\n');
     }
 
-    /// Begins a part of the table.
-    pub fn heading(&mut self, title: &str, native: &str, ours: &str) {
+    /// Begins a part of the table; `beside` says what stands beside the doors' figures.
+    pub fn heading(&mut self, title: &str, native: &str, beside: &str) {
         self.line("");
-        self.line(&format!(
-            "{title:<36} {native:>11} {ours:>11} {:>7} {:<15} {:>8} {:>7}",
-            "ratio", "  (of rounds)", "at least", "reach"
-        ));
+        let mut line = format!("{title:<30} {:>8} {:>6} {native:>10}", "at least", "reach");
+        for door in &self.doors {
+            let _ = write!(line, " | {:>9} {beside:<21} {:<7}", door.name(), "");
+        }
+        self.line(&line);
     }
 
-    /// A row of which the ratio counts.
-    pub fn ratio(&mut self, name: &str, pairs: &Pairs, bar: Option<Bar>, note: &str) {
-        let ratios = pairs.ratios();
-        let ratio = median(&ratios);
-        let of_rounds = format!("  ({:.3}-{:.3})", percentile(&ratios, 0.0), percentile(&ratios, 100.0));
-        let (native, ours) = (thousands(median(&pairs.native)), thousands(median(&pairs.ours)));
-        let verdict = self.verdict(bar, ratio);
-        self.line(&format!(
-            "  {name:<34} {native:>11} {ours:>11} {ratio:>7.3} {of_rounds:<15} {verdict}  {note}"
-        ));
-    }
-
-    /// A row of which our own figure counts.
-    pub fn figure(&mut self, name: &str, native: Option<f64>, ours: f64, bar: Option<Bar>, note: &str) {
-        let native = native.map_or(String::new(), |native| format!("{native:.2}"));
-        let verdict = self.verdict(bar, ours);
-        self.line(&format!("  {name:<34} {native:>11} {ours:>11.2} {:>7} {:<15} {verdict}  {note}", "", ""));
-    }
-
-    fn verdict(&mut self, bar: Option<Bar>, figure: f64) -> String {
-        let Some(bar) = bar else { return format!("{:>8} {:>7}", "", "") };
-        let mark = bar.mark(figure);
-        self.bars += 1;
-        self.short += usize::from(mark == "SHORT");
-        format!("{:>8} {:>7}  {mark:<13}", bar.at_least, bar.reach)
+    /// A row; `cells` by door.
+    pub fn row(&mut self, title: &str, bar: Option<Bar>, native: &str, cells: &[Cell], note: &str) {
+        let bars = bar.map_or(Default::default(), |bar| [bar.at_least, bar.reach].map(|b| b.to_string()));
+        let [at_least, reach] = &bars;
+        let mut line = format!("  {title:<28} {at_least:>8} {reach:>6} {native:>10}");
+        for cell in cells {
+            let mark = bar.map_or("", |bar| bar.mark(cell.judged));
+            self.bars += usize::from(bar.is_some());
+            self.short += usize::from(mark == "SHORT");
+            let _ = write!(line, " | {:>9} {:<21} {mark:<7}", cell.figure, cell.beside);
+        }
+        if !note.is_empty() {
+            let _ = write!(line, " | {note}");
+        }
+        self.line(&line);
     }
 
     /// The whole, with a last line that says how many bars were missed.
@@ -149,10 +162,10 @@ mod tests {
 
     #[test]
     fn a_bar_knows_which_way_is_good() {
-        let ratio = Bar::ratio(0.1, 0.5);
-        assert_eq!([0.09, 0.1, 0.5].map(|figure| ratio.mark(figure)), ["SHORT", "PASS", "PASS, reached"]);
-        let latency = Bar::at_most(10.0, 2.0);
-        assert_eq!([10.1, 10.0, 2.0].map(|figure| latency.mark(figure)), ["SHORT", "PASS", "PASS, reached"]);
+        let ratio = Bar { at_least: 0.1, reach: 0.5 };
+        assert_eq!([0.09, 0.1, 0.5].map(|figure| ratio.mark(figure)), ["SHORT", "met", "reached"]);
+        let latency = Bar { at_least: 10.0, reach: 2.0 };
+        assert_eq!([10.1, 10.0, 2.0].map(|figure| latency.mark(figure)), ["SHORT", "met", "reached"]);
     }
 
     #[test]
@@ -168,11 +181,12 @@ mod tests {
 
     #[test]
     fn the_ratio_is_the_median_of_the_rounds() {
-        let mut pairs = Pairs::default();
-        for (native, ours) in [(100.0, 50.0), (1000.0, 100.0), (10.0, 8.0)] {
-            pairs.add(native, ours);
+        let mut rounds = Rounds::new(2);
+        for figures in [[100.0, 50.0, 90.0], [1000.0, 100.0, 1000.0], [10.0, 8.0, 8.0]] {
+            rounds.add(&figures);
         }
-        assert_eq!(median(&pairs.ratios()), 0.5);
+        let judged: Vec<f64> = rounds.cells().iter().map(|cell| cell.judged).collect();
+        assert_eq!((judged, rounds.native()), (vec![0.5, 0.9], "100".to_owned()));
     }
 
     #[test]
