@@ -10,6 +10,7 @@
 //! | [`log`]      | the commit log: one fsync for the commits of all databases, positions, retention   |
 //! | [`ship`]     | streams records and snapshots to followers, and follows an upstream                |
 //! | [`apply`]    | writes a record to a database file the way an SQLite writer would                  |
+//! | [`lease`]    | who may write: leases, elections, and the machine that decides the role            |
 //! | [`node`]     | all databases of one host, its role and epoch                                      |
 //! | [`status`]   | what an operator sees: status, metrics, events                                     |
 //! | [`config`], [`cli`] | the configuration file and the command line                                 |
@@ -20,6 +21,7 @@ pub mod cli;
 pub mod config;
 pub mod database;
 pub mod door;
+pub mod lease;
 pub mod log;
 pub mod name;
 pub mod node;

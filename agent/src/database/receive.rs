@@ -266,6 +266,11 @@ impl Database {
         }
     }
 
+    /// Applies what waits, after whoever applies now.
+    pub fn apply_received(&self, bound: Duration) {
+        self.apply_pending(&mut self.apply.lock(), bound);
+    }
+
     /// Tries again to apply what waited.
     pub fn retry_pending(&self, bound: Duration) {
         if let Some(mut side) = self.apply.try_lock() {

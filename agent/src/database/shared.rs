@@ -4,6 +4,7 @@ use super::Database;
 use crate::DatabaseName;
 use crate::capture::CaptureError;
 use crate::door::fuse::NameInvalidator;
+use crate::lease;
 use crate::log::CommitLog;
 use crate::ship::engine::Epoch;
 use parking_lot::{Mutex, RwLock};
@@ -84,6 +85,8 @@ pub struct Shared {
     pub counters: Counters,
     epoch: AtomicU64,
     writable: AtomicBool,
+    /// Nanoseconds of the lease's clock at which writing has to stop.
+    write_until: AtomicU64,
     changes: broadcast::Sender<DatabaseName>,
     databases: RwLock<BTreeMap<DatabaseName, Arc<Database>>>,
     /// Databases with changes that are in the log but not marked durable in their files.
@@ -110,6 +113,7 @@ impl Shared {
             counters: Counters::default(),
             epoch: AtomicU64::new(epoch.0),
             writable: AtomicBool::new(false),
+            write_until: AtomicU64::new(u64::MAX),
             changes: broadcast::channel(CHANGES_BACKLOG).0,
             databases: RwLock::default(),
             unmarked: Mutex::default(),
@@ -130,9 +134,25 @@ impl Shared {
         self.writable.store(writable, Ordering::Release);
     }
 
-    /// Whether applications may write here.
+    /// A newer epoch was seen; who may write does not change by that.
+    pub(crate) fn adopt_epoch(&self, epoch: Epoch) {
+        self.epoch.fetch_max(epoch.0, Ordering::AcqRel);
+    }
+
+    /// Until when a primary may write; `None`: as long as it is the primary.
+    pub fn set_write_limit(&self, until: Option<lease::Time>) {
+        let nanoseconds = until.map_or(u64::MAX, |t| u64::try_from(t.as_nanos()).unwrap_or(u64::MAX));
+        self.write_until.store(nanoseconds, Ordering::Release);
+    }
+
+    /// Whether applications may write here. Looks at the clock itself: a process that was stopped for a while must not
+    /// take a commit before it has noticed that its lease ran out.
     pub fn is_writable(&self) -> bool {
-        self.writable.load(Ordering::Acquire)
+        if !self.writable.load(Ordering::Acquire) {
+            return false;
+        }
+        let until = self.write_until.load(Ordering::Acquire);
+        until == u64::MAX || lease::clock::now().as_nanos() < u128::from(until)
     }
 
     pub(crate) fn check_writable(&self) -> Result<(), CaptureError> {

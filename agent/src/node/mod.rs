@@ -1,57 +1,48 @@
 //! One host's agent: all its databases, its role and epoch, and the order in which everything starts and stops.
 //!
 //! ```text
-//!   start: lock data directory -> log -> recover databases -> role -> compare -> door -> sockets -> follow
-//!   stop:  no more writes -> followers drained -> applying lets go -> door away -> sockets -> files marked -> log closed
+//!   start: lock data directory -> log -> recover databases -> lease, first role -> compare -> door -> sockets -> follow
+//!   stop:  lease let go, no more writes -> followers drained -> applying lets go -> door away -> sockets -> files marked -> log closed
 //! ```
 
 mod background;
 mod discovery;
 mod identity;
+mod lease_driver;
+mod role;
 mod sink;
 mod source;
 mod view;
 
 pub use identity::{Identity, IdentityError, LastStop};
+pub use role::{Role, Upstream};
 
-use crate::config::{Config, LeaseRole, Passthrough};
+use crate::config::{Config, Passthrough};
 use crate::database::{Dirs, Shared};
 use crate::door::fuse::{Door, Options as DoorOptions};
 use crate::log::{CommitLog, Options as LogOptions};
-use crate::ship::engine::Epoch;
-use crate::ship::follow::{FollowOptions, Follower, FollowerHandle};
+use crate::ship::follow::FollowOptions;
 use crate::ship::http::{HttpOptions, Listener, serve};
 use crate::ship::server::{Server, ServerOptions};
 use crate::status::events::{Event, EventBus, RoleData};
 use crate::status::{Metrics, api::RoleName};
 use anyhow::Context;
 use fuse_session::Guard;
+use lease_driver::LeaseHandle;
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// Followers get this long to take what they do not have yet when the agent stops.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// What a node follows.
-#[derive(Debug, Clone)]
-pub(crate) struct Upstream {
-    url: String,
-    hostname: Option<String>,
-    connected: bool,
-}
-
-/// The role of a node.
-#[derive(Debug, Clone)]
-pub(crate) struct Role {
-    name: RoleName,
-    since_unix_ms: i64,
-    upstream: Option<Upstream>,
-}
+/// How long the start waits for a lease to say who the primary is.
+const FIRST_ROLE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Newest position of an upstream's database, and when it was told.
 #[derive(Debug, Clone, Copy)]
@@ -67,7 +58,11 @@ pub struct Node {
     pub(crate) config: RwLock<Config>,
     pub(crate) shared: Arc<Shared>,
     identity: Identity,
-    role: RwLock<Role>,
+    role: watch::Sender<Role>,
+    write_gate: role::WriteGate,
+    lease: OnceLock<LeaseHandle>,
+    /// What was found at the start and waits for the first role.
+    discovered: Mutex<Option<discovery::Discovered>>,
     heard: Mutex<HashMap<crate::DatabaseName, Heard>>,
     last_heard_unix_ms: AtomicI64,
     /// What followers have: keyed by follower and database.
@@ -80,7 +75,10 @@ pub struct Node {
 
 impl std::fmt::Debug for Node {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Node").field("id", &self.identity.node_id).field("role", &*self.role.read()).finish()
+        f.debug_struct("Node")
+            .field("id", &self.identity.node_id)
+            .field("role", &*self.role.borrow())
+            .finish()
     }
 }
 
@@ -120,34 +118,19 @@ impl Node {
         for damage in log.damaged() {
             tracing::error!(%damage, "the commit log is damaged; databases that need this part are set aside");
         }
-        let role = match config.lease.role {
-            LeaseRole::Primary => RoleName::Primary,
-            LeaseRole::Replica => RoleName::Replica,
-        };
-        // Every term has an epoch of its own, stored before anything is written in it.
-        let epoch = match role {
-            RoleName::Primary => Epoch(identity.epoch.0 + 1),
-            _ => identity.epoch,
-        };
-        identity.store_epoch(epoch)?;
+        let epoch = identity.epoch;
         let shared = Shared::new(Arc::new(log), dirs, identity.node_id, epoch);
         let found =
             discovery::discover(&shared, identity.last_stop).context("cannot read the data directory")?;
         background::remove_leftovers(&shared)?;
-        shared.set_role(epoch, role == RoleName::Primary);
-        discovery::settle(&found, shared.is_writable());
-        tracing::info!(
-            databases = found.databases,
-            role = role.as_str(),
-            epoch = epoch.0,
-            "databases are ready"
-        );
-        let upstream =
-            config.lease.primary_url.clone().map(|url| Upstream { url, hostname: None, connected: false });
+        tracing::info!(databases = found.databases, epoch = epoch.0, "databases are ready");
         Ok(Arc::new(Node {
             shared,
             identity,
-            role: RwLock::new(Role { name: role, since_unix_ms: crate::capture::unix_ms(), upstream }),
+            role: watch::Sender::new(Role::unknown(epoch)),
+            write_gate: role::WriteGate::default(),
+            lease: OnceLock::new(),
+            discovered: Mutex::new(Some(found)),
             heard: Mutex::default(),
             last_heard_unix_ms: AtomicI64::new(0),
             followed: Mutex::default(),
@@ -220,18 +203,23 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     if let Some(dir) = config.socket.path.parent() {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
-    {
-        let node = node.clone();
-        tokio::task::spawn_blocking(move || node.open_door()).await??;
-    }
-    let started = start_serving(&node, &config, &stop).await;
-    let (unix, mut follower) = match started {
-        Ok(started) => started,
+    let lease = node.lease.get_or_init(|| lease_driver::start(&node, &stop));
+    first_role(&node).await;
+    let opening = node.clone();
+    let opened = tokio::task::spawn_blocking(move || opening.open_door()).await?;
+    let started = match opened {
+        Ok(()) => Listener::bind_unix(&config.socket.path, 0o660).await.map_err(anyhow::Error::from),
+        Err(error) => Err(error),
+    };
+    let unix = match started {
+        Ok(unix) => unix,
         Err(error) => {
+            lease.stop().await;
             node.close_door();
             return Err(error);
         }
     };
+    lease.door_is_open();
     let handler = Arc::new(view::HttpHandler { node: node.clone() });
     let http =
         tokio::spawn(serve(vec![tcp, unix], server.clone(), handler, HttpOptions::default(), stop.clone()));
@@ -244,7 +232,7 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
         tokio::select! {
             _ = terminate.recv() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
-            _ = hangup.recv() => follower = reload(&node, follower, &stop).await,
+            _ = hangup.recv() => reload(&node, lease).await,
             _ = door_check.tick() => {
                 if node.door.lock().as_ref().is_some_and(Door::is_gone) {
                     break Err(anyhow::anyhow!("the mount at {} was taken away from outside", config.mount.dir.display()));
@@ -255,11 +243,8 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
 
     tracing::info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    node.shared.set_role(node.shared.epoch(), false);
+    lease.stop().await;
     node.drain_followers(DRAIN).await;
-    if let Some(follower) = follower {
-        follower.stop().await;
-    }
     {
         // Applying lets go through the mount.
         let node = node.clone();
@@ -279,40 +264,25 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     outcome
 }
 
-/// The last steps of a start that can fail.
-async fn start_serving(
-    node: &Arc<Node>,
-    config: &Config,
-    stop: &CancellationToken,
-) -> anyhow::Result<(Listener, Option<FollowerHandle>)> {
-    let unix = Listener::bind_unix(&config.socket.path, 0o660).await?;
-    let follower = start_following(node, stop).inspect_err(|_| {
-        let _ = std::fs::remove_file(&config.socket.path);
-    })?;
-    Ok((unix, follower))
-}
-
-fn start_following(node: &Arc<Node>, stop: &CancellationToken) -> anyhow::Result<Option<FollowerHandle>> {
-    let Some(url) = node.role.read().upstream.as_ref().map(|u| u.url.clone()) else { return Ok(None) };
-    let upstream = url.parse().with_context(|| format!("[lease] primary-url {url:?}"))?;
-    Ok(Some(Follower::spawn(upstream, node.clone(), node.follow_options(), stop.child_token())))
+/// Waits until the node's role is known. A lease that does not answer does not keep readers away.
+async fn first_role(node: &Arc<Node>) {
+    let mut roles = node.roles();
+    let known = roles.wait_for(|role| role.name != RoleName::None);
+    if tokio::time::timeout(FIRST_ROLE_PATIENCE, known).await.is_err() {
+        tracing::warn!("there is no primary yet: databases are read-only until there is one");
+        let settling = node.clone();
+        let _ = tokio::task::spawn_blocking(move || settling.settle(false)).await;
+    }
 }
 
 /// SIGHUP: reads the configuration again and takes over what can change while running: role, upstream, log level.
-async fn reload(
-    node: &Arc<Node>,
-    follower: Option<FollowerHandle>,
-    stop: &CancellationToken,
-) -> Option<FollowerHandle> {
+async fn reload(node: &Arc<Node>, lease: &LeaseHandle) {
     let reloading =
         [Some(sd_notify::NotifyState::Reloading), sd_notify::NotifyState::monotonic_usec_now().ok()];
     let _ = sd_notify::notify(&reloading.into_iter().flatten().collect::<Vec<_>>());
     let loaded = node.config.read().reload();
-    let follower = match loaded {
-        Err(error) => {
-            tracing::error!(%error, "the configuration was not taken over");
-            follower
-        }
+    match loaded {
+        Err(error) => tracing::error!(%error, "the configuration was not taken over"),
         Ok(new) => {
             let old = node.config.read().clone();
             let restart_only = old.data != new.data
@@ -320,41 +290,25 @@ async fn reload(
                 || old.http != new.http
                 || old.socket != new.socket
                 || old.log != new.log
-                || old.cluster != new.cluster;
+                || old.cluster != new.cluster
+                || old.lease.kind != new.lease.kind;
             if restart_only {
                 tracing::warn!(
-                    "[data], [mount], [http], [socket], [log] and cluster take effect with the next start"
+                    "[data], [mount], [http], [socket], [log], cluster and lease.type take effect with the next start"
                 );
             }
             crate::cli::logging::set_level(new.log_output.level);
-            let role_changes = old.lease != new.lease;
             *node.config.write() = new.clone();
-            if role_changes {
-                if let Some(follower) = follower {
-                    follower.stop().await;
-                }
-                let changing = node.clone();
-                let changed = tokio::task::spawn_blocking(move || changing.change_role(&new)).await;
-                if let Err(error) = changed.map_err(anyhow::Error::from).and_then(|r| Ok(r?)) {
-                    tracing::error!(%error, "the role was not changed");
-                }
-                start_following(node, stop).unwrap_or_else(|error| {
-                    tracing::error!(%error, "this node follows nobody");
-                    None
-                })
-            } else {
-                follower
-            }
+            lease.configure(node, &new).await;
         }
-    };
+    }
     notify_ready(node);
-    follower
 }
 
 fn notify_ready(node: &Node) {
     let status = format!(
         "{} of epoch {}, {} databases",
-        node.role.read().name.as_str(),
+        node.role.borrow().name.as_str(),
         node.shared.epoch().0,
         node.shared.databases().len()
     );
@@ -362,36 +316,6 @@ fn notify_ready(node: &Node) {
 }
 
 impl Node {
-    /// Takes over the role of a new configuration.
-    fn change_role(&self, config: &Config) -> Result<(), IdentityError> {
-        let epoch = self.shared.epoch();
-        let name = match config.lease.role {
-            LeaseRole::Primary => RoleName::Primary,
-            LeaseRole::Replica => RoleName::Replica,
-        };
-        let was = self.role.read().name;
-        if name == RoleName::Primary && was != RoleName::Primary {
-            let next = Epoch(epoch.0 + 1);
-            self.identity.store_epoch(next)?;
-            self.detach_all();
-            self.shared.set_role(next, true);
-        } else if name != RoleName::Primary {
-            self.shared.set_role(epoch, false);
-        }
-        *self.role.write() = Role {
-            name,
-            since_unix_ms: crate::capture::unix_ms(),
-            upstream: config.lease.primary_url.clone().map(|url| Upstream {
-                url,
-                hostname: None,
-                connected: false,
-            }),
-        };
-        tracing::info!(role = name.as_str(), epoch = self.shared.epoch().0, "role changed");
-        self.role_changed();
-        Ok(())
-    }
-
     /// Lets go of what applying holds, so that applications are the only writers.
     fn detach_all(&self) {
         for db in self.shared.known() {

@@ -23,7 +23,8 @@ impl Sink for Node {
         }
         if epoch > seen {
             self.identity.store_epoch(epoch).map_err(|e| EngineError::Other(e.to_string()))?;
-            self.shared.set_role(epoch, self.shared.is_writable());
+            self.shared.adopt_epoch(epoch);
+            self.role.send_modify(|role| role.epoch = epoch);
         }
         self.note_heard();
         Ok(())
@@ -76,16 +77,14 @@ impl Sink for Node {
     }
 
     fn upstream_changed(&self, upstream: Option<String>) {
-        {
-            let mut role = self.role.write();
+        self.note_heard();
+        self.change_role(|role| {
             let Some(known) = &mut role.upstream else { return };
             known.connected = upstream.is_some();
             if upstream.is_some() {
                 known.hostname = upstream;
             }
-        }
-        self.note_heard();
-        self.role_changed();
+        });
     }
 
     fn upstream_position(&self, name: &DatabaseName, position: Pos, upstream_unix_ms: i64) {

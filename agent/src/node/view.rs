@@ -42,12 +42,12 @@ impl Handler for HttpHandler {
 
 impl RoleView for Node {
     fn primary_hostname(&self) -> Option<String> {
-        let role = self.role.read();
+        let role = self.role.borrow();
         role.upstream.as_ref().filter(|u| u.connected).and_then(|u| u.hostname.clone())
     }
 
     fn lag_ms(&self) -> Option<i64> {
-        match self.role.read().name {
+        match self.role.borrow().name {
             RoleName::Primary => Some(0),
             _ if self.last_heard_unix_ms.load(Ordering::Relaxed) == 0 => None,
             _ => Some(self.lag().as_millis() as i64),
@@ -60,7 +60,7 @@ impl Node {
     fn lag(&self) -> Duration {
         let heard = self.heard.lock();
         let behind = heard.values().filter_map(|h| h.behind_since).map(|since| since.elapsed()).max();
-        let connected = self.role.read().upstream.as_ref().is_some_and(|u| u.connected);
+        let connected = self.role.borrow().upstream.as_ref().is_some_and(|u| u.connected);
         let silence = if connected {
             Duration::ZERO
         } else {
@@ -72,7 +72,7 @@ impl Node {
 
     /// The role for status and events.
     pub(super) fn role_status(&self) -> RoleStatus {
-        let role = self.role.read();
+        let role = self.role.borrow();
         let heard = self.last_heard_unix_ms.load(Ordering::Relaxed);
         RoleStatus {
             name: role.name,
@@ -88,7 +88,7 @@ impl Node {
     }
 
     fn database_status(&self, db: &Database) -> DatabaseStatus {
-        let is_primary = self.role.read().name == RoleName::Primary;
+        let is_primary = self.role.borrow().name == RoleName::Primary;
         let heard = self.heard.lock().get(db.name()).copied();
         let mut st = db.state();
         let wal_mode = db.load_journal_mode(&mut st);

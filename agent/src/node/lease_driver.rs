@@ -1,0 +1,355 @@
+//! Runs the role machine: gives it what happens, and does what it says.
+
+use super::Node;
+use super::role::{self, Transition};
+use crate::config::{Config, LeaseKind, LeaseRole};
+use crate::lease::election::{Answer, Choice, Standing};
+use crate::lease::fixed::StaticLease;
+use crate::lease::{Action, Claim, Event, Gift, Lease, Peer, RoleMachine, Term, Timing, clock};
+use crate::ship::engine::Epoch;
+use crate::status::api::RoleName;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// After an error of the store, and between looks at other candidates.
+const RETRY: Duration = Duration::from_millis(300);
+
+/// How long a reload waits for the new role.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Something for the machine, from outside of the driver.
+pub(super) enum Input {
+    /// Something happened.
+    Event(Event),
+    /// Another node wants to make this one its successor.
+    Prepare { from: u64, reply: oneshot::Sender<bool> },
+    /// The lease is to go to another node; the reply says whether it did.
+    HandOver { to: u64, reply: oneshot::Sender<Result<(), String>> },
+    /// Let go of the lease, and end.
+    Stop { reply: oneshot::Sender<()> },
+}
+
+/// The running lease of a node.
+pub(super) struct LeaseHandle {
+    inputs: mpsc::UnboundedSender<Input>,
+    fixed: Option<Arc<StaticLease>>,
+    door_is_open: watch::Sender<bool>,
+    transitions: mpsc::UnboundedSender<Transition>,
+    tasks: parking_lot::Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl LeaseHandle {
+    /// The mount is there: the node may follow.
+    pub fn door_is_open(&self) {
+        self.door_is_open.send_replace(true);
+    }
+
+    /// The configuration has changed; returns when the node has the role that it says.
+    pub async fn configure(&self, node: &Node, config: &Config) {
+        let Some(fixed) = &self.fixed else { return };
+        let primary_url = primary_url(config);
+        fixed.configure(primary_url.clone());
+        let mut roles = node.roles();
+        let taken = roles.wait_for(|role| match &primary_url {
+            None => role.name == RoleName::Primary,
+            url => role.upstream.as_ref().map(|upstream| &upstream.url) == url.as_ref(),
+        });
+        if tokio::time::timeout(CHANGE_PATIENCE, taken).await.is_err() {
+            tracing::warn!("the role is still being changed");
+        }
+    }
+
+    /// Gives the lease to another candidate; returns when that is done, or why it was not.
+    pub async fn hand_over(&self, to: u64) -> Result<(), String> {
+        let (reply, done) = oneshot::channel();
+        let _ = self.inputs.send(Input::HandOver { to, reply });
+        done.await.unwrap_or_else(|_| Err("the agent stops".into()))
+    }
+
+    /// Agrees to take over from the primary `from`, or not.
+    pub async fn prepare(&self, from: u64) -> bool {
+        let (reply, agreed) = oneshot::channel();
+        let _ = self.inputs.send(Input::Prepare { from, reply });
+        agreed.await.unwrap_or(false)
+    }
+
+    /// Lets go of the lease and stops following.
+    pub async fn stop(&self) {
+        let (reply, stopped) = oneshot::channel();
+        if self.inputs.send(Input::Stop { reply }).is_ok() {
+            let _ = stopped.await;
+        }
+        let _ = self.transitions.send(Transition::Stop);
+        // A transition may wait for a door that never opens.
+        self.door_is_open.send_replace(true);
+        let tasks = std::mem::take(&mut *self.tasks.lock());
+        for task in tasks {
+            let _ = task.await;
+        }
+    }
+}
+
+/// Whom a static configuration makes this host follow.
+fn primary_url(config: &Config) -> Option<String> {
+    match config.lease.role {
+        LeaseRole::Primary => None,
+        LeaseRole::Replica => config.lease.primary_url.clone(),
+    }
+}
+
+/// Starts the lease of a node.
+pub(super) fn start(node: &Arc<Node>, stop: &CancellationToken) -> LeaseHandle {
+    let config = node.config.read().clone();
+    let own = Peer {
+        node_id: node.shared.node_id,
+        name: config.node.name.clone(),
+        url: config.http.advertise_url.clone(),
+    };
+    let (lease, fixed, timing): (Arc<dyn Lease>, _, _) = match config.lease.kind {
+        LeaseKind::Static => {
+            let fixed = Arc::new(StaticLease::new(own.clone(), primary_url(&config)));
+            (fixed.clone(), Some(fixed), Timing { ttl: None, retry: RETRY })
+        }
+    };
+    let machine = RoleMachine::new(own.clone(), true, node.shared.epoch(), timing);
+    let (inputs, queue) = mpsc::unbounded_channel();
+    let (transitions, transition_queue) = mpsc::unbounded_channel();
+    let (door_is_open, door) = watch::channel(false);
+    let driver = Driver {
+        node: node.clone(),
+        own,
+        lease: lease.clone(),
+        machine,
+        inputs: inputs.clone(),
+        transitions: transitions.clone(),
+        handing_over: None,
+        stopping: None,
+    };
+    let tasks = vec![
+        tokio::spawn(role::transitions(node.clone(), transition_queue, door, stop.clone())),
+        tokio::spawn(driver.run(queue)),
+        tokio::spawn(watch_lease(lease, inputs.clone(), stop.clone())),
+    ];
+    LeaseHandle { inputs, fixed, door_is_open, transitions, tasks: parking_lot::Mutex::new(tasks) }
+}
+
+/// Tells the machine what the lease is, whenever it changes.
+async fn watch_lease(lease: Arc<dyn Lease>, inputs: mpsc::UnboundedSender<Input>, stop: CancellationToken) {
+    let mut after = None;
+    let mut failing = false;
+    loop {
+        let view = tokio::select! {
+            view = lease.view(after) => view,
+            () = inputs.closed() => return,
+            () = stop.cancelled() => return,
+        };
+        match view {
+            Ok(view) => {
+                if std::mem::take(&mut failing) {
+                    tracing::info!("the lease's store answers again");
+                }
+                after = Some(view.index);
+                if inputs.send(Input::Event(Event::Seen(view))).is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "cannot read the lease; trying again");
+                }
+                after = None;
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+struct Driver {
+    node: Arc<Node>,
+    own: Peer,
+    lease: Arc<dyn Lease>,
+    machine: RoleMachine,
+    inputs: mpsc::UnboundedSender<Input>,
+    transitions: mpsc::UnboundedSender<Transition>,
+    handing_over: Option<oneshot::Sender<Result<(), String>>>,
+    stopping: Option<oneshot::Sender<()>>,
+}
+
+impl Driver {
+    async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Input>) {
+        loop {
+            let input = match self.machine.wake_at() {
+                None => queue.recv().await,
+                Some(at) => {
+                    let wait = at.saturating_sub(clock::now());
+                    // The timer counts by another clock, which stops with the host: it only wakes, the machine looks.
+                    tokio::time::timeout(wait, queue.recv()).await.unwrap_or(Some(Input::Event(Event::Tick)))
+                }
+            };
+            let Some(input) = input else { return };
+            let now = clock::now();
+            self.machine.see_epoch(self.node.shared.epoch());
+            let actions = match input {
+                Input::Event(event) => self.machine.handle(now, event),
+                Input::Prepare { from, reply } => {
+                    let _ = reply.send(self.machine.prepare(now, from));
+                    Vec::new()
+                }
+                Input::HandOver { to, reply } => {
+                    let actions = self.machine.handle(now, Event::HandOver { to });
+                    if actions.iter().any(|action| matches!(action, Action::Prepare { .. })) {
+                        self.handing_over = Some(reply);
+                    } else if let Some(Action::HandedOver(result)) = actions.last() {
+                        // Not the one that is under way.
+                        let _ = reply.send(result.clone());
+                        continue;
+                    }
+                    actions
+                }
+                Input::Stop { reply } => {
+                    self.stopping = Some(reply);
+                    self.machine.handle(now, Event::Stop)
+                }
+            };
+            for action in actions {
+                if !self.execute(action) {
+                    return;
+                }
+            }
+            if self.machine.holds().is_some() && self.machine.leads(now).is_none() && self.stopping.is_none()
+            {
+                self.node.change_role(|role| {
+                    role.name = RoleName::None;
+                    role.waits = Some("the lease could not be renewed: writes are refused".into());
+                });
+            }
+        }
+    }
+
+    /// `false`: this was the last one.
+    fn execute(&mut self, action: Action) -> bool {
+        match action {
+            Action::Lead { epoch, until } => {
+                let number = self.node.will_lead(until);
+                let _ = self.transitions.send(Transition::Lead { epoch, number });
+            }
+            Action::Extend { until } => self.node.shared.set_write_limit(until),
+            Action::StopWrites => self.node.stop_writes(),
+            Action::Follow(peer) => {
+                let _ = self.transitions.send(Transition::Follow(peer));
+            }
+            Action::Ask { round, peers } => self.ask(round, peers),
+            Action::Claim { version, from, epoch } => {
+                self.spawn_write(
+                    move |lease, term| {
+                        Box::pin(async move {
+                            let sent = clock::now();
+                            let claim = Claim { version, from, term };
+                            Event::Claimed { sent, outcome: told("claim", lease.claim(claim).await) }
+                        })
+                    },
+                    epoch,
+                );
+            }
+            Action::Renew { epoch } => {
+                self.spawn_write(
+                    |lease, term| {
+                        Box::pin(async move {
+                            let sent = clock::now();
+                            Event::Renewed { sent, outcome: told("renew", lease.renew(term).await) }
+                        })
+                    },
+                    epoch,
+                );
+            }
+            Action::Prepare { to } => {
+                let _ = to;
+                self.send(Event::Prepared(false));
+            }
+            Action::LetWritersGoOn => {}
+            Action::Give { version, to, epoch } => {
+                let term = Term { holder: to.peer.clone(), ..self.term(epoch) };
+                let gift = Gift { version, session: to.session.clone(), term };
+                let (lease, inputs) = (self.lease.clone(), self.inputs.clone());
+                tokio::spawn(async move {
+                    let outcome = told("give", lease.give(gift).await);
+                    let _ = inputs.send(Input::Event(Event::Given { outcome }));
+                });
+            }
+            Action::Release { epoch } => {
+                self.spawn_write(
+                    |lease, mut term| {
+                        Box::pin(async move {
+                            term.released = true;
+                            let _ = told("release", lease.release(term).await);
+                            Event::Released
+                        })
+                    },
+                    epoch,
+                );
+            }
+            Action::HandedOver(result) => {
+                if let Some(reply) = self.handing_over.take() {
+                    let _ = reply.send(result);
+                }
+            }
+            Action::Waits(choice) => self.waits(&choice),
+            Action::Stopped => {
+                if let Some(reply) = self.stopping.take() {
+                    let _ = reply.send(());
+                }
+                return false;
+            }
+        }
+        true
+    }
+
+    fn send(&self, event: Event) {
+        let _ = self.inputs.send(Input::Event(event));
+    }
+
+    fn term(&self, epoch: Epoch) -> Term {
+        Term { holder: self.own.clone(), epoch, standing: Standing::default(), released: false }
+    }
+
+    /// Writes to the lease's store, off this task.
+    fn spawn_write<F>(&self, write: F, epoch: Epoch)
+    where
+        F: FnOnce(Arc<dyn Lease>, Term) -> futures_util::future::BoxFuture<'static, Event>,
+    {
+        let inputs = self.inputs.clone();
+        let writing = write(self.lease.clone(), self.term(epoch));
+        tokio::spawn(async move {
+            let _ = inputs.send(Input::Event(writing.await));
+        });
+    }
+
+    fn ask(&self, round: u64, peers: Vec<Peer>) {
+        let answers: Vec<Answer> = Vec::new();
+        let _ = peers;
+        self.send(Event::Heard { round, own: Standing::default(), answers });
+    }
+
+    fn waits(&self, choice: &Choice) {
+        let why = match choice {
+            Choice::Stand => return,
+            Choice::LetGoFirst(peer) => format!("{} has more and goes first", peer.name),
+            Choice::Behind => "it lacks transactions of the last primary; another candidate may have them".into(),
+            Choice::Stale => {
+                "it has none of the last term's data and must not become primary by itself: start a host that has, \
+                 or run `litefs promote --force` here to go on without that data"
+                    .to_owned()
+            }
+        };
+        tracing::warn!("the lease is free, but this node waits: {why}");
+        self.node.change_role(|role| role.waits = Some(why));
+    }
+}
+
+/// An answer of the store; its errors are told here.
+fn told<T>(what: &str, result: Result<T, crate::lease::LeaseError>) -> Option<T> {
+    result.inspect_err(|error| tracing::warn!(%error, "cannot {what} the lease")).ok()
+}

@@ -1,0 +1,260 @@
+//! The node's role: one value that everything else reads, and the steps from one role to the next.
+
+use super::Node;
+use super::discovery;
+use crate::lease::{Peer, Time};
+use crate::ship::engine::Epoch;
+use crate::ship::follow::{Follower, FollowerHandle};
+use crate::status::api::RoleName;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// How long a new primary waits for readers that hold up what it has received but not yet applied.
+const APPLY_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a node follows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Upstream {
+    /// Its address.
+    pub url: String,
+    /// Its name, once known.
+    pub hostname: Option<String>,
+    /// Whether there is a stream from it.
+    pub connected: bool,
+}
+
+/// The role of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Role {
+    /// What it is.
+    pub name: RoleName,
+    /// Epoch of the newest term that the node knows of.
+    pub epoch: Epoch,
+    /// Since when, milliseconds since 1970.
+    pub since_unix_ms: i64,
+    /// Whom it follows.
+    pub upstream: Option<Upstream>,
+    /// Why a node without a primary does not become one, when it knows.
+    pub waits: Option<String>,
+}
+
+impl Role {
+    /// Before anything is known.
+    pub(super) fn unknown(epoch: Epoch) -> Role {
+        Role {
+            name: RoleName::None,
+            epoch,
+            since_unix_ms: crate::capture::unix_ms(),
+            upstream: None,
+            waits: None,
+        }
+    }
+}
+
+/// A change of role that takes some steps.
+#[derive(Debug)]
+pub(super) enum Transition {
+    /// Become primary.
+    Lead { epoch: Epoch, number: u64 },
+    /// Follow, or nobody.
+    Follow(Option<Peer>),
+    /// Let go of everything.
+    Stop,
+}
+
+/// Counts decisions to lead or to stop writing: a transition that was overtaken must not allow writes.
+#[derive(Debug, Default)]
+pub(super) struct WriteGate(parking_lot::Mutex<u64>);
+
+impl Node {
+    /// What this node is now.
+    pub fn role(&self) -> Role {
+        self.role.borrow().clone()
+    }
+
+    /// What this node is, and every change of it.
+    pub fn roles(&self) -> watch::Receiver<Role> {
+        self.role.subscribe()
+    }
+
+    /// Gives the lease to the candidate with this identity, which then is primary; this node follows it.
+    ///
+    /// # Errors
+    /// Why it did not happen; this node is what it was.
+    pub async fn hand_over(&self, to: u64) -> Result<(), String> {
+        match self.lease.get() {
+            Some(lease) => lease.hand_over(to).await,
+            None => Err("the agent is starting".into()),
+        }
+    }
+
+    /// The primary `from` wants to give its lease to this node: whether it agrees.
+    pub async fn prepare_to_succeed(&self, from: u64) -> bool {
+        match self.lease.get() {
+            Some(lease) => lease.prepare(from).await,
+            None => false,
+        }
+    }
+
+    /// Publishes a change of the role, if it is one.
+    pub(super) fn change_role(&self, change: impl FnOnce(&mut Role)) {
+        let changed = self.role.send_if_modified(|role| {
+            let before = role.clone();
+            change(role);
+            if role.name != before.name {
+                role.since_unix_ms = crate::capture::unix_ms();
+            }
+            *role != before
+        });
+        if changed {
+            self.role_changed();
+        }
+    }
+
+    /// From now on writes are refused, whatever is under way.
+    pub(super) fn stop_writes(&self) {
+        let mut decision = self.write_gate.0.lock();
+        *decision += 1;
+        self.shared.set_role(self.shared.epoch(), false);
+    }
+
+    /// A decision to lead; its number is given to [`Transition::Lead`].
+    pub(super) fn will_lead(&self, until: Option<Time>) -> u64 {
+        let mut decision = self.write_gate.0.lock();
+        *decision += 1;
+        self.shared.set_write_limit(until);
+        *decision
+    }
+
+    fn allow_writes(&self, epoch: Epoch, number: u64) -> bool {
+        let decision = self.write_gate.0.lock();
+        let current = *decision == number;
+        if current {
+            self.shared.set_role(epoch, true);
+        }
+        current
+    }
+
+    /// Compares databases with their checksums after a crash, once it is known what to do with a difference.
+    pub(super) fn settle(&self, writable: bool) {
+        if let Some(found) = self.discovered.lock().take() {
+            discovery::settle(&found, writable);
+        }
+    }
+
+    /// Becomes primary. Nothing is applied any more when this is called.
+    fn lead(&self, epoch: Epoch, number: u64) -> anyhow::Result<bool> {
+        // Each term is stored before anything is written in it. A fenced primary goes on in its term.
+        if epoch > self.shared.epoch() {
+            self.identity.store_epoch(epoch)?;
+        }
+        self.apply_all_received();
+        if !self.allow_writes(epoch, number) {
+            return Ok(false);
+        }
+        self.settle(true);
+        Ok(true)
+    }
+
+    /// What this node has acknowledged becomes visible before anybody writes on top of it.
+    fn apply_all_received(&self) {
+        let deadline = Instant::now() + APPLY_PATIENCE;
+        let bound = self.config.read().replication.apply_wait;
+        loop {
+            let waiting = self.shared.take_pending();
+            if waiting.is_empty() {
+                return;
+            }
+            for name in &waiting {
+                if let Some(db) = self.shared.database(name) {
+                    db.apply_received(bound);
+                }
+            }
+            if Instant::now() > deadline {
+                tracing::warn!(
+                    databases = ?waiting,
+                    "readers hold up the newest transactions; these databases take no commit until they let go"
+                );
+                return;
+            }
+        }
+    }
+}
+
+/// Carries out transitions, one after the other. The agent follows only while `door_is_open`.
+pub(super) async fn transitions(
+    node: Arc<Node>,
+    mut queue: mpsc::UnboundedReceiver<Transition>,
+    mut door_is_open: watch::Receiver<bool>,
+    stop: CancellationToken,
+) {
+    let mut follower: Option<FollowerHandle> = None;
+    while let Some(transition) = queue.recv().await {
+        match transition {
+            Transition::Lead { epoch, number } => {
+                stop_following(&node, &mut follower).await;
+                let leading = node.clone();
+                let led = tokio::task::spawn_blocking(move || leading.lead(epoch, number)).await;
+                match led.map_err(anyhow::Error::from).and_then(|led| led) {
+                    Ok(true) => {
+                        node.change_role(|role| {
+                            (role.name, role.epoch) = (RoleName::Primary, epoch);
+                            (role.upstream, role.waits) = (None, None);
+                        });
+                        tracing::info!(role = "primary", epoch = epoch.0, "role changed");
+                        // Not what others wait for.
+                        let detaching = node.clone();
+                        let _ = tokio::task::spawn_blocking(move || detaching.detach_all()).await;
+                    }
+                    Ok(false) => {}
+                    Err(error) => tracing::error!(%error, epoch = epoch.0, "this node cannot become primary"),
+                }
+            }
+            Transition::Follow(peer) => {
+                stop_following(&node, &mut follower).await;
+                let settling = node.clone();
+                let _ = tokio::task::spawn_blocking(move || settling.settle(false)).await;
+                let epoch = node.shared.epoch();
+                node.change_role(|role| {
+                    role.name = if peer.is_some() { RoleName::Replica } else { RoleName::None };
+                    (role.epoch, role.waits) = (epoch, None);
+                    role.upstream = peer.as_ref().map(|peer| Upstream {
+                        url: peer.url.clone(),
+                        hostname: None,
+                        connected: false,
+                    });
+                });
+                tracing::info!(
+                    role = node.role.borrow().name.as_str(),
+                    upstream = peer.as_ref().map(|p| p.url.as_str()),
+                    epoch = epoch.0,
+                    "role changed"
+                );
+                let Some(peer) = peer else { continue };
+                if door_is_open.wait_for(|open| *open).await.is_err() {
+                    return;
+                }
+                match peer.url.parse() {
+                    Ok(upstream) => {
+                        let options = node.follow_options();
+                        follower = Some(Follower::spawn(upstream, node.clone(), options, stop.child_token()));
+                    }
+                    Err(error) => tracing::error!(%error, url = peer.url, "this node follows nobody"),
+                }
+            }
+            Transition::Stop => {
+                stop_following(&node, &mut follower).await;
+                return;
+            }
+        }
+    }
+}
+
+async fn stop_following(node: &Node, follower: &mut Option<FollowerHandle>) {
+    if let Some(follower) = follower.take() {
+        follower.stop().await;
+    }
+    node.heard.lock().clear();
+}
