@@ -569,7 +569,6 @@ fn a_segment_cut_in_half_after_an_orderly_stop_is_reported() {
 }
 
 #[test]
-#[ignore = "known defect: a segment that lost its end in an unclean stop is taken for a torn tail"]
 fn a_segment_cut_in_half_after_a_crash_is_reported() {
     nothing_disappears_without_a_word(false, cut_in_half);
 }
@@ -605,7 +604,6 @@ fn a_file_in_the_log_that_is_no_segment_stops_the_start_with_its_name() {
 }
 
 #[test]
-#[ignore = "known defect: the follower is never told to take a snapshot instead"]
 fn a_damaged_file_of_a_large_transaction_is_never_applied() {
     let fleet = Fleet::new();
     let primary = fleet.primary("a");

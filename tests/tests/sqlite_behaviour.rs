@@ -678,7 +678,6 @@ fn an_application_killed_in_mid_transaction_leaves_what_it_had_committed() {
 }
 
 #[test]
-#[ignore = "known defect: pages that only a hot journal has hold up exports until the database is opened again"]
 fn a_killed_transaction_does_not_stop_exports_and_late_joiners() {
     let fleet = Fleet::new();
     let primary = fleet.primary("a");

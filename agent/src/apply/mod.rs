@@ -75,6 +75,21 @@ struct Exclusive {
     created: bool,
 }
 
+/// A transaction whose writer died, taken back as SQLite would, while its journal is still there and nobody else has
+/// the database.
+#[derive(Debug)]
+pub struct DeadTransaction {
+    files: Arc<Files>,
+    _lock: DatabaseLock,
+}
+
+impl DeadTransaction {
+    /// Removes the journal.
+    pub fn end(self) -> Result<(), ApplyError> {
+        self.files.remove(&self.files.journal)
+    }
+}
+
 impl Applier {
     /// `path` is the main database file as applications open it. Opens nothing yet.
     pub fn new(path: PathBuf, name: DatabaseName) -> Self {
@@ -193,6 +208,16 @@ impl Applier {
         rollback_journal::recover(&files, &database)?;
         backfill::fold_wal(&files, &database)?;
         Ok(Some(Exclusive { database, lock, created }))
+    }
+
+    /// Plays back a hot journal if nobody has the database: its writer is dead then.
+    pub fn roll_back_dead(&self) -> Result<Option<DeadTransaction>, ApplyError> {
+        let files = &self.files;
+        let Some(database) = files.open_database()?.map(Arc::new) else { return Ok(None) };
+        let lock = DatabaseLock::exclusive(&database, None).map_err(files.io("lock", &files.database))?;
+        let Some(lock) = lock else { return Ok(None) };
+        let played = rollback_journal::play_back(files, &database)?;
+        Ok(played.then(|| DeadTransaction { files: Arc::clone(files), _lock: lock }))
     }
 
     /// Removes the database. Those who still read it after the bound keep the file that they have open, as on the

@@ -129,9 +129,14 @@ pub(super) fn is_hot(files: &Files) -> Result<bool, ApplyError> {
 /// Does with a left-over journal what SQLite does before it reads: plays it back if it is hot, and removes it. The
 /// caller holds EXCLUSIVE.
 pub(super) fn recover(files: &Files, database: &File) -> Result<(), ApplyError> {
+    if play_back(files, database)? { files.remove(&files.journal) } else { Ok(()) }
+}
+
+/// Plays a left-over journal back if it is hot. The caller holds EXCLUSIVE. `false`: there is none.
+pub(super) fn play_back(files: &Files, database: &File) -> Result<bool, ApplyError> {
     let file = match File::open(&files.journal) {
         Ok(file) => file,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         Err(e) => return Err(files.io("open", &files.journal)(e)),
     };
     let empty = database.metadata().map_err(files.io("inspect", &files.database))?.len() == 0;
@@ -142,5 +147,5 @@ pub(super) fn recover(files: &Files, database: &File) -> Result<(), ApplyError> 
             journal::rollback(&file, database).map_err(|source| files.journal_error(source))?;
         }
     }
-    files.remove(&files.journal)
+    Ok(true)
 }

@@ -7,6 +7,7 @@
 pub mod checksums;
 pub mod import;
 pub mod install;
+mod lost_log;
 pub mod pages;
 pub mod receive;
 pub mod recovery;
@@ -292,6 +293,26 @@ impl Database {
         let logged = capture::rollback::capture(self, st)?;
         st.rollback.journal_active = false;
         Ok(logged)
+    }
+}
+
+impl Database {
+    /// Takes back a rollback-mode transaction whose writer died, as the next connection would: until somebody does,
+    /// pages that it wrote over may be nowhere (what came from the free list is not even in its journal). Goes through
+    /// the mount: never on a thread that serves it.
+    pub fn end_dead_transaction(&self) -> anyhow::Result<()> {
+        let Some(side) = self.apply.try_lock() else { return Ok(()) };
+        let Some(dead) = side.applier.roll_back_dead()? else { return Ok(()) };
+        {
+            let mut st = self.state();
+            // Pages from the free list stay as the dead writer left them: they are a transaction of their own.
+            st.rollback.mark_unknown();
+            self.capture_rollback(&mut st)?;
+            st.rollback.synced = false;
+        }
+        dead.end()?;
+        tracing::info!(database = %self.name, "took back the transaction of an application that died");
+        Ok(())
     }
 }
 

@@ -17,12 +17,15 @@ use std::time::{Duration, Instant};
 
 /// A page that is being applied matches a moment later; longer than this it is damaged.
 const SETTLE: Duration = Duration::from_secs(5);
+/// How long a running rollback-mode transaction is waited for that wrote over pages from the free list, which are not
+/// in its journal. SQLite's own readers wait for it as well.
+const TRANSACTION_PATIENCE: Duration = Duration::from_secs(30);
 const SETTLE_STEP: Duration = Duration::from_millis(2);
 
 impl Database {
     /// Committed pages in `range`, as of the durable position at the call or later.
     pub fn committed_pages(&self, range: RangeInclusive<u32>) -> Result<PageRange, EngineError> {
-        let deadline = Instant::now() + SETTLE;
+        let began = Instant::now();
         loop {
             let position = self.durable_position();
             let mut st = self.state();
@@ -58,7 +61,12 @@ impl Database {
                     self.shared.log.wait_durable(shape.2).map_err(|e| EngineError::Other(e.to_string()))?;
                     return Ok(PageRange { position, page_size: shape.0, commit: shape.1, pages });
                 }
-                Some(pgno) if Instant::now() > deadline => {
+                Some(_) if st.rollback.journal_active && began.elapsed() < TRANSACTION_PATIENCE => {
+                    drop(st);
+                    std::thread::sleep(10 * SETTLE_STEP);
+                }
+                Some(_) if st.rollback.journal_active => return Err(EngineError::Busy(self.name.clone())),
+                Some(pgno) if began.elapsed() > SETTLE => {
                     return Err(EngineError::Other(format!(
                         "page {pgno} of {} does not have the checksum of transaction {}: the file was changed \
                          behind the agent's back or the disk is failing; restore it from a copy",

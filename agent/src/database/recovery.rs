@@ -16,7 +16,7 @@ use super::{Database, State};
 use crate::capture::{CaptureError, ChecksumOrEmpty, unix_ms};
 use crate::log::{NewRecord, Payload, RecordInfo, RecordKind, WalEnd};
 use crate::node::LastStop;
-use ltx::{Decoder, Pos, Txid, page_checksum};
+use ltx::{Checksum, Decoder, Pos, Txid, page_checksum};
 use sqlite_file::header::DatabaseHeader;
 use sqlite_file::journal::{self, Journal};
 use sqlite_file::wal::{FRAME_HEADER_BYTES, Scanner, WalError, frame_offset};
@@ -74,13 +74,22 @@ impl Database {
         if last_stop != LastStop::PowerFailed {
             self.give_new_inode()?;
         }
+        let lost = if last_stop == LastStop::Clean { None } else { self.may_be_lost(last.as_ref()) };
+        match &lost {
+            Some(damage) if last_stop == LastStop::Killed => {
+                return self.recover_from_files(&mut st, last.as_ref(), mark, damage);
+            }
+            Some(damage) => self.check_wal_is_logged(last.as_ref(), damage)?,
+            None => {}
+        }
         let behind = replay_from.is_some();
         if let Some(last) = last.as_ref().filter(|r| !behind && r.max_txid < mark.position.txid) {
             self.continue_after_lost_records(last, mark)?;
         }
         let written_later = last.as_ref().is_some_and(|last| self.written_after(last));
         let journal = self.recover_journal(&mut done)?;
-        let wal = self.recover_wal(last.as_ref(), &mut done)?;
+        let known_end = known_wal_end(last.as_ref());
+        let wal = self.recover_wal(&known_end, &mut done)?;
         if let Some(first) = replay_from {
             self.replay(&mut st, first, mark, target, &mut done)?;
         }
@@ -98,6 +107,14 @@ impl Database {
                 tracing::warn!(database = %self.name, "page checksums are damaged and are rebuilt from the file");
                 self.finish(&mut st, target, false, true)?;
             }
+        }
+        if let Some(damage) = lost.filter(|_| st.page_count > 0)
+            && !self.differing_pages(&mut st, 1).map_err(failed)?.is_empty()
+        {
+            return Err(RecoveryError(format!(
+                "the host went down, and what the log had of the last transactions is lost, so the file may have half \
+                 of one: {damage}; restore the database from a copy, or let it follow a primary"
+            )));
         }
         st.close_idle();
         Ok(done)
@@ -145,13 +162,19 @@ impl Database {
             log = %last.max_txid,
             "the log has lost transactions that the files have; the history goes on from the files"
         );
+        self.begin_history_at(Some(last), mark)
+    }
+
+    /// Files that are elsewhere than the log are where the history begins anew.
+    pub(super) fn begin_history_at(&self, last: Option<&RecordInfo>, mark: Mark) -> Result<(), RecoveryError> {
+        let epoch = self.shared.epoch();
         let record = NewRecord {
             database: &self.name,
             kind: RecordKind::Reset,
-            epoch: self.shared.epoch().max(last.epoch),
+            epoch: last.map_or(epoch, |last| last.epoch.max(epoch)),
             min_txid: mark.position.txid,
             max_txid: mark.position.txid,
-            pre_apply: last.post_apply,
+            pre_apply: last.map_or(Checksum::EMPTY, |last| last.post_apply),
             post_apply: mark.position.checksum_or_empty(),
             page_size: mark.page_size,
             commit: mark.page_count,
@@ -231,7 +254,7 @@ impl Database {
     }
 
     /// Step 1. Returns whether there was a journal.
-    fn recover_journal(&self, done: &mut Recovered) -> Result<bool, RecoveryError> {
+    pub(super) fn recover_journal(&self, done: &mut Recovered) -> Result<bool, RecoveryError> {
         let Some(journal_file) = open_if_there(&self.paths.journal)? else { return Ok(false) };
         let hot = journal::is_hot(&journal_file).map_err(failed)?;
         if hot && let Some(database) = open_if_there(&self.paths.database)? {
@@ -263,14 +286,13 @@ impl Database {
         }
     }
 
-    /// Step 2. Returns whether there was a WAL with frames.
-    fn recover_wal(&self, last: Option<&RecordInfo>, done: &mut Recovered) -> Result<bool, RecoveryError> {
+    /// Step 2. `known_end` tells how far a WAL with these salts counts. Returns whether there was a WAL with frames.
+    pub(super) fn recover_wal(
+        &self,
+        known_end: &dyn Fn((u32, u32)) -> u64,
+        done: &mut Recovered,
+    ) -> Result<bool, RecoveryError> {
         let Some(wal) = open_if_there(&self.paths.wal)? else { return Ok(false) };
-        let known_end = |salts: (u32, u32)| match last.and_then(|r| r.wal) {
-            Some(end) if end == WAL_IS_FROM_THE_LOG => u64::MAX,
-            Some(end) if (end.salt1, end.salt2) == salts => end.end_offset,
-            _ => 0,
-        };
         let mut had_frames = false;
         match Scanner::open(&wal) {
             Ok(Some(mut scan)) => {
@@ -370,18 +392,29 @@ impl Database {
         let sums = st.open_checksums(self).map_err(failed)?;
         sums.reserve(record.commit).map_err(failed)?;
         sums.truncate(if resized { 0 } else { record.commit });
+        let mut place = format!("the log at {}", record.lsn);
         let reader: Box<dyn Read> = match self.shared.log.read(record).map_err(failed)? {
             Payload::Bytes(bytes) => Box::new(io::Cursor::new(bytes)),
-            Payload::File { path, .. } => Box::new(BufReader::new(File::open(&path).map_err(failed)?)),
+            Payload::File { path, .. } => {
+                place = path.display().to_string();
+                Box::new(BufReader::new(File::open(&path).map_err(failed)?))
+            }
         };
-        let mut decoder = Decoder::new(reader).map_err(failed)?;
+        let failed_there = |error: ltx::Error| {
+            RecoveryError(format!(
+                "transaction {}, which the files need, cannot be read in {place}: {error}; restore the database from \
+                 a copy, or let it follow a primary",
+                record.max_txid
+            ))
+        };
+        let mut decoder = Decoder::new(reader).map_err(failed_there)?;
         let mut page = Vec::new();
-        while let Some(pgno) = decoder.next_page(&mut page).map_err(failed)? {
+        while let Some(pgno) = decoder.next_page(&mut page).map_err(failed_there)? {
             let at = u64::from(pgno - 1) * u64::from(record.page_size);
             database.write_all_at(&page, at).map_err(failed)?;
             st.checksums_mut().set(pgno, Some(page_checksum(pgno, &page)));
         }
-        decoder.finish().map_err(failed)?;
+        decoder.finish().map_err(failed_there)?;
         database.set_len(u64::from(record.commit) * u64::from(record.page_size)).map_err(failed)?;
         *shape = mark_of(record);
         Ok(())
@@ -440,7 +473,7 @@ impl Database {
 
     /// Checks the sum of all page checksums, makes the files durable, writes the mark.
     /// Without `mark` the mark stays where it was: the comparison comes first.
-    fn finish(&self, st: &mut State, target: Mark, intact: bool, mark: bool) -> Result<(), RecoveryError> {
+    pub(super) fn finish(&self, st: &mut State, target: Mark, intact: bool, mark: bool) -> Result<(), RecoveryError> {
         if !intact && st.page_count > 0 {
             self.rebuild_checksums(st, target)?;
         }
@@ -510,7 +543,17 @@ impl Database {
     }
 }
 
-fn mark_of(record: &RecordInfo) -> Mark {
+/// How far the log knows a WAL with these salts.
+pub(super) fn known_wal_end(last: Option<&RecordInfo>) -> impl Fn((u32, u32)) -> u64 {
+    let wal = last.and_then(|r| r.wal);
+    move |salts| match wal {
+        Some(end) if end == WAL_IS_FROM_THE_LOG => u64::MAX,
+        Some(end) if (end.salt1, end.salt2) == salts => end.end_offset,
+        _ => 0,
+    }
+}
+
+pub(super) fn mark_of(record: &RecordInfo) -> Mark {
     Mark {
         position: Pos { txid: record.max_txid, checksum: record.post_apply },
         page_size: record.page_size,
@@ -522,7 +565,7 @@ pub(crate) fn failed(error: impl std::fmt::Display) -> RecoveryError {
     RecoveryError(error.to_string())
 }
 
-fn open_if_there(path: &Path) -> Result<Option<File>, RecoveryError> {
+pub(super) fn open_if_there(path: &Path) -> Result<Option<File>, RecoveryError> {
     match OpenOptions::new().read(true).write(true).open(path) {
         Ok(file) => Ok(Some(file)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),

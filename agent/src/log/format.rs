@@ -42,6 +42,9 @@ pub const EXTERNAL_TAIL_BYTES: u64 = 16;
 /// Where in the segment header its place in the log is written: another sector than the header's first part,
 /// which is durable before the segment is used.
 const PLACE_AT: usize = 512;
+/// Where its end is written, before the file is cut there.
+const END_AT: usize = 1024;
+const END_BYTES: usize = 16;
 const SEGMENT_CRC_AT: usize = 56;
 const PLACE_BYTES: usize = 24;
 
@@ -106,14 +109,15 @@ pub fn align(bytes: u64) -> u64 {
     bytes.next_multiple_of(ALIGN_BYTES)
 }
 
-/// The header block of a segment that has no place in the log yet.
-pub fn encode_segment_header(key: SegmentKey) -> Vec<u8> {
+/// The header block of a segment of this size that has no place in the log yet.
+pub fn encode_segment_header(key: SegmentKey, file_bytes: u64) -> Vec<u8> {
     let mut block = Vec::with_capacity(SEGMENT_HEADER_BYTES as usize);
     block.put_slice(&SEGMENT_MAGIC);
     block.put_u32(VERSION);
     block.put_u32(SEGMENT_HEADER_BYTES as u32);
     block.put_u64(key.log_id);
     block.put_u64(key.segment_id);
+    block.put_u64(file_bytes);
     block.resize(SEGMENT_CRC_AT, 0);
     block.put_u64(crc(&block));
     block.resize(SEGMENT_HEADER_BYTES as usize, 0);
@@ -138,11 +142,32 @@ pub fn encode_place(key: SegmentKey, place: Place) -> (u64, Vec<u8>) {
     (PLACE_AT as u64, bytes)
 }
 
+/// Bytes that say where a segment ends, and their offset in it.
+pub fn encode_end(key: SegmentKey, end: Lsn) -> (u64, Vec<u8>) {
+    let mut bytes = Vec::with_capacity(END_BYTES);
+    bytes.put_u64(end.0);
+    bytes.put_u64(key.crc(&[&bytes]));
+    (END_AT as u64, bytes)
+}
+
+/// What a segment says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentFacts {
+    /// Salt of its CRCs.
+    pub key: SegmentKey,
+    /// Size of the file unless it was cut; 0: not stated.
+    pub file_bytes: u64,
+    /// `None` when it is not readable: it is not durable before the first record is.
+    pub place: Option<Place>,
+    /// Where it ends, when it was cut there.
+    pub end: Option<Lsn>,
+}
+
 /// What the header block of a segment says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SegmentHeader {
-    /// A segment. Without a place when that is not readable: it is not durable before the first record is.
-    Good(SegmentKey, Option<Place>),
+    /// A segment.
+    Good(SegmentFacts),
     /// A segment, but the header is damaged or cut off.
     Damaged,
     /// A segment of another format version.
@@ -166,6 +191,7 @@ pub fn decode_segment_header(block: &[u8]) -> SegmentHeader {
     }
     let header_bytes = rest.get_u32();
     let key = SegmentKey { log_id: rest.get_u64(), segment_id: rest.get_u64() };
+    let file_bytes = rest.get_u64();
     let stored = (&block[SEGMENT_CRC_AT..]).get_u64();
     if stored != crc(&block[..SEGMENT_CRC_AT]) || header_bytes != SEGMENT_HEADER_BYTES as u32 {
         return SegmentHeader::Damaged;
@@ -174,7 +200,11 @@ pub fn decode_segment_header(block: &[u8]) -> SegmentHeader {
     let mut rest = place;
     let (first, previous_end, stored) = (rest.get_u64(), rest.get_u64(), rest.get_u64());
     let good = stored == key.crc(&[&place[..16]]);
-    SegmentHeader::Good(key, good.then_some(Place { first: Lsn(first), previous_end: Lsn(previous_end) }))
+    let place = good.then_some(Place { first: Lsn(first), previous_end: Lsn(previous_end) });
+    let mut rest = &block[END_AT..];
+    let (end, stored) = (rest.get_u64(), rest.get_u64());
+    let end = (stored == key.crc(&[&block[END_AT..END_AT + 8]])).then_some(Lsn(end));
+    SegmentHeader::Good(SegmentFacts { key, file_bytes, place, end })
 }
 
 /// Payload of a record to be written.
@@ -497,12 +527,19 @@ mod tests {
 
     #[test]
     fn a_segment_header_tells_damage_from_a_foreign_file() {
-        let mut block = encode_segment_header(KEY);
-        assert_eq!(decode_segment_header(&block), SegmentHeader::Good(KEY, None));
+        let mut block = encode_segment_header(KEY, 1 << 20);
+        let mut facts = SegmentFacts { key: KEY, file_bytes: 1 << 20, place: None, end: None };
+        assert_eq!(decode_segment_header(&block), SegmentHeader::Good(facts));
         let place = Place { first: Lsn(1 << 33), previous_end: Lsn(80) };
-        let (at, bytes) = encode_place(KEY, place);
-        block[at as usize..at as usize + bytes.len()].copy_from_slice(&bytes);
-        assert_eq!(decode_segment_header(&block), SegmentHeader::Good(KEY, Some(place)));
+        for (at, bytes) in [encode_place(KEY, place), encode_end(KEY, Lsn(1 << 34))] {
+            block[at as usize..at as usize + bytes.len()].copy_from_slice(&bytes);
+        }
+        (facts.place, facts.end) = (Some(place), Some(Lsn(1 << 34)));
+        assert_eq!(decode_segment_header(&block), SegmentHeader::Good(facts));
+        // An end that is damaged, or of an earlier use of the file, is none.
+        block[END_AT + 7] ^= 1;
+        facts.end = None;
+        assert_eq!(decode_segment_header(&block), SegmentHeader::Good(facts));
         for bit in 0..64 * 8 {
             let mut bad = block.clone();
             bad[bit / 8] ^= 1 << (bit % 8);

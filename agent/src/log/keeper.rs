@@ -234,7 +234,7 @@ impl Shared {
                 }
                 file.set_len(size)?;
             }
-            file.write_at(&format::encode_segment_header(key), 0)?;
+            file.write_at(&format::encode_segment_header(key, size), 0)?;
             file.sync_data()?;
             Ok(file)
         };
@@ -295,8 +295,9 @@ impl Shared {
     pub(super) fn seal_last(&self, segment: &Segment, end: Lsn) {
         segment.set_end(end);
         let bytes = SEGMENT_HEADER_BYTES + (end.0 - segment.first.0);
+        let Some(key) = segment.key else { return };
         let cut = self.segments.file(segment).and_then(|file| {
-            let done = file.set_len(bytes).and_then(|()| file.sync_data());
+            let done = cut_to_end(&*file, key, end, bytes);
             done.map_err(|e| LogError::io("cut", &self.segments.path(segment.first), e))
         });
         match cut {
@@ -306,4 +307,18 @@ impl Shared {
         }
         self.seal(segment, true);
     }
+}
+
+/// Cuts a segment's file to its end. The segment says so first, so that one that lost its end is told from it.
+pub(super) fn cut_to_end(
+    file: &dyn StorageFile,
+    key: SegmentKey,
+    end: Lsn,
+    file_bytes: u64,
+) -> std::io::Result<()> {
+    let (at, bytes) = format::encode_end(key, end);
+    file.write_at(&bytes, at)?;
+    file.sync_data()?;
+    file.set_len(file_bytes)?;
+    file.sync_data()
 }

@@ -13,7 +13,7 @@ use super::format::{
     UNCLEAN_GAP_BYTES, VERSION, offset_in_segment,
 };
 use super::index::Index;
-use super::keeper::spare_number;
+use super::keeper::{cut_to_end, spare_number};
 use super::record::Lsn;
 use super::scan::{Found, Scanner};
 use super::sealed::{IndexFacts, Summary};
@@ -56,13 +56,26 @@ struct Candidate {
     file_bytes: u64,
     key: Option<SegmentKey>,
     place: Option<Place>,
+    /// Where the segment says that it was cut.
+    stated_end: Option<Lsn>,
+    /// Size of the file as long as it is not cut.
+    uncut_bytes: u64,
     index: Option<IndexFacts>,
 }
 
 impl Candidate {
-    /// LSN after the last one that fits into the file.
+    /// LSN after the last one that fits into the file as it is.
     fn file_end(&self) -> Lsn {
-        Lsn(self.first.0 + (self.file_bytes.saturating_sub(SEGMENT_HEADER_BYTES) & !(ALIGN_BYTES - 1)))
+        self.end_of(self.file_bytes)
+    }
+
+    fn end_of(&self, file_bytes: u64) -> Lsn {
+        Lsn(self.first.0 + (file_bytes.saturating_sub(SEGMENT_HEADER_BYTES) & !(ALIGN_BYTES - 1)))
+    }
+
+    /// The file lost its end: a segment has its full size from the beginning, and says so before it is cut.
+    fn lost_its_end(&self) -> bool {
+        self.stated_end.is_none() && self.file_bytes < self.uncut_bytes
     }
 
     fn previous_end(&self) -> Lsn {
@@ -170,14 +183,15 @@ impl Recovery<'_> {
         let file_bytes = file.len().map_err(io)?;
         let mut block = vec![0; SEGMENT_HEADER_BYTES as usize];
         let n = file.read_at(&mut block, 0).unwrap_or(0);
-        let (key, place) = match format::decode_segment_header(&block[..n]) {
-            SegmentHeader::Good(key, place) => (Some(key), place),
-            SegmentHeader::Damaged => (None, None),
+        let facts = match format::decode_segment_header(&block[..n]) {
+            SegmentHeader::Good(facts) => Some(facts),
+            SegmentHeader::Damaged => None,
             SegmentHeader::Version(found) => return Err(LogError::Version { path, found, known: VERSION }),
             SegmentHeader::Foreign => {
                 return Err(LogError::NotASegment { path, reason: "it begins with other bytes".into() });
             }
         };
+        let (key, place) = (facts.map(|facts| facts.key), facts.and_then(|facts| facts.place));
         if let Some(place) = place
             && place.first != first
         {
@@ -194,7 +208,9 @@ impl Recovery<'_> {
                 return Err(LogError::ForeignSegment { path, found, expected });
             }
         }
-        Ok(Candidate { first, path, file, file_bytes, key, place, index })
+        let stated_end = facts.and_then(|facts| facts.end);
+        let uncut_bytes = facts.map_or(0, |facts| facts.file_bytes);
+        Ok(Candidate { first, path, file, file_bytes, key, place, stated_end, uncut_bytes, index })
     }
 
     /// Removes what was left half done, and finds the spares.
@@ -230,14 +246,17 @@ impl Recovery<'_> {
     fn find_ends(&mut self, candidates: Vec<Candidate>) -> Result<(Vec<Bounded>, Lsn), LogError> {
         let limit = |i: usize| {
             let own = &candidates[i];
-            let told = own.index.map_or(own.file_end(), |index| index.end.max(own.file_end()));
+            let file_end = own.end_of(own.file_bytes.max(own.uncut_bytes));
+            let told = own.index.map_or(file_end, |index| index.end.max(own.file_end()));
+            let told = own.stated_end.unwrap_or(told);
             candidates.get(i + 1).map_or(told, Candidate::previous_end).max(own.first)
         };
         let probed: Vec<(Lsn, Option<Probe>)> =
             (0..candidates.len()).map(|i| (limit(i), probe(&candidates[i], limit(i)))).collect();
         let told = probed.iter().filter_map(|(_, probe)| probe.as_ref()).map(|probe| probe.durable);
         let indexed = candidates.iter().filter_map(|candidate| candidate.index).map(|index| index.end);
-        let durable = told.chain(indexed).max().unwrap_or_default();
+        let stated = candidates.iter().filter_map(|candidate| candidate.stated_end);
+        let durable = told.chain(indexed).chain(stated).max().unwrap_or_default();
 
         let mut bounded: Vec<Bounded> = Vec::new();
         let (mut never_durable, mut cut) = (Vec::new(), false);
@@ -282,8 +301,13 @@ impl Recovery<'_> {
             self.damaged.last_mut().expect("just pushed").offset = 0;
             return (limit, false);
         };
+        let lost_its_end = candidate.lost_its_end();
         for Bad { lsn, end, database, reason } in probe.bad {
-            if probe.unreadable {
+            if lost_its_end {
+                // What says whether this was durable may be in the lost part.
+                let reason = if end < limit { reason } else { "the file has lost its end" };
+                self.damage(candidate, lsn, end, database, reason);
+            } else if probe.unreadable {
                 self.damage(candidate, lsn, end, database, "the disk cannot read it");
             } else if lsn >= durable {
                 // Nothing says that this ever was durable, so neither was anything after it.
@@ -332,11 +356,15 @@ impl Recovery<'_> {
             let from = offset_in_segment(candidate.first, durable.max(candidate.first));
             rewrite(&*candidate.file, from, file_bytes).map_err(io)?;
         }
-        candidate.file.set_len(file_bytes).and_then(|()| candidate.file.sync_data()).map_err(io)?;
+        // A damaged one is looked at again each time the log is opened, so it stays as it is.
+        if *damaged {
+            candidate.file.sync_data().map_err(io)?;
+        } else {
+            cut_to_end(&*candidate.file, key, *end, file_bytes).map_err(io)?;
+        }
         self.storage.sync_dir(self.dir).map_err(io)?;
         let summary = Summary::new(key, candidate.first, candidate.previous_end(), *end);
         let (summary, _) = summary.scan(candidate.file.clone());
-        // A damaged segment gets no index, so that it is looked at again each time the log is opened.
         if !damaged && let Err(e) = summary.write(self.storage, self.dir) {
             tracing::warn!(segment = %candidate.path.display(), error = %e, "cannot write the index of a segment");
         }

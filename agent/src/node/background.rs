@@ -148,6 +148,12 @@ fn sweep(node: &Node) {
         return;
     }
     for db in node.shared.known() {
+        if db.state().rollback.journal_active
+            && node.shared.is_writable()
+            && let Err(error) = db.end_dead_transaction()
+        {
+            tracing::warn!(database = %db.name(), %error, "cannot take back the transaction of a dead application");
+        }
         let look = {
             let mut st = db.state();
             let mut unseen = st.passthrough_handles > 0 && st.stamp_changed(&db).unwrap_or(false);

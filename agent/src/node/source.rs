@@ -2,7 +2,7 @@
 
 use super::Node;
 use crate::DatabaseName;
-use crate::log::{Payload, RecordKind};
+use crate::log::{LogError, Payload, RecordKind};
 use crate::ship::engine::{EngineError, Epoch, PageRange, RecordPayload, Resume, ShippedRecord, Source};
 use ltx::{Checksum, Pos, Txid};
 use std::fs::File;
@@ -13,6 +13,15 @@ use tokio::sync::broadcast;
 
 fn other(e: impl std::fmt::Display) -> EngineError {
     EngineError::Other(e.to_string())
+}
+
+/// Nothing, where the log has lost what was asked for to damage (which it reports) or retention: followers that need
+/// it get a snapshot.
+fn unless_lost<T>(found: Result<Option<T>, LogError>) -> Result<Option<T>, EngineError> {
+    match found {
+        Err(LogError::Damaged(_) | LogError::Gone { .. }) => Ok(None),
+        other_result => other_result.map_err(other),
+    }
 }
 
 fn check_file(path: &Path) -> Result<(), ltx::Error> {
@@ -63,7 +72,7 @@ impl Source for Node {
             return Ok(Resume::Diverged);
         }
         // The record after the position says what it begins with, also when the position's own is gone.
-        match log.find(name, Txid(position.txid.0 + 1)).map_err(other)? {
+        match unless_lost(log.find(name, Txid(position.txid.0 + 1)))? {
             Some(next) if next.kind == RecordKind::Transaction && next.min_txid.0 == position.txid.0 + 1 => {
                 Ok(if next.pre_apply == position.checksum { Resume::Continue } else { Resume::Diverged })
             }
@@ -72,7 +81,7 @@ impl Source for Node {
     }
 
     fn checksum_at(&self, name: &DatabaseName, txid: Txid) -> Result<Option<Checksum>, EngineError> {
-        let record = self.shared.log.find(name, txid).map_err(other)?;
+        let record = unless_lost(self.shared.log.find(name, txid))?;
         Ok(record.filter(|r| r.max_txid == txid).map(|r| r.post_apply))
     }
 
@@ -82,17 +91,17 @@ impl Source for Node {
         if let Some(recent) = db.state().recent.get(min_txid).filter(|r| r.max_txid <= durable.txid) {
             return Ok(Some(recent.clone()));
         }
-        let found = self.shared.log.find(name, min_txid).map_err(other)?;
+        let found = unless_lost(self.shared.log.find(name, min_txid))?;
         let Some(info) = found.filter(|r| {
             r.kind == RecordKind::Transaction && r.min_txid == min_txid && r.max_txid <= durable.txid
         }) else {
             return Ok(None);
         };
-        let payload = match self.shared.log.read(&info).map_err(other)? {
+        let Some(payload) = unless_lost(self.shared.log.read(&info).map(Some))? else { return Ok(None) };
+        let payload = match payload {
             Payload::Bytes(bytes) => RecordPayload::Bytes(bytes),
             Payload::File { path, size } => {
-                // The log checks such a file's size and end only. A record that cannot be sent is as good as gone: the
-                // follower gets a snapshot.
+                // The log checks such a file's size and end only.
                 if let Err(error) = check_file(&path) {
                     tracing::error!(database = %name, path = %path.display(), %error, "a record is damaged");
                     return Ok(None);

@@ -131,16 +131,36 @@ fn a_torn_last_record_is_cut_off_unless_a_mark_says_it_was_durable() {
 }
 
 #[test]
-fn a_truncated_last_segment_loses_only_its_end() {
-    let storage = MemoryStorage::default();
-    let records = two_databases(&storage, false);
-    let log = open_by_hand(&storage.copy(), small());
-    let (path, offset) = place_of(&log, &records[records.len() - 1]);
-    storage.edit(&path, |content| content.truncate(offset + 50));
-    let log = open_by_hand(&storage, small());
-    assert_eq!(log.damaged(), [], "nothing says that the last record was durable");
-    assert_eq!(all_records(&log), records[..records.len() - 1]);
-    fill(&log, &name("b"), 60, 70, 300);
+fn a_last_segment_that_lost_its_end_is_damaged_wherever_it_was_cut() {
+    // In the last record, between two, at its header, and in the zeros after everything.
+    for cut in [50, 0, 130, 2000] {
+        let storage = MemoryStorage::default();
+        let log = open_by_hand(&storage, small());
+        fill(&log, &name("a"), 1, 10, 300);
+        log.wait_durable(log.appended()).unwrap();
+        let last = log.last(&name("a")).unwrap();
+        let (path, offset) = place_of(&log, &last);
+        kill(log);
+        storage.edit(&path, |content| content.truncate(offset + cut));
+        for _ in 0..2 {
+            let log = open_by_hand(&storage, small());
+            let [damage] = &log.damaged()[..] else { panic!("cut at {cut}: {:?}", log.damaged()) };
+            assert_eq!(damage.segment, path);
+            assert!(damage.reason.contains("lost its end"), "{damage}");
+            let kept = if cut == 2000 { 10 } else { 9 };
+            assert_eq!(all_records(&log).len(), kept, "cut at {cut}");
+            kill(log);
+        }
+        // What is appended goes where nothing was; the damage stays known.
+        let log = open_by_hand(&storage, small());
+        let kept = log.kept(&name("a")).unwrap().unwrap().1.0;
+        fill(&log, &name("a"), kept + 1, kept + 2, 300);
+        log.wait_durable(log.appended()).unwrap();
+        drop(log);
+        let log = open_by_hand(&storage, small());
+        assert_eq!(log.damaged().len(), 1);
+        assert_eq!(log.kept(&name("a")).unwrap().unwrap().1.0, kept + 2);
+    }
 }
 
 #[test]

@@ -269,7 +269,7 @@ impl Worker {
             Ok(body) => {
                 self.confirmed = session.number;
                 self.unstage().await?;
-                return self.stream(session, body).await.map(|()| Step::Followed);
+                return self.stream(session, body).await;
             }
             Err(error) => error,
         };
@@ -316,7 +316,7 @@ impl Worker {
     }
 
     /// Receives what the stream brings until it ends.
-    async fn stream(&mut self, session: &Arc<Session>, body: Incoming) -> Result<(), Trouble> {
+    async fn stream(&mut self, session: &Arc<Session>, body: Incoming) -> Result<Step, Trouble> {
         let dir = self.shared.staging_dir().await.map_err(Trouble::Own)?;
         let mut records = pin!(records(Intake::new(body, &dir)));
         let mut pending = Pending::new(&self.shared);
@@ -359,10 +359,10 @@ impl Worker {
                     receiving = None;
                     self.advanced(result?);
                 }
-                () = self.shared.room.notified(), if caught_up => return Ok(()),
+                () = self.shared.room.notified(), if caught_up => return Ok(Step::Followed),
                 changed = news.changed(), if idle => {
                     if changed.is_err() || news.borrow_and_update().session == RECHECK {
-                        return Ok(());
+                        return Ok(Step::Followed);
                     }
                 }
             }
@@ -370,18 +370,20 @@ impl Worker {
     }
 
     /// Judges why a stream ended.
-    fn ended(&mut self, session: &Session, stop: Stop) -> Result<(), Trouble> {
+    fn ended(&mut self, session: &Session, stop: Stop) -> Result<Step, Trouble> {
         let upstream = || session.upstream.to_string();
         match stop {
             Stop::End(EndReason::Idle) => {
                 let target = *self.target.borrow();
                 let news = self.target.has_changed().unwrap_or(false);
                 self.settled = !news && (target.session < session.number || target.pos.txid <= self.pos.txid);
-                Ok(())
+                Ok(Step::Followed)
             }
             Stop::End(_) => {
                 Err(FollowError::Lost { upstream: upstream(), why: "it ended the log stream".into() }.into())
             }
+            // The next record is lost there. Up to here the histories are one.
+            Stop::Refused(RefusalCode::Gap, _) => Ok(Step::Snapshot { common: Some(self.pos.txid) }),
             Stop::Refused(code, message) => Err(Trouble::Ended { name: self.name.clone(), code, message }),
             Stop::Frame(error) => Err(FollowError::frame(&session.upstream, error).into()),
             Stop::Store(path, source) => Err(Trouble::Store { name: self.name.clone(), path, source }),

@@ -183,7 +183,9 @@ impl Taking<'_> {
             if let Some(stop) = stopped
                 && !staging.is_complete()
             {
-                self.give_up(staging, false).await?;
+                // A record that is lost there does not come back; later pages have what was in it.
+                let lost = matches!(stop, Stop::Refused(RefusalCode::Gap, _));
+                self.give_up(staging, lost).await?;
                 return Err(self.stopped(stop));
             }
         }
