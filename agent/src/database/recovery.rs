@@ -166,7 +166,11 @@ impl Database {
     }
 
     /// Files that are elsewhere than the log are where the history begins anew.
-    pub(super) fn begin_history_at(&self, last: Option<&RecordInfo>, mark: Mark) -> Result<(), RecoveryError> {
+    pub(super) fn begin_history_at(
+        &self,
+        last: Option<&RecordInfo>,
+        mark: Mark,
+    ) -> Result<(), RecoveryError> {
         let epoch = self.shared.epoch();
         let record = NewRecord {
             database: &self.name,
@@ -473,7 +477,13 @@ impl Database {
 
     /// Checks the sum of all page checksums, makes the files durable, writes the mark.
     /// Without `mark` the mark stays where it was: the comparison comes first.
-    pub(super) fn finish(&self, st: &mut State, target: Mark, intact: bool, mark: bool) -> Result<(), RecoveryError> {
+    pub(super) fn finish(
+        &self,
+        st: &mut State,
+        target: Mark,
+        intact: bool,
+        mark: bool,
+    ) -> Result<(), RecoveryError> {
         if !intact && st.page_count > 0 {
             self.rebuild_checksums(st, target)?;
         }
