@@ -13,6 +13,7 @@
 //! | [`lease`]    | who may write: leases, elections, and the machine that decides the role            |
 //! | [`node`]     | all databases of one host, its role and epoch                                      |
 //! | [`status`]   | what an operator sees: status, metrics, events                                     |
+//! | [`systemd`]  | the agent as a service: sockets, watchdog, status line, units per role, secrets    |
 //! | [`config`], [`cli`] | the configuration file and the command line                                 |
 
 pub mod apply;
@@ -27,5 +28,6 @@ pub mod name;
 pub mod node;
 pub mod ship;
 pub mod status;
+pub mod systemd;
 
 pub use name::DatabaseName;

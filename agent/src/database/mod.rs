@@ -187,6 +187,11 @@ impl Database {
         self.state.lock()
     }
 
+    /// Locks the state if nobody works on it now.
+    pub fn try_state(&self) -> Option<MutexGuard<'_, State>> {
+        self.state.try_lock()
+    }
+
     /// Newest position whose record is durable in this node's log.
     pub fn durable_position(&self) -> Pos {
         *self.durable.lock()

@@ -22,10 +22,11 @@ use crate::database::{Dirs, Shared};
 use crate::door::fuse::{Door, Options as DoorOptions};
 use crate::log::{CommitLog, Options as LogOptions};
 use crate::ship::follow::FollowOptions;
-use crate::ship::http::{HttpOptions, Listener, serve};
+use crate::ship::http::{HttpOptions, serve};
 use crate::ship::server::{Server, ServerOptions};
 use crate::status::events::{Event, EventBus, RoleData};
 use crate::status::{Metrics, api::RoleName};
+use crate::systemd::{self, listeners};
 use anyhow::Context;
 use fuse_session::Guard;
 use lease_driver::LeaseHandle;
@@ -199,7 +200,7 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     let server = Server::new(node.clone(), server_options, stop.clone());
     *node.server.lock() = Some(server.clone());
     // Before the door: a port that is taken must not leave a mount behind.
-    let tcp = Listener::bind_tcp(config.http.listen).await?;
+    let tcp = listeners::http(config.http.listen).await?;
     if let Some(dir) = config.socket.path.parent() {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
@@ -208,7 +209,7 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     let opening = node.clone();
     let opened = tokio::task::spawn_blocking(move || opening.open_door()).await?;
     let started = match opened {
-        Ok(()) => Listener::bind_unix(&config.socket.path, 0o660).await.map_err(anyhow::Error::from),
+        Ok(()) => listeners::control(&config.socket.path).await.map_err(anyhow::Error::from),
         Err(error) => Err(error),
     };
     let unix = match started {
@@ -224,7 +225,8 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     let http =
         tokio::spawn(serve(vec![tcp, unix], server.clone(), handler, HttpOptions::default(), stop.clone()));
     let background = background::spawn(node.clone(), stop.clone());
-    notify_ready(&node);
+    systemd::status::ready(node.as_ref());
+    systemd::status::keep_informed(node.clone(), &config.cluster, node.roles(), stop.clone());
     tracing::info!(listen = %config.http.listen, socket = %config.socket.path.display(), "ready");
 
     let mut door_check = tokio::time::interval(Duration::from_millis(500));
@@ -242,7 +244,7 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     };
 
     tracing::info!("stopping");
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    systemd::status::stopping();
     lease.stop().await;
     node.drain_followers(DRAIN).await;
     {
@@ -260,7 +262,7 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     let _ = background.await;
     let stopping = node.clone();
     tokio::task::spawn_blocking(move || stopping.close_files()).await?;
-    let _ = std::fs::remove_file(&config.socket.path);
+    listeners::remove_control(&config.socket.path);
     outcome
 }
 
@@ -277,9 +279,7 @@ async fn first_role(node: &Arc<Node>) {
 
 /// SIGHUP: reads the configuration again and takes over what can change while running: role, upstream, log level.
 async fn reload(node: &Arc<Node>, lease: &LeaseHandle) {
-    let reloading =
-        [Some(sd_notify::NotifyState::Reloading), sd_notify::NotifyState::monotonic_usec_now().ok()];
-    let _ = sd_notify::notify(&reloading.into_iter().flatten().collect::<Vec<_>>());
+    systemd::status::reloading();
     let loaded = node.config.read().reload();
     match loaded {
         Err(error) => tracing::error!(%error, "the configuration was not taken over"),
@@ -302,17 +302,7 @@ async fn reload(node: &Arc<Node>, lease: &LeaseHandle) {
             lease.configure(node, &new).await;
         }
     }
-    notify_ready(node);
-}
-
-fn notify_ready(node: &Node) {
-    let status = format!(
-        "{} of epoch {}, {} databases",
-        node.role.borrow().name.as_str(),
-        node.shared.epoch().0,
-        node.shared.databases().len()
-    );
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(&status)]);
+    systemd::status::ready(node.as_ref());
 }
 
 impl Node {

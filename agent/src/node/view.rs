@@ -10,6 +10,7 @@ use crate::ship::http::Handler;
 use crate::status::api::*;
 use crate::status::events::{Event, QuarantineData, TxData};
 use crate::status::{Export, Metrics, NodeView, ViewError, handler};
+use crate::systemd::status::{Service, Summary};
 use futures_util::future::BoxFuture;
 use hyper::body::Incoming;
 use ltx::Pos;
@@ -158,6 +159,30 @@ impl Node {
                 Notice::Quarantined(db, reason) => Event::Quarantine { db, data: QuarantineData { reason } },
             });
         });
+    }
+}
+
+impl Service for Node {
+    fn summary(&self) -> Summary {
+        let known = self.shared.known();
+        // A large transaction holds the state of its database for long; one that is set aside has none.
+        let is_quarantined =
+            |db: &&Arc<Database>| db.try_state().is_some_and(|state| state.quarantine_reason().is_some());
+        let quarantined = known.iter().filter(is_quarantined).count();
+        let role = self.role_status();
+        let lag = if role.name == RoleName::Replica { self.lag() } else { Duration::ZERO };
+        let followers = self.server.lock().as_ref().map_or(0, |server| server.followers().len());
+        Summary { role, databases: self.shared.databases().len(), quarantined, followers, lag }
+    }
+
+    fn probe(&self) {
+        // The flusher calls this back from its thread, also when there is nothing to sync.
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let log = &self.shared.log;
+        log.on_durable(log.durable(), Box::new(move |_| sender.send(()).unwrap_or(())));
+        let _ = receiver.recv();
+        // The kernel asks the door for this file each time. What it answers does not matter.
+        let _ = std::fs::read(self.shared.dirs.mount.join(".lag"));
     }
 }
 

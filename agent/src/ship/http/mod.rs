@@ -16,6 +16,7 @@ use hyper_util::server::conn::auto;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -88,6 +89,12 @@ pub enum BindError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The service manager passed something that cannot be used.
+    #[error("cannot use the listening socket that systemd passed: {source}; look at the socket unit")]
+    Passed {
+        /// The system's reason.
+        source: io::Error,
+    },
 }
 
 /// A socket that accepts connections.
@@ -127,6 +134,20 @@ impl Listener {
         };
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(failed)?;
         Ok(Listener::Unix(listener))
+    }
+
+    /// A TCP socket that already listens.
+    pub fn tcp_from(socket: OwnedFd) -> Result<Self, BindError> {
+        let socket = std::net::TcpListener::from(socket);
+        let listener = socket.set_nonblocking(true).and_then(|()| TcpListener::from_std(socket));
+        listener.map(Listener::Tcp).map_err(|source| BindError::Passed { source })
+    }
+
+    /// A Unix socket that already listens.
+    pub fn unix_from(socket: OwnedFd) -> Result<Self, BindError> {
+        let socket = std::os::unix::net::UnixListener::from(socket);
+        let listener = socket.set_nonblocking(true).and_then(|()| UnixListener::from_std(socket));
+        listener.map(Listener::Unix).map_err(|source| BindError::Passed { source })
     }
 
     /// The TCP address, or the path of the Unix socket.
