@@ -69,6 +69,32 @@ fn fill(host: &Host, database: &str, mode: &str) {
 const SUM: &str = "SELECT count(*), total(id), total(length(x)), min(x), max(x) FROM t";
 
 #[test]
+fn what_was_written_without_a_journal_just_before_a_crash_is_captured() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    for (first_mode, mode) in [("DELETE", "OFF"), ("DELETE", "MEMORY"), ("WAL", "OFF"), ("WAL", "MEMORY")] {
+        let name = format!("{first_mode}-{mode}.db");
+        fill(&primary, &name, first_mode);
+        primary.wait_position_equal(&replica, &name);
+        for round in 1..=3 {
+            // The door does not see what a connection writes that opened the database in WAL mode.
+            primary.sql(&name, &format!("PRAGMA journal_mode={first_mode};"));
+            let mut shell = Shell::open(&primary.path(&name));
+            shell.run("SELECT count(*) FROM t;");
+            shell.run(&format!("PRAGMA journal_mode={mode}; PRAGMA synchronous=OFF;"));
+            shell.run(&format!("UPDATE t SET x = 'round {round}' || substr(x, 8) WHERE id <= 100;"));
+            primary.kill();
+            shell.kill();
+            primary.start();
+            replica.wait_connected();
+            assert_equal(&primary, &replica, &name);
+            let rows = replica.sql(&name, &format!("SELECT count(*) FROM t WHERE x LIKE 'round {round}%'"));
+            assert_eq!(rows, "100", "{name}, round {round}");
+        }
+    }
+}
+
+#[test]
 fn a_hot_journal_is_rolled_back_and_nothing_of_its_transaction_is_left() {
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();

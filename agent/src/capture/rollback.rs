@@ -12,6 +12,8 @@ use sqlite_file::header::DatabaseHeader;
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 
+/// Header, index and trailer of an LTX file, generously.
+const LTX_FIXED_BYTES: u64 = 4096;
 /// Pages read at once when a whole file is compared.
 const SCAN_BYTES: usize = 1024 * 1024;
 
@@ -46,6 +48,14 @@ impl RollbackCapture {
         self.dirty = Dirty::Unknown;
     }
 
+    /// Pages written since the last capture, as far as they are known.
+    pub fn pages_written(&self) -> usize {
+        match &self.dirty {
+            Dirty::Pages(pages) => pages.len(),
+            Dirty::Nothing | Dirty::Unknown => 0,
+        }
+    }
+
     /// `len` bytes were written at `offset`; `page_size` is 0 while the database has none.
     pub fn mark_written(&mut self, offset: u64, len: u64, page_size: u32) {
         if page_size == 0 {
@@ -61,6 +71,48 @@ impl RollbackCapture {
             (Dirty::Nothing, Ok(last)) => self.dirty = Dirty::Pages((first as u32..=last).collect()),
         }
     }
+}
+
+/// Refuses a write of a transaction that the log would have no room for: SQLite then says that the disk is full, and
+/// rolls back. At the journal's end it is too late for that: SQLite calls every failure to remove it an I/O error.
+/// What a rollback writes is never refused, since the log has it.
+pub fn ensure_room(db: &Database, st: &mut State, offset: u64, data: &[u8]) -> Result<(), CaptureError> {
+    if st.page_size == 0 {
+        return Ok(());
+    }
+    let page_size = u64::from(st.page_size);
+    let pages = st.rollback.pages_written() as u64 + data.len() as u64 / page_size + 1;
+    // LZ4 makes what it cannot compress a little longer.
+    let bytes = pages * (page_size + page_size / 128 + 64) + LTX_FIXED_BYTES;
+    let in_memory = bytes <= super::IN_MEMORY_BYTES_MAX;
+    if in_memory && db.shared.log.has_room(bytes) || is_committed(db, st, offset, data)? {
+        return Ok(());
+    }
+    if in_memory { Ok(db.shared.log.ensure_room(bytes)?) } else { staging_has_room(db, bytes) }
+}
+
+/// A large transaction becomes a file first.
+fn staging_has_room(db: &Database, bytes: u64) -> Result<(), CaptureError> {
+    let path = &db.shared.dirs.staging;
+    let io = |source| CaptureError::Io { path: path.clone(), source };
+    let stat = nix::sys::statvfs::statvfs(path).map_err(|e| io(e.into()))?;
+    if stat.blocks_available() as u64 * stat.fragment_size() as u64 >= bytes {
+        return Ok(());
+    }
+    Err(io(std::io::Error::from_raw_os_error(libc::ENOSPC)))
+}
+
+/// Whether a write of whole pages brings what the log has.
+fn is_committed(db: &Database, st: &mut State, offset: u64, data: &[u8]) -> Result<bool, CaptureError> {
+    let size = st.page_size as usize;
+    if !offset.is_multiple_of(size as u64) || !data.len().is_multiple_of(size) {
+        return Ok(false);
+    }
+    let first = (offset / size as u64) as u32 + 1;
+    let sums = st.open_checksums(db)?;
+    Ok((first..)
+        .zip(data.chunks_exact(size))
+        .all(|(pgno, page)| sums.get(pgno) == Some(ltx::page_checksum(pgno, page))))
 }
 
 /// The journal is about to end, or the file is known to be consistent: captures what was written. The caller holds

@@ -17,6 +17,8 @@ const MAGIC: [u8; 8] = *b"LFSSUMS1";
 const HEADER_BYTES: u64 = 4096;
 /// Growth step: 8,192 entries, 32 MiB of database at 4 KiB pages.
 const STEP_BYTES: u64 = 64 * 1024;
+/// Changed alone, so the header's CRC leaves it out.
+const UNLOGGED_OFFSET: usize = 32;
 const NAME_OFFSET: usize = 80;
 const CRC_OFFSET: usize = HEADER_BYTES as usize - 4;
 
@@ -157,11 +159,36 @@ impl Checksums {
         (1..=page_count).filter_map(|pgno| self.get(pgno)).fold(Checksum::EMPTY, Checksum::xor)
     }
 
+    /// Whether the database was written since the mark without a journal, or may have been: what of it is not in the
+    /// log only the file can tell.
+    pub fn may_have_unlogged_writes(&self) -> bool {
+        self.map[UNLOGGED_OFFSET] != 0
+    }
+
+    /// Notes that it is. The note survives the process; with `durable` also the host.
+    pub fn note_unlogged_writes(&mut self, durable: bool) -> Result<(), ChecksumsError> {
+        if !self.may_have_unlogged_writes() {
+            self.map[UNLOGGED_OFFSET] = 1;
+            if durable {
+                self.map.flush_range(0, HEADER_BYTES as usize).map_err(|e| io_error(&self.path, e))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes the entries durable, then states `mark`. The database files must be durable up to it already.
-    pub fn persist(&mut self, name: &DatabaseName, mark: Mark) -> Result<(), ChecksumsError> {
+    /// `all_logged`: whatever was written without a journal is in the log.
+    pub fn persist(
+        &mut self,
+        name: &DatabaseName,
+        mark: Mark,
+        all_logged: bool,
+    ) -> Result<(), ChecksumsError> {
         let io = |e| io_error(&self.path, e);
         self.map.flush().map_err(io)?;
-        self.file.write_all_at(&encode_header(name, &mark), 0).map_err(io)?;
+        let mut header = encode_header(name, &mark);
+        header[UNLOGGED_OFFSET] = if all_logged { 0 } else { self.map[UNLOGGED_OFFSET] };
+        self.file.write_all_at(&header, 0).map_err(io)?;
         self.file.sync_data().map_err(io)?;
         self.mark = mark;
         Ok(())
@@ -208,7 +235,9 @@ fn encode_header(name: &DatabaseName, mark: &Mark) -> [u8; HEADER_BYTES as usize
 }
 
 fn header_crc(header: &[u8; HEADER_BYTES as usize]) -> u32 {
-    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &header[..CRC_OFFSET]) as u32
+    let mut covered = *header;
+    covered[UNLOGGED_OFFSET] = 0;
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &covered[..CRC_OFFSET]) as u32
 }
 
 fn decode_header(
@@ -252,7 +281,13 @@ mod tests {
         sums.set(20_000, Some(sum(6)));
         let mark =
             Mark { position: Pos { txid: Txid(7), checksum: sum(3) }, page_size: 512, page_count: 20_000 };
-        sums.persist(&name, mark).unwrap();
+        sums.note_unlogged_writes(true).unwrap();
+        sums.persist(&name, mark, false).unwrap();
+        drop(sums);
+        let mut sums = Checksums::open(&path).unwrap();
+        assert!(sums.may_have_unlogged_writes(), "noted before the mark, and not all of it in the log");
+        sums.persist(&name, mark, true).unwrap();
+        assert!(!sums.may_have_unlogged_writes());
         drop(sums);
         assert_eq!(Checksums::read_mark(&path).unwrap(), (name, mark));
         let mut sums = Checksums::open(&path).unwrap();

@@ -73,7 +73,7 @@ impl Database {
             st.logged_end = last.end();
             st.last_change_ms = last.timestamp_ms;
         }
-        self.finish(st, target, true, true)?;
+        self.finish(st, target, true, &done)?;
         st.close_idle();
         Ok(done)
     }

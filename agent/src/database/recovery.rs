@@ -12,6 +12,7 @@
 //!    last record (written without a journal), and after a power failure the databases that were being written. What differs becomes a transaction on the primary.
 
 use super::checksums::{Checksums, ChecksumsError, Mark};
+use super::receive::PayloadReader;
 use super::{Database, State};
 use crate::capture::{CaptureError, ChecksumOrEmpty, unix_ms};
 use crate::log::{NewRecord, Payload, RecordInfo, RecordKind, WalEnd};
@@ -46,6 +47,8 @@ pub struct Recovered {
     pub dropped_frames: u64,
     /// All pages must be compared before the file is used.
     pub compare: bool,
+    /// The file has all that the log has, and maybe more: nothing was written to it.
+    pub kept_file: bool,
 }
 
 impl Database {
@@ -86,7 +89,11 @@ impl Database {
         if let Some(last) = last.as_ref().filter(|r| !behind && r.max_txid < mark.position.txid) {
             self.continue_after_lost_records(last, mark)?;
         }
-        let written_later = last.as_ref().is_some_and(|last| self.written_after(last));
+        let noted = st.page_count > 0
+            && intact
+            && st.open_checksums(self).map_err(failed)?.may_have_unlogged_writes();
+        let written_later = noted || last.as_ref().is_some_and(|last| self.written_after(last));
+        done.kept_file = noted && last_stop == LastStop::Killed && self.file_has_all(last.as_ref())?;
         let journal = self.recover_journal(&mut done)?;
         let known_end = known_wal_end(last.as_ref());
         let wal = self.recover_wal(&known_end, &mut done)?;
@@ -97,7 +104,7 @@ impl Database {
         done.compare |= last_stop != LastStop::Clean && written_later;
         if behind || journal || wal || !intact {
             remove_if_there(&self.paths.shm)?;
-            self.finish(&mut st, target, intact, !done.compare)?;
+            self.finish(&mut st, target, intact, &done)?;
             tracing::info!(database = %self.name, position = %st.position, ?done, "database recovered");
         }
         if !(behind || journal || wal) && intact && mark.page_count > 0 {
@@ -105,7 +112,7 @@ impl Database {
             let expected = mark.position.checksum_or_empty();
             if st.open_checksums(self).map_err(failed)?.fold(mark.page_count) != expected {
                 tracing::warn!(database = %self.name, "page checksums are damaged and are rebuilt from the file");
-                self.finish(&mut st, target, false, true)?;
+                self.finish(&mut st, target, false, &Recovered::default())?;
             }
         }
         if let Some(damage) = lost.filter(|_| st.page_count > 0)
@@ -118,6 +125,36 @@ impl Database {
         }
         st.close_idle();
         Ok(done)
+    }
+
+    /// Whether a file that was written without a journal has every logged transaction, and whatever the log does not
+    /// know: then nothing of the log may be written over it. Where a commit was logged and its journal is still there,
+    /// the journal goes first. The host did not go down.
+    fn file_has_all(&self, last: Option<&RecordInfo>) -> Result<bool, RecoveryError> {
+        let Some(file) = open_if_there(&self.paths.database)? else { return Ok(false) };
+        let mut first = [0; sqlite_file::header::HEADER_BYTES];
+        let rollback = file.read_exact_at(&mut first, 0).is_ok()
+            && DatabaseHeader::parse(&first).is_ok_and(|header| !header.is_wal());
+        if !rollback || std::fs::metadata(&self.paths.wal).is_ok_and(|m| m.len() > 0) {
+            return Ok(false);
+        }
+        let Some(journal) = open_if_there(&self.paths.journal)? else { return Ok(true) };
+        let transaction = last.filter(|last| last.kind == RecordKind::Transaction && last.commit > 0);
+        if let Some(record) = transaction
+            && journal::is_hot(&journal).map_err(failed)?
+        {
+            let mut decoder = Decoder::new(PayloadReader::of(&self.shared.log, record)).map_err(failed)?;
+            let (mut page, mut there) = (Vec::new(), Vec::new());
+            while let Some(pgno) = decoder.next_page(&mut page).map_err(failed)? {
+                there.resize(page.len(), 0);
+                self.read_database_page(&file, pgno, &mut there).map_err(failed)?;
+                if page != there {
+                    return Ok(true);
+                }
+            }
+            remove_if_there(&self.paths.journal)?;
+        }
+        Ok(true)
     }
 
     /// Whether a rollback-mode file was written after its last capture, as without a journal.
@@ -366,7 +403,7 @@ impl Database {
                     mark.position
                 ))
             })?;
-            self.replay_record(st, &record, &mut shape)?;
+            self.replay_record(st, &record, &mut shape, done.kept_file)?;
             done.replayed += 1;
             next = record.max_txid.0 + 1;
         }
@@ -378,15 +415,21 @@ impl Database {
         st: &mut State,
         record: &RecordInfo,
         shape: &mut Mark,
+        kept_file: bool,
     ) -> Result<(), RecoveryError> {
         if record.kind == RecordKind::Reset {
+            if kept_file {
+                return Err(RecoveryError("it was written without a journal after a snapshot".into()));
+            }
             self.install_staged_file(st, record)?;
             *shape = mark_of(record);
             return Ok(());
         }
         if record.commit == 0 {
-            remove_if_there(&self.paths.database)?;
-            st.set_database_file(None);
+            if !kept_file {
+                remove_if_there(&self.paths.database)?;
+                st.set_database_file(None);
+            }
             st.open_checksums(self).map_err(failed)?.truncate(0);
             *shape = mark_of(record);
             return Ok(());
@@ -414,12 +457,16 @@ impl Database {
         let mut decoder = Decoder::new(reader).map_err(failed_there)?;
         let mut page = Vec::new();
         while let Some(pgno) = decoder.next_page(&mut page).map_err(failed_there)? {
-            let at = u64::from(pgno - 1) * u64::from(record.page_size);
-            database.write_all_at(&page, at).map_err(failed)?;
+            if !kept_file {
+                let at = u64::from(pgno - 1) * u64::from(record.page_size);
+                database.write_all_at(&page, at).map_err(failed)?;
+            }
             st.checksums_mut().set(pgno, Some(page_checksum(pgno, &page)));
         }
         decoder.finish().map_err(failed_there)?;
-        database.set_len(u64::from(record.commit) * u64::from(record.page_size)).map_err(failed)?;
+        if !kept_file {
+            database.set_len(u64::from(record.commit) * u64::from(record.page_size)).map_err(failed)?;
+        }
         *shape = mark_of(record);
         Ok(())
     }
@@ -475,14 +522,14 @@ impl Database {
         Ok(())
     }
 
-    /// Checks the sum of all page checksums, makes the files durable, writes the mark.
-    /// Without `mark` the mark stays where it was: the comparison comes first.
+    /// Checks the sum of all page checksums, makes the files durable, writes the mark. Where a comparison comes first the
+    /// mark stays where it was.
     pub(super) fn finish(
         &self,
         st: &mut State,
         target: Mark,
         intact: bool,
-        mark: bool,
+        done: &Recovered,
     ) -> Result<(), RecoveryError> {
         if !intact && st.page_count > 0 {
             self.rebuild_checksums(st, target)?;
@@ -494,7 +541,9 @@ impl Database {
                     self.paths.database.display()
                 ))
             })?;
-            file.set_len(u64::from(st.page_count) * u64::from(st.page_size)).map_err(failed)?;
+            if !done.kept_file {
+                file.set_len(u64::from(st.page_count) * u64::from(st.page_size)).map_err(failed)?;
+            }
             file.sync_all().map_err(failed)?;
             let mut first = [0; sqlite_file::header::HEADER_BYTES];
             file.read_exact_at(&mut first, 0).map_err(failed)?;
@@ -517,8 +566,8 @@ impl Database {
                 target.position.checksum, target.position.txid
             )));
         }
-        if mark {
-            sums.persist(&self.name, target).map_err(failed)?;
+        if !done.compare {
+            sums.persist(&self.name, target, true).map_err(failed)?;
             st.marked = target.position;
         }
         Ok(())

@@ -1,8 +1,8 @@
 //! Marks: from time to time the files of a database are made durable together, so that recovery replays the log only
 //! from there and retention may let older segments go.
 
-use super::Database;
 use super::checksums::Mark;
+use super::{Database, State};
 use crate::capture::CaptureError;
 use std::fs::File;
 use std::io;
@@ -14,8 +14,9 @@ impl Database {
     /// The WAL goes before the database: a frame that a checkpoint moves in between is then in at least one of them.
     pub fn mark_durable(&self) -> Result<(), CaptureError> {
         let (mark, end) = {
-            let st = self.state();
-            if st.applied.position == st.marked || st.check_health().is_err() {
+            let mut st = self.state();
+            let marked = st.applied.position == st.marked;
+            if st.check_health().is_err() || marked && !st.note_is_outdated(self)? {
                 return Ok(());
             }
             (st.applied, st.logged_end)
@@ -33,9 +34,24 @@ impl Database {
     /// Writes a mark; the files must be durable up to it.
     pub(crate) fn write_mark(&self, mark: Mark) -> Result<(), CaptureError> {
         let mut st = self.state();
-        st.open_checksums(self)?.persist(&self.name, mark)?;
+        let all_logged = st.all_writes_are_logged(self);
+        st.open_checksums(self)?.persist(&self.name, mark, all_logged)?;
         st.marked = mark.position;
         Ok(())
+    }
+}
+
+impl State {
+    /// Whether nothing can be in the file that the log does not have.
+    fn all_writes_are_logged(&mut self, db: &Database) -> bool {
+        !self.rollback.is_dirty() && (self.passthrough_handles == 0 || db.load_journal_mode(self))
+    }
+
+    /// Whether the note of unlogged writes can go.
+    fn note_is_outdated(&mut self, db: &Database) -> Result<bool, CaptureError> {
+        Ok(self.page_count > 0
+            && self.open_checksums(db)?.may_have_unlogged_writes()
+            && self.all_writes_are_logged(db))
     }
 }
 

@@ -77,6 +77,8 @@ pub(super) struct Shared {
     pub segments: SegmentSet,
     /// End of the last record that is in the page cache.
     pub appended: AtomicU64,
+    /// Bytes that fit into the segment that takes records, as of the last one.
+    pub room: AtomicU64,
     pub flush: Flush,
     pub keeper: Keeper,
     pub damaged: Mutex<Vec<Damage>>,
@@ -123,6 +125,7 @@ impl CommitLog {
             writer: Mutex::new(Writer::new(next, last_end)),
             index: RwLock::new(index),
             appended: AtomicU64::new(next.0),
+            room: AtomicU64::new(0),
             flush: Flush::new(dir.into(), next),
             keeper: Keeper::new(recycled, next_spare),
             damaged: Mutex::new(damaged),
@@ -161,6 +164,18 @@ impl CommitLog {
     /// synced and renamed into the `ltx` directory; after an error it is where it was.
     pub fn append_file(&self, record: &NewRecord<'_>, path: &Path) -> Result<Lsn, LogError> {
         self.shared.append_file(record, path)
+    }
+
+    /// Whether a record of so many bytes finds room without a new segment being made. Payloads too large for a segment
+    /// are not looked at.
+    pub fn has_room(&self, bytes: u64) -> bool {
+        self.shared.has_room(bytes)
+    }
+
+    /// Makes sure that there is room for a record of so many bytes, unless others take it first: a commit that is
+    /// refused early, while its pages are written, gets a better error.
+    pub fn ensure_room(&self, bytes: u64) -> Result<(), LogError> {
+        self.shared.ensure_room(bytes)
     }
 
     /// Everything before this is durable.

@@ -71,6 +71,11 @@ impl Keeper {
         Keeper { state: Mutex::new(state), changed: Condvar::new() }
     }
 
+    /// Whether a spare is ready.
+    pub fn has_spare(&self) -> bool {
+        self.state.lock().spare.is_some()
+    }
+
     /// Takes the spare, and has another one made.
     pub fn take_spare(&self) -> Option<Spare> {
         let mut state = self.state.lock();

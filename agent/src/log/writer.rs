@@ -224,7 +224,20 @@ impl Shared {
         Ok(end)
     }
 
+    /// See [`super::CommitLog::ensure_room`].
+    pub(super) fn ensure_room(&self, bytes: u64) -> Result<(), LogError> {
+        if self.has_room(bytes) { Ok(()) } else { self.wait_for_spare() }
+    }
+
+    /// See [`super::CommitLog::has_room`].
+    pub(super) fn has_room(&self, bytes: u64) -> bool {
+        bytes <= self.room.load(Ordering::Relaxed) || self.keeper.has_spare()
+    }
+
     fn publish_appended(&self, writer: &Writer) {
+        let end = writer.active.as_ref().map(|active| (active.file_bytes, writer.offset(active)));
+        let room = end.map_or(0, |(file_bytes, offset)| file_bytes.saturating_sub(offset));
+        self.room.store(room, Ordering::Relaxed);
         self.appended.store(writer.next.0, Ordering::SeqCst);
         self.wake_flusher();
     }

@@ -4,7 +4,7 @@ use super::inodes::{Inode, Special};
 use super::names::Kind;
 use super::staged::StagedWrite;
 use super::workers::Workers;
-use crate::capture::{CaptureError, wal};
+use crate::capture::{CaptureError, rollback, wal};
 use crate::database::{Database, State};
 use crate::log::Lsn;
 use fuse_session::fuse::{Errno, INodeNo, Notifier, ReplyEmpty};
@@ -307,9 +307,16 @@ fn main_written(
         db.shared().check_writable()?;
     }
     st.check_health()?;
-    file.write_all_at(data, offset).map_err(|e| db.database_error(e))?;
     // In WAL mode SQLite writes here what the WAL, and so the log, already has.
     let checkpoint = db.load_journal_mode(st) && !st.rollback.journal_active;
+    if !checkpoint && !st.rollback.journal_active && st.page_count > 0 {
+        // Nothing will say when this is a transaction, and an agent that dies before it is captured must know.
+        st.open_checksums(db)?.note_unlogged_writes(true)?;
+    }
+    if st.rollback.journal_active {
+        rollback::ensure_room(db, st, offset, data)?;
+    }
+    file.write_all_at(data, offset).map_err(|e| db.database_error(e))?;
     if !checkpoint {
         st.rollback.mark_written(offset, data.len() as u64, st.page_size);
     }
@@ -360,6 +367,10 @@ pub fn wal_ends(db: &Database, st: &mut State) -> Result<(), CaptureError> {
     st.wal_cached_end = 0;
     // SQLite removes the WAL when it leaves WAL mode, too.
     st.forget_journal_mode();
+    if st.page_count > 0 && st.passthrough_handles > 0 {
+        // Then the door does not see what such handles write.
+        st.open_checksums(db)?.note_unlogged_writes(false)?;
+    }
     Ok(())
 }
 

@@ -323,6 +323,12 @@ impl LitefsFilesystem {
             let mut st = db.state();
             st.copiers = st.copiers.saturating_sub(u32::from(file.adopt));
             st.handles = st.handles.saturating_sub(u32::from(!file.internal));
+            if file.passthrough && st.page_count > 0 && !db.load_journal_mode(&mut st) {
+                // What it wrote since the database left WAL mode was not seen: the sweep looks.
+                if st.stamp_changed(&db).unwrap_or(true) {
+                    st.rollback.mark_unknown();
+                }
+            }
             st.passthrough_handles = st.passthrough_handles.saturating_sub(u32::from(file.passthrough));
         }
     }
