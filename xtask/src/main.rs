@@ -3,6 +3,7 @@
 mod bench;
 mod demo;
 mod generated;
+mod package;
 mod run;
 mod setup;
 mod test;
@@ -24,6 +25,10 @@ enum Task {
     Man,
     /// Write the shell completions to packaging/completions
     Completions,
+    /// Build .deb and .rpm packages below target/packages
+    Package(package::Options),
+    /// Build a signed apt repository of the packages, so that `apt install litefs` works
+    AptRepository(package::RepositoryOptions),
     /// Compare this product with native SQLite on this machine
     Bench(bench::Options),
 }
@@ -35,6 +40,8 @@ fn main() -> ExitCode {
         Task::Test => test::run(),
         Task::Man => generated::write_man(),
         Task::Completions => generated::write_completions(),
+        Task::Package(options) => package::run(&options).map(drop),
+        Task::AptRepository(options) => package::repository(&options),
         Task::Bench(options) => bench::run(options),
     };
     match done {

@@ -1,6 +1,7 @@
 //! Runs other programs and says what they were when they fail.
 
 use anyhow::{Context, Result, bail};
+use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -60,4 +61,16 @@ pub fn output(command: &mut Command) -> Result<String> {
 pub fn which(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|dir| dir.join(program)).find(|file| file.is_file())
+}
+
+/// Gives `input` to a command and returns what it writes.
+pub fn filter(command: &mut Command, input: &[u8]) -> Result<Vec<u8>> {
+    let mut stdin = tempfile::tempfile()?;
+    stdin.write_all(input)?;
+    stdin.rewind()?;
+    let output = command.stdin(stdin).output().with_context(|| format!("cannot run {}", show(command)))?;
+    if !output.status.success() {
+        bail!("{} ended with {}: {}", show(command), output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(output.stdout)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// A program that has to be there, and the Debian package that brings it.
-const PROGRAMS: [(&str, &str); 4] = [
+const PROGRAMS: [(&str, &str); 9] = [
     // SQLite is compiled into some tests.
     ("cc", "build-essential"),
     // The unmodified application of the demo and the tests.
@@ -15,6 +15,13 @@ const PROGRAMS: [(&str, &str); 4] = [
     ("python3", "python3"),
     // Makes the root of the hosts that the fleet tests boot.
     ("mmdebstrap", "mmdebstrap"),
+    // Packages and their repository.
+    ("rpmbuild", "rpm"),
+    ("apt-ftparchive", "apt-utils"),
+    ("gpg", "gpg"),
+    // What looks at them.
+    ("lintian", "lintian"),
+    ("rpmlint", "rpmlint"),
 ];
 
 /// Pinned, so that a check does not begin to fail by itself.

@@ -18,11 +18,13 @@
 mod cgroup;
 mod host;
 mod network;
+mod packages;
 mod process;
 mod root;
 mod wait;
 
 pub use host::{Host, Outcome};
+pub use packages::repository;
 pub use root::prepare;
 pub use wait::{PATIENCE, wait_for};
 

@@ -1,0 +1,4 @@
+# Before the files go for good.
+if [ -d /run/systemd/system ]; then
+    systemctl stop 'litefs@*.service' 'litefs@*.socket' 'litefs-control@*.socket'
+fi
