@@ -12,7 +12,8 @@
 //! | [`apply`]    | writes a record to a database file the way an SQLite writer would                  |
 //! | [`lease`]    | who may write: leases, elections, and the machine that decides the role            |
 //! | [`node`]     | all databases of one host, its role and epoch                                      |
-//! | [`status`]   | what an operator sees: status, metrics, events                                     |
+//! | [`status`]   | what an operator sees: status, metrics, events, the system bus                     |
+//! | [`hooks`]    | what runs when a database changed on this host                                     |
 //! | [`systemd`]  | the agent as a service: sockets, watchdog, status line, units per role, secrets    |
 //! | [`config`], [`cli`] | the configuration file and the command line                                 |
 
@@ -22,6 +23,7 @@ pub mod cli;
 pub mod config;
 pub mod database;
 pub mod door;
+pub mod hooks;
 pub mod lease;
 pub mod log;
 pub mod name;

@@ -32,6 +32,9 @@ complete -c litefs -n "__fish_litefs_needs_command" -s h -l help -d 'Print help 
 complete -c litefs -n "__fish_litefs_needs_command" -s V -l version -d 'Print version'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "agent" -d 'Run the agent in the foreground'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "status" -d 'Show role, databases, lag and followers of this host'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "reload" -d 'Read the configuration of the running agent again, and wait until it is taken over'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "watch" -d 'Print the role and positions of this host, and each change of them, one per line'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "wait" -d 'Wait until this host is what is asked for, also for its agent to start'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "list" -d 'List the databases with their positions and sizes'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "export" -d 'Copy a database to a file, as of one transaction, and check the copy'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "import" -d 'Make a file the content of a database, as one transaction (primary only)'
@@ -51,6 +54,27 @@ complete -c litefs -n "__fish_litefs_using_subcommand status" -l set -d 'Set a c
 complete -c litefs -n "__fish_litefs_using_subcommand status" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand status" -l json -d 'Print JSON instead of tables'
 complete -c litefs -n "__fish_litefs_using_subcommand status" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand reload" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand reload" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand reload" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand reload" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand reload" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand watch" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand watch" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand watch" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand watch" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand watch" -l json -d 'Print JSON instead, one object per line, in the form of /events'
+complete -c litefs -n "__fish_litefs_using_subcommand watch" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand wait" -l role -d 'Role of this host' -r -f -a "primary\t''
+replica\t''"
+complete -c litefs -n "__fish_litefs_using_subcommand wait" -l position -d 'Position of a database on this host, or a later one, such as app.db=000000000000002a; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand wait" -l timeout -d 'Longest time to wait, such as 30s [default: for ever]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand wait" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand wait" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand wait" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand wait" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand wait" -l caught-up -d 'Applications on this host see all that the primary had when it was last heard'
+complete -c litefs -n "__fish_litefs_using_subcommand wait" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c litefs -n "__fish_litefs_using_subcommand list" -s c -l cluster -d 'Name of the cluster [default: db]' -r
 complete -c litefs -n "__fish_litefs_using_subcommand list" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand list" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r

@@ -45,6 +45,7 @@ pub struct Host {
     dir: PathBuf,
     port: Port,
     settings: Mutex<Vec<String>>,
+    environment: Mutex<Vec<(String, String)>>,
     agent: Arc<Mutex<Option<Child>>>,
     expected_errors: Mutex<Vec<String>>,
     /// Dropped to call off the watchdog.
@@ -91,6 +92,7 @@ impl Fleet {
             dir,
             port: Port::reserve(),
             settings: Mutex::default(),
+            environment: Mutex::default(),
             agent,
             expected_errors: Mutex::default(),
             _watch: watch,
@@ -99,6 +101,8 @@ impl Fleet {
         host.write_role(role);
         // Tests break connections on purpose and wait for the next one.
         host.set("replication.reconnect-max=200ms");
+        // The machine's own bus is no place for tests; those that want one bring it.
+        host.set("dbus.bus=off");
         host
     }
 
@@ -138,6 +142,20 @@ impl Host {
     /// Sets a configuration key (`KEY=VALUE`) from the next start on.
     pub fn set(&self, setting: &str) -> &Host {
         lock(&self.settings).push(setting.to_owned());
+        self
+    }
+
+    /// Sets a variable of the agent's environment from the next start on.
+    pub fn env(&self, name: &str, value: &str) -> &Host {
+        lock(&self.environment).push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Adds to the configuration file, for what `KEY=VALUE` cannot say.
+    pub fn configure(&self, toml: &str) -> &Host {
+        let file = File::options().append(true).open(self.config_file());
+        let mut file = file.expect("the file is there");
+        file.write_all(toml.as_bytes()).expect("the temporary directory is writable");
         self
     }
 
@@ -200,6 +218,7 @@ impl Host {
     pub fn agent_command(&self) -> Command {
         let mut command = Command::new(litefs());
         command.arg("agent").arg("--config").arg(self.config_file());
+        command.envs(lock(&self.environment).iter().cloned());
         let own = [
             format!("node.name={}", self.name),
             format!("data.dir={}", self.data().display()),

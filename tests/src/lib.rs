@@ -23,6 +23,7 @@
 //! there are [`Host::sql`], [`Shell`] and `python3`.
 
 mod binary;
+mod bus;
 mod compare;
 mod connection;
 mod host;
@@ -31,6 +32,7 @@ mod shell;
 mod wait;
 
 pub use binary::litefs;
+pub use bus::Bus;
 pub use compare::{assert_equal, assert_sane, checksum_of, compare_files, integrity_check};
 pub use connection::{FILL, JOURNAL_MODES, ask, exec, set_journal_mode, try_exec, wait_seen};
 pub use host::{Fleet, Host, Role};

@@ -27,6 +27,20 @@ pub fn write_completions() -> Result<()> {
     replace(&completions_dir(), completions()?)
 }
 
+/// Writes `packaging/dbus/interfaces`; the agent's tests compare them with its objects.
+pub fn write_interfaces() -> Result<()> {
+    let mut test = cargo(&[
+        "test",
+        "--quiet",
+        "--package",
+        "litefs-agent",
+        "--lib",
+        "--",
+        "status::dbus::introspection",
+    ]);
+    run::run(test.env("LITEFS_WRITE_GENERATED", "1"))
+}
+
 /// Fails if a generated file is not what the program would write now.
 pub fn check() -> Result<()> {
     for (dir, expected, task) in

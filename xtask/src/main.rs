@@ -29,6 +29,8 @@ enum Task {
     Package(package::Options),
     /// Build a signed apt repository of the packages, so that `apt install litefs` works
     AptRepository(package::RepositoryOptions),
+    /// Write the D-Bus interfaces to packaging/dbus/interfaces
+    Dbus,
     /// Compare this product with native SQLite on this machine
     Bench(bench::Options),
 }
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Task::Completions => generated::write_completions(),
         Task::Package(options) => package::run(&options).map(drop),
         Task::AptRepository(options) => package::repository(&options),
+        Task::Dbus => generated::write_interfaces(),
         Task::Bench(options) => bench::run(options),
     };
     match done {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// A program that has to be there, and the Debian package that brings it.
-const PROGRAMS: [(&str, &str); 9] = [
+const PROGRAMS: [(&str, &str); 11] = [
     // SQLite is compiled into some tests.
     ("cc", "build-essential"),
     // The unmodified application of the demo and the tests.
@@ -22,6 +22,9 @@ const PROGRAMS: [(&str, &str); 9] = [
     // What looks at them.
     ("lintian", "lintian"),
     ("rpmlint", "rpmlint"),
+    // A bus of their own for the tests of the D-Bus service, and a client.
+    ("dbus-daemon", "dbus"),
+    ("busctl", "systemd"),
 ];
 
 /// Pinned, so that a check does not begin to fail by itself.

@@ -253,6 +253,23 @@ impl Applier {
         }
     }
 
+    /// As [`Applier::checkpoint`], also where it is not connected: it connects for the time of the checkpoint if there
+    /// is a WAL.
+    pub fn checkpoint_now(&mut self, bound: Duration) -> Result<CheckpointOutcome, ApplyError> {
+        if self.connection.is_some() {
+            return self.checkpoint();
+        }
+        let files = Arc::clone(&self.files);
+        let nothing = CheckpointOutcome { frames: 0, backfilled: 0 };
+        if !connection::exists(&files, &files.wal)? {
+            return Ok(nothing);
+        }
+        match WalConnection::open(&files, &Patience::new(bound))? {
+            Some(mut connection) => connection.checkpoint(),
+            None => Ok(nothing),
+        }
+    }
+
     /// Lets go of the database if nobody else is connected: everything is in the database file then, there is no
     /// WAL, and nothing is open. `false`: others are connected and everything stays as it is.
     pub fn detach(&mut self) -> Result<bool, ApplyError> {

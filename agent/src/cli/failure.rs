@@ -21,6 +21,8 @@ pub const SOFTWARE: u8 = 70;
 pub const CANNOT_CREATE: u8 = 73;
 /// EX_IOERR: reading or writing failed on the way.
 pub const IO: u8 = 74;
+/// EX_TEMPFAIL: it has not happened yet.
+pub const TRY_AGAIN: u8 = 75;
 /// EX_NOPERM: not allowed.
 pub const NO_PERMISSION: u8 = 77;
 /// EX_CONFIG: the configuration is wrong.

@@ -1,7 +1,8 @@
 //! `litefs completions` and `litefs man`.
 
 use super::failure::{self, Failure};
-use crate::config::KEYS;
+use super::generate_bus;
+use crate::config::{HOOK_KEYS, KEYS};
 use clap_mangen::roff::{Roff, bold, italic, roman};
 use std::io::{self, Write};
 use std::path::Path;
@@ -21,7 +22,8 @@ pub fn completions(
     Ok(0)
 }
 
-/// Without a directory prints `litefs(1)`; else writes it, a page per command, and `litefs.toml(5)`.
+/// Without a directory prints `litefs(1)`; else writes it, a page per command, `litefs.toml(5)` and
+/// `io.litefs.LiteFS1(5)`.
 pub fn man(command: clap::Command, dir: Option<&Path>, out: &mut dyn Write) -> Result<u8, Failure> {
     let Some(dir) = dir else {
         clap_mangen::Man::new(command).render(out).map_err(failure::stdout)?;
@@ -33,6 +35,7 @@ pub fn man(command: clap::Command, dir: Option<&Path>, out: &mut dyn Write) -> R
     command.build();
     command_pages(&command, dir).map_err(failed)?;
     std::fs::write(dir.join("litefs.toml.5"), configuration_page()).map_err(failed)?;
+    std::fs::write(dir.join("io.litefs.LiteFS1.5"), generate_bus::page(SOURCE)).map_err(failed)?;
     Ok(0)
 }
 
@@ -75,8 +78,20 @@ fn configuration_page() -> String {
         page.text([bold(key.path), roman(" (default: "), roman(key.default), roman(")")]);
         page.text([roman(key.doc.replace('`', ""))]);
     }
+    page.control("SH", ["HOOKS"]);
+    page.text([roman(
+        "Each [[on-change]] table is a hook: a unit or a command that runs when a database changed on this host, on the \
+         primary after the commit, on a replica after it was applied. A hook has one run at a time; what changes during a \
+         run gets a run afterwards, and a start runs it for what changed while the agent was down. A run that fails is \
+         tried again, with growing pauses, until it succeeds. A hook of a later file replaces one of the same name.",
+    )]);
+    for (name, default, doc) in HOOK_KEYS {
+        page.control("TP", []);
+        page.text([bold(name), roman(" (default: "), roman(default), roman(")")]);
+        page.text([roman(doc.replace('`', ""))]);
+    }
     page.control("SH", ["SEE ALSO"]);
-    page.text([bold("litefs"), roman("(1)")]);
+    page.text([bold("litefs"), roman("(1), "), bold("io.litefs.LiteFS1"), roman("(5)")]);
     page.to_roff()
 }
 

@@ -4,8 +4,12 @@ use crate::config::{LogFormat, LogLevel, LogOutputConfig};
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
+use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::field::{RecordFields, VisitOutput};
 use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::FormatFields;
+use tracing_subscriber::fmt::format::{DefaultVisitor, Writer};
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{Layer, Registry, fmt, reload};
 
@@ -39,7 +43,12 @@ pub fn init(output: LogOutputConfig) -> Result<(), String> {
         LogFormat::Json => fmt::layer().json().flatten_event(true).with_writer(io::stderr).boxed(),
         LogFormat::Human | LogFormat::Auto => {
             let color = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-            fmt::layer().with_ansi(color).with_target(false).with_writer(io::stderr).boxed()
+            fmt::layer()
+                .fmt_fields(ForPeople)
+                .with_ansi(color)
+                .with_target(false)
+                .with_writer(io::stderr)
+                .boxed()
         }
     };
     let (filter, handle) = reload::Layer::new(filter(output.level));
@@ -49,6 +58,40 @@ pub fn init(output: LogOutputConfig) -> Result<(), String> {
         .map_err(|error| format!("cannot begin to write messages: {error}"))?;
     let _ = LEVEL.set(handle);
     Ok(())
+}
+
+/// Fields as tracing writes them, without what only the journal wants.
+struct ForPeople;
+
+/// The journal's name for the kind of a message.
+const MESSAGE_ID: &str = "MESSAGE_ID";
+
+impl<'writer> FormatFields<'writer> for ForPeople {
+    fn format_fields<R: RecordFields>(&self, writer: Writer<'writer>, fields: R) -> std::fmt::Result {
+        let mut visitor = WithoutId(DefaultVisitor::new(writer, true));
+        fields.record(&mut visitor);
+        visitor.0.finish()
+    }
+}
+
+struct WithoutId<'a>(DefaultVisitor<'a>);
+
+impl Visit for WithoutId<'_> {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() != MESSAGE_ID {
+            self.0.record_str(field, value);
+        }
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
+        self.0.record_error(field, value);
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        if field.name() != MESSAGE_ID {
+            self.0.record_debug(field, value);
+        }
+    }
 }
 
 /// Changes the least important level that is shown, after a reload.
@@ -85,6 +128,34 @@ fn stderr_is_journal() -> bool {
 mod tests {
     use super::*;
     use tracing::Level;
+
+    #[test]
+    fn ids_are_for_the_journal_and_not_for_people() {
+        #[derive(Clone, Default)]
+        struct Sink(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+        impl io::Write for Sink {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let sink = Sink::default();
+        let writer = sink.clone();
+        let layer = fmt::layer()
+            .fmt_fields(ForPeople)
+            .with_ansi(false)
+            .without_time()
+            .with_target(false)
+            .with_writer(move || writer.clone());
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            tracing::info!(MESSAGE_ID = "0123", epoch = 3, role = %"primary", "role changed");
+        });
+        let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text, " INFO role changed epoch=3 role=primary\n");
+    }
 
     #[test]
     fn the_level_is_for_our_own_messages_and_others_only_warn() {

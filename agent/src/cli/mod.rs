@@ -6,10 +6,14 @@ mod config;
 mod export;
 mod failure;
 mod generate;
+mod generate_bus;
 mod import;
 pub mod logging;
 mod ltx;
+mod reload;
 mod status;
+mod wait;
+mod watch;
 
 use crate::DatabaseName;
 use crate::config::{Config, Source};
@@ -67,6 +71,27 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Read the configuration of the running agent again, and wait until it is taken over
+    ///
+    /// A configuration with mistakes is an error and changes nothing.
+    Reload,
+    /// Print the role and positions of this host, and each change of them, one per line
+    ///
+    /// Lines are "role ROLE [PRIMARY]", "position NAME TXID/CHECKSUM", "quarantined NAME REASON" and "diverged NAME
+    /// DIRECTORY". It begins with what is, follows the agent through restarts, and ends when nobody reads it.
+    Watch {
+        /// Print JSON instead, one object per line, in the form of /events
+        #[arg(long)]
+        json: bool,
+        /// Databases to print, and nothing else: names, or patterns with *, ? and **
+        #[arg(value_name = "DATABASE")]
+        databases: Vec<String>,
+    },
+    /// Wait until this host is what is asked for, also for its agent to start
+    ///
+    /// All conditions that are given have to be true at the same time. Exits with 75 when they are not within the
+    /// timeout.
+    Wait(wait::Conditions),
     /// List the databases with their positions and sizes
     List,
     /// Copy a database to a file, as of one transaction, and check the copy
@@ -172,6 +197,11 @@ impl Cli {
         match self.command {
             Command::Agent => agent::run(&global.source()),
             Command::Status { json } => block_on(status::status(global.client(), json, out)),
+            Command::Reload => block_on(reload::reload(global.client())),
+            Command::Watch { json, databases } => {
+                block_on(watch::watch(global.client(), &databases, json, out))
+            }
+            Command::Wait(conditions) => block_on(wait::wait(&global.client(), &conditions)),
             Command::List => block_on(status::list(global.client(), out)),
             Command::Export { name, path } => block_on(export::export(global.client(), &name, &path, out)),
             Command::Import { name, path } => block_on(import::import(global.client(), &name, &path, out)),

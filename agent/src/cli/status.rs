@@ -4,7 +4,7 @@ use super::client::Client;
 use super::failure::{self, Failure};
 use super::printable;
 use crate::status::Status;
-use crate::status::api::{DatabaseState, DatabaseStatus, RoleName};
+use crate::status::api::{self, DatabaseState, DatabaseStatus};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{BinaryBytes, HumanDuration};
 use std::fmt::Write as _;
@@ -34,25 +34,9 @@ pub async fn list(client: Client, out: &mut dyn Write) -> Result<u8, Failure> {
 
 /// What is wrong, one sentence each.
 fn troubles(status: &Status) -> Vec<String> {
-    let mut troubles = Vec::new();
-    match (&status.role.name, &status.role.upstream) {
-        (RoleName::Replica, Some(upstream)) if !upstream.connected => {
-            troubles.push(format!(
-                "not connected to the upstream {}: nothing new arrives",
-                printable(&upstream.url)
-            ));
-        }
-        (RoleName::Replica, None) => {
-            troubles.push("a replica without an upstream: nothing new arrives".to_owned())
-        }
-        (RoleName::None, _) => troubles.push("neither primary nor replica: writes are refused".to_owned()),
-        _ => {}
-    }
-    for db in status.databases.iter().filter(|db| db.state == DatabaseState::Quarantined) {
-        let reason = db.reason.as_deref().unwrap_or("for an unknown reason");
-        troubles.push(format!("database {} is quarantined: {}", printable(&db.name), printable(reason)));
-    }
-    troubles
+    let aside = status.databases.iter().filter(|db| db.state == DatabaseState::Quarantined);
+    let aside = aside.map(|db| (db.name.as_str(), db.reason.as_deref()));
+    api::troubles(&status.role, aside).iter().map(|trouble| printable(trouble)).collect()
 }
 
 fn render(status: &Status, now: i64) -> String {

@@ -3,7 +3,7 @@
 //! Reading, `litefs config show`, the man page `litefs.toml(5)` and `docs/configuration.md` follow this table.
 
 use super::value::Value;
-use super::{Config, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough, absolute_path, problem};
+use super::{Bus, Config, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough, absolute_path, problem};
 use std::time::Duration;
 
 /// One key.
@@ -193,6 +193,16 @@ pub const KEYS: &[Key] = &[
         doc: "How long applying waits at a time for readers of a database in a rollback journal mode. WAL mode \
               needs no waiting.",
         set: |config, value| value.duration(MILLISECOND).map(|time| config.replication.apply_wait = time),
+    },
+    Key {
+        path: "dbus.bus",
+        default: "\"system\"",
+        doc: "\"system\": the agent is `io.litefs.LiteFS1.<cluster>` on the system bus, when there is one; see \
+              `io.litefs.LiteFS1(5)`. \"off\": it is not.",
+        set: |config, value| {
+            config.dbus.bus = choice(value, [("system", Bus::System), ("off", Bus::Off)])?;
+            Ok(())
+        },
     },
     Key {
         path: "log-output.level",

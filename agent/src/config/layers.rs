@@ -3,7 +3,7 @@
 use super::keys::{KEYS, Key};
 use super::problem::{Origin, Problem, nearest};
 use super::value::Value;
-use super::{CONFIG_DIR, Source};
+use super::{CONFIG_DIR, HookConfig, Source, on_change};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
@@ -16,18 +16,18 @@ pub(super) struct Setting {
 }
 
 /// Reads all layers; what is wrong with them is added to `problems`.
-pub(super) fn read(source: &Source, problems: &mut Vec<Problem>) -> Vec<Setting> {
-    let mut settings = Vec::new();
+pub(super) fn read(source: &Source, problems: &mut Vec<Problem>) -> (Vec<Setting>, Vec<HookConfig>) {
+    let (mut settings, mut hooks) = (Vec::new(), Vec::new());
     for path in files(source, problems) {
         match std::fs::read_to_string(&path) {
-            Ok(text) => read_file(&path, &text, &mut settings, problems),
+            Ok(text) => read_file(&path, &text, &mut settings, &mut hooks, problems),
             Err(error) => problems.push(unreadable(&path, &error)),
         }
     }
     for option in &source.set {
         read_option(option, &mut settings, problems);
     }
-    settings
+    (settings, hooks)
 }
 
 /// The files of a source in the order in which they are read.
@@ -74,7 +74,13 @@ fn unreadable(path: &Path, error: &std::io::Error) -> Problem {
     Problem { origin: None, message: format!("cannot read {}: {error}", path.display()), help }
 }
 
-fn read_file(path: &Path, text: &str, settings: &mut Vec<Setting>, problems: &mut Vec<Problem>) {
+fn read_file(
+    path: &Path,
+    text: &str,
+    settings: &mut Vec<Setting>,
+    hooks: &mut Vec<HookConfig>,
+    problems: &mut Vec<Problem>,
+) {
     let document = match DeTable::parse(text) {
         Ok(document) => document,
         Err(error) => {
@@ -102,6 +108,12 @@ fn read_file(path: &Path, text: &str, settings: &mut Vec<Setting>, problems: &mu
                         problems,
                     );
                 }
+            }
+            DeValue::Array(tables) if name.get_ref() == on_change::TABLE => {
+                on_change::read(tables, &at, hooks, problems);
+            }
+            _ if name.get_ref() == on_change::TABLE => {
+                problems.push(on_change::not_an_array(at(name.span().start)));
             }
             DeValue::Table(_) => problems.push(unknown_table(name.get_ref(), at(name.span().start))),
             _ if is_table(name.get_ref()) => problems.push(Problem {

@@ -7,12 +7,15 @@
 
 mod keys;
 mod layers;
+mod on_change;
 mod problem;
 mod show;
 mod value;
 
 pub use keys::{KEYS, Key};
+pub use on_change::{HOOK_KEYS, HookAction, HookConfig, UnitVerb, pattern_matches};
 pub use problem::{ConfigError, Origin, Problem};
+pub use value::show_duration;
 
 use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
@@ -51,8 +54,13 @@ pub struct Config {
     pub lease: LeaseConfig,
     /// Streams between hosts.
     pub replication: ReplicationConfig,
+    /// The agent on the system bus.
+    pub dbus: DbusConfig,
     /// The agent's own messages.
     pub log_output: LogOutputConfig,
+    /// What runs when a database changed on this host.
+    #[serde(skip)]
+    pub on_change: Vec<HookConfig>,
     /// From where this was loaded, to load it again.
     #[serde(skip)]
     pub source: Source,
@@ -157,6 +165,14 @@ pub struct ReplicationConfig {
     pub apply_wait: Duration,
 }
 
+/// `[dbus]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DbusConfig {
+    /// Which bus the agent is on.
+    pub bus: Bus,
+}
+
 /// `[log-output]`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -174,6 +190,16 @@ pub enum Passthrough {
     /// When the kernel can (6.9 and newer).
     Auto,
     /// Never.
+    Off,
+}
+
+/// Which bus the agent is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bus {
+    /// The system bus, when there is one.
+    System,
+    /// None.
     Off,
 }
 
@@ -262,7 +288,7 @@ impl Config {
     /// keys, bad values, and values that do not fit together.
     pub fn load(source: &Source) -> Result<Config, ConfigError> {
         let mut problems = Vec::new();
-        let layers = layers::read(source, &mut problems);
+        let (layers, hooks) = layers::read(source, &mut problems);
 
         let mut cluster = source.cluster.clone();
         for setting in layers.iter().filter(|setting| setting.key.path == "cluster") {
@@ -284,6 +310,7 @@ impl Config {
         }
 
         let mut config = Config::defaults(&cluster, source.clone());
+        config.on_change = hooks;
         for setting in &layers {
             match (setting.key.set)(&mut config, &setting.value) {
                 Ok(()) => {
@@ -348,6 +375,8 @@ impl Config {
                 reconnect_max: Duration::from_secs(5),
                 apply_wait: Duration::from_millis(100),
             },
+            dbus: DbusConfig { bus: Bus::System },
+            on_change: Vec::new(),
             log_output: LogOutputConfig { level: LogLevel::Info, format: LogFormat::Auto },
             source,
             origins: BTreeMap::new(),

@@ -27,5 +27,8 @@ pub(super) fn to_toml(config: &Config) -> String {
             None => writeln!(out, "{line}"),
         };
     }
+    for hook in &config.on_change {
+        out.push_str(&hook.to_toml());
+    }
     out
 }

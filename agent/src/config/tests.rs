@@ -127,6 +127,12 @@ fn the_reference_page_has_the_key_table() {
     }
     let page = include_str!("../../../docs/configuration.md");
     assert!(page.contains(&table), "docs/configuration.md should have this table:\n{table}");
+    let mut table = String::from("| key of a hook | default | meaning |\n|---|---|---|\n");
+    for (name, default, doc) in HOOK_KEYS {
+        let default = if default.starts_with('"') { format!("`{default}`") } else { default.to_owned() };
+        table.push_str(&format!("| `{name}` | {default} | {doc} |\n"));
+    }
+    assert!(page.contains(&table), "docs/configuration.md should have this table:\n{table}");
 }
 
 #[test]

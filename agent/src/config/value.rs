@@ -108,7 +108,7 @@ pub(super) fn show_size(size: u64) -> String {
 }
 
 /// A duration the way it is read.
-pub(super) fn show_duration(duration: Duration) -> String {
+pub fn show_duration(duration: Duration) -> String {
     jiff::fmt::friendly::SpanPrinter::new().unsigned_duration_to_string(&duration)
 }
 

@@ -1,13 +1,14 @@
 //! A snapshot becomes the database; what this node had alone is kept as files.
 
-use super::Database;
 use super::checksums::Mark;
 use super::receive::{PayloadReader, other, sync_dir_of};
 use super::recovery::remove_if_there;
+use super::{Database, Notice};
 use crate::apply::{ApplyError, DatabaseShape, TransactionHeader, TransactionSource};
 use crate::capture::{ChecksumOrEmpty, unix_ms};
 use crate::log::{NewRecord, RecordKind};
 use crate::ship::engine::{EngineError, StagedSnapshot};
+use crate::status::messages;
 use ltx::{Pos, Txid, page_checksum};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -30,14 +31,18 @@ impl Database {
         let before = self.state().logged_mark();
         if before.position.txid.0 > 0 && Some(before.position.txid) != common {
             match self.keep_diverged(common) {
-                Ok(Some(kept)) => tracing::warn!(
-                    database = %self.name,
-                    kept = %kept.display(),
-                    own = %before.position,
-                    primary = %snapshot.position,
-                    common = ?common.map(|t| t.to_string()),
-                    "this node had transactions of its own; they are kept as files, and it follows the primary"
-                ),
+                Ok(Some(kept)) => {
+                    tracing::warn!(
+                        MESSAGE_ID = messages::DIVERGED,
+                        database = %self.name,
+                        kept = %kept.display(),
+                        own = %before.position,
+                        primary = %snapshot.position,
+                        common = ?common.map(|t| t.to_string()),
+                        "this node had transactions of its own; they are kept as files, and it follows the primary"
+                    );
+                    self.shared.notify(Notice::Diverged(self.name.clone(), kept));
+                }
                 Ok(None) => {}
                 Err(error) => {
                     return Err(other(format!("cannot keep what {} had alone: {error}", self.name)));
@@ -203,7 +208,7 @@ impl Database {
             file.set_len(u64::from(page_count) * u64::from(page_size)).map_err(other)?;
             let folded = fold_file(&file, page_size, page_count).map_err(other)?;
             if folded != target.checksum_or_empty() {
-                return Err(other(format!(
+                return Err(EngineError::ChecksumMismatch(format!(
                     "a copy of {} at {} has checksum {folded}: the file was changed behind the agent's back or the \
                      disk is failing",
                     self.name, target
@@ -216,7 +221,7 @@ impl Database {
 }
 
 /// The checksum of a whole database file.
-fn fold_file(file: &File, page_size: u32, page_count: u32) -> std::io::Result<ltx::Checksum> {
+pub(super) fn fold_file(file: &File, page_size: u32, page_count: u32) -> std::io::Result<ltx::Checksum> {
     let mut sum = ltx::Checksum::EMPTY;
     let mut page = vec![0; page_size as usize];
     let lock_page = if page_count == 0 { 0 } else { ltx::lock_page(page_size) };

@@ -12,6 +12,7 @@ pub mod pages;
 pub mod receive;
 pub mod recovery;
 pub mod shared;
+pub mod snapshot_file;
 pub mod sync;
 
 use crate::DatabaseName;
@@ -21,6 +22,7 @@ use crate::capture::wal::WalCapture;
 use crate::capture::{self, CaptureError, Logged};
 use crate::log::Lsn;
 use crate::ship::engine::{RecordPayload, ShippedRecord};
+use crate::status::messages;
 use checksums::{Checksums, ChecksumsError, Mark};
 use ltx::{Pos, Txid};
 use parking_lot::{Mutex, MutexGuard};
@@ -432,7 +434,12 @@ impl State {
 
     /// Sets the database aside, alone.
     pub(crate) fn quarantine(&mut self, db: &Database, reason: String) {
-        tracing::error!(database = %db.name, %reason, "database is quarantined; all others go on");
+        tracing::error!(
+            MESSAGE_ID = messages::QUARANTINED,
+            database = %db.name,
+            %reason,
+            "database is quarantined; all others go on"
+        );
         db.shared.counters.quarantines.fetch_add(1, Ordering::Relaxed);
         db.shared.notify(Notice::Quarantined(db.name.clone(), reason.clone()));
         self.health = Health::Quarantined(reason);

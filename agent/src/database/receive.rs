@@ -4,7 +4,7 @@
 use super::checksums::Mark;
 use super::recovery::{RecoveryError, WAL_IS_FROM_THE_LOG, failed};
 use super::{Database, State};
-use crate::apply::{Applier, ApplyError, DatabaseShape, LtxTransactions};
+use crate::apply::{Applier, ApplyError, CheckpointOutcome, DatabaseShape, LtxTransactions};
 use crate::capture::{CaptureError, ChecksumOrEmpty};
 use crate::log::{CommitLog, LogError, NewRecord, Payload, RecordInfo, RecordKind};
 use crate::ship::engine::{EngineError, RecordPayload, ShippedRecord};
@@ -288,6 +288,19 @@ impl Database {
             side.applier.checkpoint()?;
         }
         Ok(())
+    }
+
+    /// Moves what is in the WAL to the database file as far as readers allow; on a primary, what applications wrote.
+    ///
+    /// # Errors
+    /// Others hold the database's locks for longer than `bound`, or the disk fails.
+    pub fn checkpoint(&self, bound: Duration) -> Result<CheckpointOutcome, EngineError> {
+        let busy = || EngineError::Busy(self.name.clone());
+        let mut side = self.apply.try_lock_for(bound).ok_or_else(busy)?;
+        side.applier.checkpoint_now(bound).map_err(|error| match error {
+            ApplyError::Busy { .. } => busy(),
+            error => other(error),
+        })
     }
 
     /// Lets go of everything applying holds, if nobody else has the database open.

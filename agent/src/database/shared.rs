@@ -69,6 +69,8 @@ pub enum Notice {
     Transactions(Arc<Database>, u64),
     /// It was set aside, for this reason.
     Quarantined(DatabaseName, String),
+    /// It had transactions of its own, which are kept in this directory.
+    Diverged(DatabaseName, PathBuf),
 }
 
 type NoticeHook = Box<dyn Fn(Notice) + Send + Sync>;

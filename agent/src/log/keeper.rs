@@ -15,6 +15,7 @@ use super::scan::Found;
 use super::sealed::Summary;
 use super::segments::{Sealed, Segment};
 use super::storage::StorageFile;
+use crate::status::messages;
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -291,7 +292,7 @@ impl Shared {
         let mut known = self.damaged.lock();
         let covers = |d: &Damage| d.lsn == damage.lsn || (d.lsn < damage.lsn && damage.lsn < d.end);
         if known.len() < DAMAGES_MAX && !known.iter().any(covers) {
-            tracing::error!(%damage, "the commit log is damaged");
+            tracing::error!(MESSAGE_ID = messages::LOG_DAMAGED, %damage, "the commit log is damaged");
             known.push(damage);
         }
     }

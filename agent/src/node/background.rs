@@ -6,6 +6,7 @@ use crate::DatabaseName;
 use crate::capture::unix_ms;
 use crate::database::{Database, Shared};
 use crate::log::Lsn;
+use crate::status::messages;
 use anyhow::Context;
 use sqlite_file::locks::{self, LockGuard, LockKind};
 use std::fs::File;
@@ -114,6 +115,7 @@ fn tidy(node: &Node) {
     match retained {
         Ok(retained) if retained.followers_cut => {
             tracing::warn!(
+                MESSAGE_ID = messages::RETENTION_CUT,
                 oldest = %retained.oldest,
                 "the log is larger than [log] retention-size: records that a connected follower has not taken yet \
                  were removed, it gets a snapshot"

@@ -5,6 +5,7 @@ use crate::DatabaseName;
 use crate::capture::CaptureError;
 use crate::database::checksums::Checksums;
 use crate::database::{Database, Shared};
+use crate::status::messages;
 use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -39,7 +40,11 @@ pub fn discover(shared: &Arc<Shared>, last_stop: LastStop) -> io::Result<Discove
         let db = shared.database_or_new(name);
         match db.recover(last_stop) {
             Ok(_) if !db.is_tracked() && has_sqlite_header(&db.paths().database) => {
-                tracing::error!(database = %name, "its history is lost; the file is taken in as a new one");
+                tracing::error!(
+                    MESSAGE_ID = messages::HISTORY_LOST,
+                    database = %name,
+                    "its history is lost; the file is taken in as a new one"
+                );
                 found.untracked.push(db);
             }
             Ok(recovered) if recovered.compare => found.compare.push(db),

@@ -6,6 +6,7 @@
 //! ```
 
 mod background;
+mod bus;
 mod discovery;
 mod identity;
 mod lease_driver;
@@ -17,22 +18,24 @@ mod view;
 pub use identity::{Identity, IdentityError, LastStop};
 pub use role::{Role, Upstream};
 
-use crate::config::{Config, Passthrough};
+use crate::config::{Bus, Config, Passthrough};
 use crate::database::{Dirs, Shared};
 use crate::door::fuse::{Door, Options as DoorOptions};
+use crate::hooks::Hooks;
 use crate::log::{CommitLog, Options as LogOptions};
 use crate::ship::follow::FollowOptions;
 use crate::ship::http::{HttpOptions, serve};
 use crate::ship::server::{Server, ServerOptions};
+use crate::status::changes::ChangeFeed;
 use crate::status::events::{Event, EventBus, RoleData};
-use crate::status::{Metrics, api::RoleName};
+use crate::status::{Metrics, ViewError, api::RoleName, dbus, messages};
 use crate::systemd::{self, listeners};
 use anyhow::Context;
 use fuse_session::Guard;
 use lease_driver::LeaseHandle;
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -66,11 +69,16 @@ pub struct Node {
     discovered: Mutex<Option<discovery::Discovered>>,
     heard: Mutex<HashMap<crate::DatabaseName, Heard>>,
     last_heard_unix_ms: AtomicI64,
+    /// The upstream has told all its positions since it was connected.
+    compared: AtomicBool,
     /// What followers have: keyed by follower and database.
     followed: Mutex<HashMap<(u64, crate::DatabaseName), ltx::Txid>>,
     server: Mutex<Option<Arc<Server>>>,
     door: Mutex<Option<Door>>,
     pub(crate) events: EventBus,
+    pub(crate) feed: ChangeFeed,
+    reloads: bus::Reloads,
+    hooks: tokio::sync::Mutex<Option<Hooks>>,
     pub(crate) metrics: Metrics,
 }
 
@@ -117,7 +125,11 @@ impl Node {
         };
         let log = CommitLog::open(&dirs.log, options).context("cannot open the commit log")?;
         for damage in log.damaged() {
-            tracing::error!(%damage, "the commit log is damaged; databases that need this part are set aside");
+            tracing::error!(
+                MESSAGE_ID = messages::LOG_DAMAGED,
+                %damage,
+                "the commit log is damaged; databases that need this part are set aside"
+            );
         }
         let epoch = identity.epoch;
         let shared = Shared::new(Arc::new(log), dirs, identity.node_id, epoch);
@@ -134,10 +146,14 @@ impl Node {
             discovered: Mutex::new(Some(found)),
             heard: Mutex::default(),
             last_heard_unix_ms: AtomicI64::new(0),
+            compared: AtomicBool::new(false),
             followed: Mutex::default(),
             server: Mutex::default(),
             door: Mutex::default(),
             events: EventBus::default(),
+            feed: ChangeFeed::default(),
+            reloads: bus::Reloads::default(),
+            hooks: tokio::sync::Mutex::default(),
             metrics: Metrics::default(),
             config: RwLock::new(config),
         }))
@@ -171,6 +187,7 @@ impl Node {
     }
 
     fn role_changed(&self) {
+        self.feed.role();
         let status = self.role_status();
         self.events.publish(Event::PrimaryChange { data: RoleData::from(&status) });
     }
@@ -225,6 +242,9 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     let http =
         tokio::spawn(serve(vec![tcp, unix], server.clone(), handler, HttpOptions::default(), stop.clone()));
     let background = background::spawn(node.clone(), stop.clone());
+    let on_bus = (config.dbus.bus == Bus::System).then(|| dbus::spawn(node.clone(), stop.clone()));
+    node.start_hooks(&config, &stop).await;
+    let mut reloads = node.reloads.take()?;
     systemd::status::ready(node.as_ref());
     systemd::status::keep_informed(node.clone(), &config.cluster, node.roles(), stop.clone());
     tracing::info!(listen = %config.http.listen, socket = %config.socket.path.display(), "ready");
@@ -234,7 +254,15 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
         tokio::select! {
             _ = terminate.recv() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
-            _ = hangup.recv() => reload(&node, lease).await,
+            _ = hangup.recv() => {
+                // What is wrong has been logged.
+                let _ = reload(&node, lease, &stop).await;
+            }
+            Some(asked) = reloads.recv() => {
+                let done = reload(&node, lease, &stop).await;
+                // Whoever asked may have left.
+                let _ = asked.send(done);
+            }
             _ = door_check.tick() => {
                 if node.door.lock().as_ref().is_some_and(Door::is_gone) {
                     break Err(anyhow::anyhow!("the mount at {} was taken away from outside", config.mount.dir.display()));
@@ -245,6 +273,7 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
 
     tracing::info!("stopping");
     systemd::status::stopping();
+    node.stop_hooks().await;
     lease.stop().await;
     node.drain_followers(DRAIN).await;
     {
@@ -260,6 +289,9 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     server.stopped().await;
     let _ = http.await;
     let _ = background.await;
+    if let Some(on_bus) = on_bus {
+        let _ = on_bus.await;
+    }
     let stopping = node.clone();
     tokio::task::spawn_blocking(move || stopping.close_files()).await?;
     listeners::remove_control(&config.socket.path);
@@ -278,11 +310,18 @@ async fn first_role(node: &Arc<Node>) {
 }
 
 /// SIGHUP: reads the configuration again and takes over what can change while running: role, upstream, log level.
-async fn reload(node: &Arc<Node>, lease: &LeaseHandle) {
+async fn reload(node: &Arc<Node>, lease: &LeaseHandle, stop: &CancellationToken) -> Result<(), ViewError> {
     systemd::status::reloading();
     let loaded = node.config.read().reload();
-    match loaded {
-        Err(error) => tracing::error!(%error, "the configuration was not taken over"),
+    let done = match loaded {
+        Err(error) => {
+            tracing::error!(
+                MESSAGE_ID = messages::CONFIGURATION_REFUSED,
+                %error,
+                "the configuration was not taken over"
+            );
+            Err(ViewError::BadConfiguration(error.to_string()))
+        }
         Ok(new) => {
             let old = node.config.read().clone();
             let restart_only = old.data != new.data
@@ -300,9 +339,14 @@ async fn reload(node: &Arc<Node>, lease: &LeaseHandle) {
             crate::cli::logging::set_level(new.log_output.level);
             *node.config.write() = new.clone();
             lease.configure(node, &new).await;
+            if old.on_change != new.on_change {
+                node.start_hooks(&new, stop).await;
+            }
+            Ok(())
         }
-    }
+    };
     systemd::status::ready(node.as_ref());
+    done
 }
 
 impl Node {

@@ -6,6 +6,7 @@ use crate::lease::{Peer, Time};
 use crate::ship::engine::Epoch;
 use crate::ship::follow::{Follower, FollowerHandle};
 use crate::status::api::RoleName;
+use crate::status::messages;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
@@ -203,7 +204,12 @@ pub(super) async fn transitions(
                             (role.name, role.epoch) = (RoleName::Primary, epoch);
                             (role.upstream, role.waits) = (None, None);
                         });
-                        tracing::info!(role = "primary", epoch = epoch.0, "role changed");
+                        tracing::info!(
+                            MESSAGE_ID = messages::ROLE_CHANGED,
+                            role = "primary",
+                            epoch = epoch.0,
+                            "role changed"
+                        );
                         // Not what others wait for.
                         let detaching = node.clone();
                         let _ = tokio::task::spawn_blocking(move || detaching.detach_all()).await;
@@ -227,6 +233,7 @@ pub(super) async fn transitions(
                     });
                 });
                 tracing::info!(
+                    MESSAGE_ID = messages::ROLE_CHANGED,
                     role = node.role.borrow().name.as_str(),
                     upstream = peer.as_ref().map(|p| p.url.as_str()),
                     epoch = epoch.0,

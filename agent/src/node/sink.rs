@@ -5,6 +5,7 @@ use crate::DatabaseName;
 use crate::ship::engine::{EngineError, Epoch, ShippedRecord, Sink, StagedSnapshot};
 use ltx::{Checksum, Pos, Txid};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 impl Sink for Node {
@@ -25,6 +26,7 @@ impl Sink for Node {
             self.identity.store_epoch(epoch).map_err(|e| EngineError::Other(e.to_string()))?;
             self.shared.adopt_epoch(epoch);
             self.role.send_modify(|role| role.epoch = epoch);
+            self.feed.role();
         }
         self.note_heard();
         Ok(())
@@ -77,6 +79,7 @@ impl Sink for Node {
     }
 
     fn upstream_changed(&self, upstream: Option<String>) {
+        self.compared.store(false, Ordering::Release);
         self.note_heard();
         self.change_role(|role| {
             let Some(known) = &mut role.upstream else { return };
@@ -85,6 +88,10 @@ impl Sink for Node {
                 known.hostname = upstream;
             }
         });
+    }
+
+    fn compared(&self) {
+        self.compared.store(true, Ordering::Release);
     }
 
     fn upstream_position(&self, name: &DatabaseName, position: Pos, upstream_unix_ms: i64) {

@@ -8,12 +8,13 @@ use crate::door::fuse::{Door, RoleView};
 use crate::ship::engine::EngineError;
 use crate::ship::http::Handler;
 use crate::status::api::*;
-use crate::status::events::{Event, QuarantineData, TxData};
-use crate::status::{Export, Metrics, NodeView, ViewError, handler};
+use crate::status::changes::Happening;
+use crate::status::events::{DivergenceData, Event, QuarantineData, TxData};
+use crate::status::{Export, Metrics, NodeView, RoleRequest, ViewError, handler};
 use crate::systemd::status::{Service, Summary};
 use futures_util::future::BoxFuture;
 use hyper::body::Incoming;
-use ltx::Pos;
+use ltx::{Pos, Txid};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -88,7 +89,56 @@ impl Node {
         }
     }
 
-    fn database_status(&self, db: &Database) -> DatabaseStatus {
+    /// Whether applications here can see all that the upstream has told of; a primary is.
+    fn is_caught_up(&self) -> bool {
+        let connected = {
+            let role = self.role.borrow();
+            if role.name == RoleName::Primary {
+                return true;
+            }
+            role.upstream.as_ref().is_some_and(|upstream| upstream.connected)
+        };
+        // A copy: a database's state must not be waited for while the stream tells positions.
+        let heard: Vec<_> =
+            self.heard.lock().iter().map(|(name, heard)| (name.clone(), heard.position.txid)).collect();
+        connected
+            && self.compared.load(Ordering::Acquire)
+            && heard.iter().all(|(name, txid)| {
+                self.shared.database(name).map_or(Txid(0), |db| db.visible_position().txid) >= *txid
+            })
+    }
+
+    /// Connected followers.
+    pub(super) fn follower_statuses(&self) -> Vec<FollowerStatus> {
+        let followed = self.followed.lock().clone();
+        let sessions = self.server.lock().as_ref().map(|s| s.followers()).unwrap_or_default();
+        sessions
+            .into_iter()
+            .map(|info| FollowerStatus {
+                node_id: NodeId(info.identity.node_id),
+                name: info.identity.node_name.clone(),
+                address: info.peer.clone(),
+                connected_since_unix_ms: info
+                    .since
+                    .duration_since(UNIX_EPOCH)
+                    .map_or(0, |d| d.as_millis() as i64),
+                databases: followed
+                    .iter()
+                    .filter(|((follower, _), _)| *follower == info.identity.node_id)
+                    .map(|((_, name), txid)| FollowerDatabase {
+                        name: name.to_string(),
+                        txid: *txid,
+                        lag_transactions: self
+                            .shared
+                            .database(name)
+                            .map_or(0, |db| db.durable_position().txid.0.saturating_sub(txid.0)),
+                    })
+                    .collect(),
+            })
+            .collect()
+    }
+
+    pub(super) fn database_status(&self, db: &Database) -> DatabaseStatus {
         let is_primary = self.role.borrow().name == RoleName::Primary;
         let heard = self.heard.lock().get(db.name()).copied();
         let mut st = db.state();
@@ -136,6 +186,18 @@ impl Node {
         }));
         self.shared.on_notice(move |notice| {
             let Some(node) = node.upgrade() else { return };
+            match &notice {
+                Notice::Transactions(db, _) => node.feed.database(db.name()),
+                Notice::Quarantined(db, reason) => {
+                    let (database, reason) = (db.clone(), reason.clone());
+                    node.feed.happened(&Happening::Quarantined { database, reason });
+                    node.feed.database(db);
+                }
+                Notice::Diverged(db, kept) => {
+                    let (database, kept) = (db.clone(), kept.clone());
+                    node.feed.happened(&Happening::Diverged { database, kept });
+                }
+            }
             if let Notice::Transactions(db, count) = &notice {
                 let counts = node.metrics.database(db.name());
                 let counter = if node.shared.is_writable() { counts.commits } else { counts.applies };
@@ -157,6 +219,7 @@ impl Node {
                     Event::Tx { db: db.name().clone(), data }
                 }
                 Notice::Quarantined(db, reason) => Event::Quarantine { db, data: QuarantineData { reason } },
+                Notice::Diverged(db, kept) => Event::Divergence { db, data: DivergenceData { kept } },
             });
         });
     }
@@ -200,32 +263,7 @@ impl NodeView for Node {
             .map(|db| self.database_status(db))
             .collect();
         databases.sort_by(|a, b| a.name.cmp(&b.name));
-        let followed = self.followed.lock().clone();
-        let sessions = self.server.lock().as_ref().map(|s| s.followers()).unwrap_or_default();
-        let followers = sessions
-            .into_iter()
-            .map(|info| FollowerStatus {
-                node_id: NodeId(info.identity.node_id),
-                name: info.identity.node_name.clone(),
-                address: info.peer.clone(),
-                connected_since_unix_ms: info
-                    .since
-                    .duration_since(UNIX_EPOCH)
-                    .map_or(0, |d| d.as_millis() as i64),
-                databases: followed
-                    .iter()
-                    .filter(|((follower, _), _)| *follower == info.identity.node_id)
-                    .map(|((_, name), txid)| FollowerDatabase {
-                        name: name.to_string(),
-                        txid: *txid,
-                        lag_transactions: self
-                            .shared
-                            .database(name)
-                            .map_or(0, |db| db.durable_position().txid.0.saturating_sub(txid.0)),
-                    })
-                    .collect(),
-            })
-            .collect();
+        let followers = self.follower_statuses();
         let passthrough = self.door.lock().as_ref().is_some_and(Door::passes_through);
         Status {
             cluster: config.cluster.clone(),
@@ -234,6 +272,7 @@ impl NodeView for Node {
                 id: NodeId(self.shared.node_id),
                 version: env!("CARGO_PKG_VERSION").into(),
             },
+            caught_up: self.is_caught_up(),
             role: self.role_status(),
             mount: MountStatus { dir: config.mount.dir.clone(), door: "fuse".into(), passthrough },
             databases,
@@ -286,6 +325,14 @@ impl NodeView for Node {
             ImportError::Apply(crate::apply::ApplyError::Busy { .. }) => ViewError::Busy(name.clone()),
             e => ViewError::Other(e.to_string()),
         })
+    }
+
+    fn reload(&self) -> BoxFuture<'static, Result<(), ViewError>> {
+        self.ask_reload()
+    }
+
+    fn request_role(self: Arc<Self>, request: RoleRequest) -> BoxFuture<'static, Result<(), ViewError>> {
+        Box::pin(async move { self.change_role_on_request(request).await })
     }
 
     fn import_dir(&self) -> PathBuf {

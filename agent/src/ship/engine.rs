@@ -96,6 +96,9 @@ pub enum EngineError {
         /// Where the database is.
         position: Pos,
     },
+    /// What is on disk is not what was committed.
+    #[error("{0}")]
+    ChecksumMismatch(String),
     /// The record belongs to an older epoch than this node has seen.
     #[error("epoch {got} is older than epoch {seen} that this node has seen")]
     OldEpoch {
@@ -181,6 +184,8 @@ pub trait Sink: Send + Sync + 'static {
     fn kept(&self, name: &DatabaseName) -> Option<(Txid, Txid)>;
     /// Reports that an upstream is connected (its host name as it gives it) or was lost.
     fn upstream_changed(&self, upstream: Option<String>);
+    /// Reports that the upstream has told all positions that differ from this node's, since it was connected.
+    fn compared(&self) {}
     /// Reports the upstream's clock and position, for lag.
     fn upstream_position(&self, name: &DatabaseName, position: Pos, upstream_unix_ms: i64);
 }

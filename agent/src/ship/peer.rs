@@ -227,9 +227,10 @@ impl From<EngineError> for Refusal {
             EngineError::NoSuchDatabase(_) => RefusalCode::NoSuchDatabase,
             EngineError::Quarantined { .. } => RefusalCode::Quarantined,
             EngineError::OldEpoch { .. } => RefusalCode::Stale,
-            EngineError::OutOfSequence { .. } | EngineError::Busy(_) | EngineError::Other(_) => {
-                RefusalCode::Engine
-            }
+            EngineError::OutOfSequence { .. }
+            | EngineError::Busy(_)
+            | EngineError::ChecksumMismatch(_)
+            | EngineError::Other(_) => RefusalCode::Engine,
         };
         Refusal::new(code, error.to_string())
     }

@@ -16,6 +16,9 @@ pub struct Status {
     pub node: NodeStatus,
     /// What it may do now.
     pub role: RoleStatus,
+    /// Whether applications on this host can see all that the upstream has told of; a primary is.
+    #[serde(default)]
+    pub caught_up: bool,
     /// Where applications meet it.
     pub mount: MountStatus,
     /// All databases, by name.
@@ -214,6 +217,28 @@ pub struct LogStatus {
     pub durable_lsn: u64,
     /// Bytes on disk.
     pub bytes: u64,
+}
+
+/// What is wrong with a node of this role that has these databases set aside (name, reason): one sentence each.
+pub fn troubles<'a>(
+    role: &RoleStatus,
+    aside: impl Iterator<Item = (&'a str, Option<&'a str>)>,
+) -> Vec<String> {
+    let mut troubles = Vec::new();
+    match (role.name, &role.upstream) {
+        (RoleName::Replica, Some(upstream)) if !upstream.connected => {
+            troubles.push(format!("not connected to the upstream {}: nothing new arrives", upstream.url));
+        }
+        (RoleName::Replica, None) => {
+            troubles.push("a replica without an upstream: nothing new arrives".to_owned())
+        }
+        (RoleName::None, _) => troubles.push("neither primary nor replica: writes are refused".to_owned()),
+        _ => {}
+    }
+    troubles.extend(aside.map(|(name, reason)| {
+        format!("database {name} is quarantined: {}", reason.unwrap_or("for an unknown reason"))
+    }));
+    troubles
 }
 
 /// Text of 16 hex digits for types that display and parse as that.

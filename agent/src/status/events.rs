@@ -52,6 +52,14 @@ pub enum Event {
         /// Why.
         data: QuarantineData,
     },
+    /// This node had transactions of its own, which are kept as files.
+    Divergence {
+        /// Database.
+        #[serde(serialize_with = "name")]
+        db: DatabaseName,
+        /// Where they are.
+        data: DivergenceData,
+    },
     /// Nothing happened for a while.
     Heartbeat {
         /// When.
@@ -70,6 +78,8 @@ pub enum Event {
 pub struct RoleData {
     /// Whether this node is the primary.
     pub is_primary: bool,
+    /// The role; LiteFS does not tell it.
+    pub role: RoleName,
     /// Host name of the upstream, when one is connected.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
@@ -80,6 +90,7 @@ impl From<&RoleStatus> for RoleData {
         let upstream = role.upstream.as_ref().filter(|upstream| upstream.connected);
         RoleData {
             is_primary: role.name == RoleName::Primary,
+            role: role.name,
             hostname: upstream.and_then(|upstream| upstream.hostname.clone()),
         }
     }
@@ -109,6 +120,13 @@ pub struct TxData {
 pub struct QuarantineData {
     /// Why.
     pub reason: String,
+}
+
+/// Where a diverged history is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DivergenceData {
+    /// Directory of the files.
+    pub kept: std::path::PathBuf,
 }
 
 /// A sign of life.
@@ -251,13 +269,13 @@ mod tests {
     #[tokio::test]
     async fn a_stream_begins_with_the_role_and_ends_with_the_bus() {
         let bus = EventBus::default();
-        let init = RoleData { is_primary: false, hostname: Some("host-a".into()) };
+        let init = RoleData { is_primary: false, role: RoleName::Replica, hostname: Some("host-a".into()) };
         let mut body = body(init, bus.subscribe(), LONG);
         bus.publish(tx(42));
         drop(bus);
         assert_eq!(
             line(&mut body).await.unwrap(),
-            "{\"type\":\"init\",\"data\":{\"isPrimary\":false,\"hostname\":\"host-a\"}}\n"
+            "{\"type\":\"init\",\"data\":{\"isPrimary\":false,\"role\":\"replica\",\"hostname\":\"host-a\"}}\n"
         );
         assert_eq!(
             line(&mut body).await.unwrap(),
@@ -270,11 +288,18 @@ mod tests {
     #[tokio::test]
     async fn a_slow_reader_is_told_what_it_missed_and_disconnected() {
         let bus = EventBus::default();
-        let mut body = body(RoleData { is_primary: true, hostname: None }, bus.subscribe(), LONG);
+        let mut body = body(
+            RoleData { is_primary: true, role: RoleName::Primary, hostname: None },
+            bus.subscribe(),
+            LONG,
+        );
         for txid in 0..QUEUE_EVENTS as u64 + 7 {
             bus.publish(tx(txid));
         }
-        assert_eq!(line(&mut body).await.unwrap(), "{\"type\":\"init\",\"data\":{\"isPrimary\":true}}\n");
+        assert_eq!(
+            line(&mut body).await.unwrap(),
+            "{\"type\":\"init\",\"data\":{\"isPrimary\":true,\"role\":\"primary\"}}\n"
+        );
         assert_eq!(line(&mut body).await.unwrap(), "{\"type\":\"overflow\",\"data\":{\"missed\":7}}\n");
         assert_eq!(line(&mut body).await, None);
     }
@@ -282,7 +307,7 @@ mod tests {
     #[tokio::test]
     async fn silence_is_broken_by_heartbeats() {
         let bus = EventBus::default();
-        let init = RoleData { is_primary: true, hostname: None };
+        let init = RoleData { is_primary: true, role: RoleName::Primary, hostname: None };
         let mut body = body(init, bus.subscribe(), Duration::from_millis(1));
         line(&mut body).await.unwrap();
         for _ in 0..2 {

@@ -1,8 +1,11 @@
 //! A node without databases, for the tests of status and of the commands.
 
 use super::api::*;
-use super::{Event, EventBus, Export, Metrics, NodeView, ViewError};
+use super::changes::ChangeFeed;
+use super::dbus::view::{BusView, Checkpointed, Constants};
+use super::{Event, EventBus, Export, Metrics, NodeView, RoleRequest, ViewError};
 use crate::DatabaseName;
+use futures_util::future::BoxFuture;
 use ltx::{Checksum, Pos, Txid};
 use parking_lot::Mutex;
 use std::fs::{self, File};
@@ -15,6 +18,7 @@ pub fn status() -> Status {
         cluster: "db".into(),
         node: NodeStatus { name: "host-a".into(), id: NodeId(0xab), version: "0.1.0".into() },
         role: RoleStatus { name: RoleName::Primary, epoch: 3, since_unix_ms: 1000, upstream: None },
+        caught_up: true,
         mount: MountStatus { dir: "/srv/litefs/db".into(), door: "fuse".into(), passthrough: true },
         databases: vec![DatabaseStatus {
             name: "a.db".into(),
@@ -63,6 +67,9 @@ pub struct FakeNode {
     pub dir: tempfile::TempDir,
     pub status: Mutex<Status>,
     pub events: EventBus,
+    pub feed: ChangeFeed,
+    /// What was asked for over the bus.
+    pub asked: Mutex<Vec<RoleRequest>>,
     pub metrics: Metrics,
     /// Position that exports claim; the file's own when `None`.
     pub claimed: Mutex<Option<Pos>>,
@@ -74,6 +81,8 @@ impl FakeNode {
             dir: tempfile::tempdir().unwrap(),
             status: Mutex::new(status()),
             events: EventBus::default(),
+            feed: ChangeFeed::default(),
+            asked: Mutex::default(),
             metrics: Metrics::default(),
             claimed: Mutex::new(None),
         }
@@ -136,7 +145,67 @@ impl NodeView for FakeNode {
         Ok(Pos { txid: Txid(43), checksum: Checksum::EMPTY })
     }
 
+    fn reload(&self) -> BoxFuture<'static, Result<(), ViewError>> {
+        Box::pin(async { Err(ViewError::BadConfiguration("f.toml:1:1: unknown key x".into())) })
+    }
+
+    fn request_role(
+        self: std::sync::Arc<Self>,
+        request: RoleRequest,
+    ) -> BoxFuture<'static, Result<(), ViewError>> {
+        self.asked.lock().push(request);
+        Box::pin(async { Ok(()) })
+    }
+
     fn import_dir(&self) -> PathBuf {
         self.path("staging")
+    }
+}
+
+impl BusView for FakeNode {
+    fn constants(&self) -> Constants {
+        let status = self.status.lock();
+        Constants {
+            cluster: status.cluster.clone(),
+            node_name: status.node.name.clone(),
+            mount: status.mount.dir.clone(),
+        }
+    }
+
+    fn role(&self) -> RoleStatus {
+        self.status.lock().role.clone()
+    }
+
+    fn lag_ms(&self) -> Option<u64> {
+        self.status.lock().databases.iter().filter_map(|db| db.lag.map(|lag| lag.ms)).max()
+    }
+
+    fn followers(&self) -> Vec<FollowerStatus> {
+        self.status.lock().followers.clone()
+    }
+
+    fn names(&self) -> Vec<DatabaseName> {
+        self.status.lock().databases.iter().map(|db| DatabaseName::new(&db.name).unwrap()).collect()
+    }
+
+    fn database(&self, name: &DatabaseName) -> Option<DatabaseStatus> {
+        self.status.lock().databases.iter().find(|db| db.name == name.as_str()).cloned()
+    }
+
+    fn feed(&self) -> &ChangeFeed {
+        &self.feed
+    }
+
+    fn checkpoint(&self, _: &DatabaseName) -> Result<Checkpointed, ViewError> {
+        Ok(Checkpointed { frames: 5, moved: 4 })
+    }
+
+    fn snapshot(&self, name: &DatabaseName) -> Result<(PathBuf, Pos), ViewError> {
+        let position = self.export(name)?.position;
+        Ok((self.path("snapshots/a.db/1.ltx"), position))
+    }
+
+    fn verify(&self, name: &DatabaseName) -> Result<Pos, ViewError> {
+        Err(ViewError::Damaged(format!("{name}: page 7 is not what was committed")))
     }
 }

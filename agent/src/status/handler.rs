@@ -44,8 +44,10 @@ impl From<ViewError> for Refusal {
         let status = match &error {
             ViewError::NoSuchDatabase(_) => StatusCode::NOT_FOUND,
             ViewError::NotPrimary { .. } | ViewError::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
-            ViewError::Quarantined { .. } => StatusCode::CONFLICT,
-            ViewError::BadDatabase(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            ViewError::Quarantined { .. } | ViewError::Damaged(_) | ViewError::StaticLease(_) => {
+                StatusCode::CONFLICT
+            }
+            ViewError::BadDatabase(_) | ViewError::BadConfiguration(_) => StatusCode::UNPROCESSABLE_ENTITY,
             ViewError::Other(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Refusal(status, error.to_string())
@@ -95,7 +97,7 @@ where
 /// The method that a path answers.
 fn method_of(path: &str) -> Option<Method> {
     match path {
-        "/v1/import" => Some(Method::POST),
+        "/v1/import" | "/v1/reload" => Some(Method::POST),
         "/v1/status" | "/v1/export" | "/info" | "/metrics" | "/events" => Some(Method::GET),
         _ => None,
     }
@@ -120,6 +122,15 @@ where
     }
     match path.as_str() {
         "/v1/import" => import(req, privileged, view).await,
+        "/v1/reload" => {
+            if !privileged {
+                let message =
+                    "reload is allowed on this host's control socket only: run `litefs reload` there";
+                return Err(Refusal(StatusCode::FORBIDDEN, message.to_owned()));
+            }
+            view.reload().await?;
+            json_of(&json!({}))
+        }
         "/v1/export" => export(database_name(&req)?, view).await,
         "/events" => {
             // Subscribed before the role is read: a change between the two is then seen twice, not never.
@@ -282,6 +293,14 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_reload_is_for_this_host_only_and_its_mistakes_come_back() {
+        let node = Arc::new(FakeNode::new());
+        assert_eq!(said(ask(&node, "POST", "/v1/reload", false, b"").await).await.0, 403);
+        let (status, text) = said(ask(&node, "POST", "/v1/reload", true, b"").await).await;
+        assert_eq!((status, text.as_str()), (422, "f.toml:1:1: unknown key x\n"));
+    }
+
+    #[tokio::test]
     async fn status_and_metrics_come_from_the_node() {
         let node = Arc::new(FakeNode::new());
         let (_, text) = said(ask(&node, "GET", "/v1/status", false, b"").await).await;
@@ -296,7 +315,7 @@ mod tests {
         let node = Arc::new(FakeNode::new());
         let mut body = ask(&node, "GET", "/events", false, b"").await.into_body();
         let line = body.frame().await.unwrap().unwrap().into_data().unwrap();
-        assert_eq!(line, "{\"type\":\"init\",\"data\":{\"isPrimary\":true}}\n");
+        assert_eq!(line, "{\"type\":\"init\",\"data\":{\"isPrimary\":true,\"role\":\"primary\"}}\n");
     }
 
     #[tokio::test]

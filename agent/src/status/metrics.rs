@@ -64,6 +64,12 @@ struct FollowerLabel {
     name: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct HookLabel {
+    hook: String,
+    result: &'static str,
+}
+
 /// Counters of one database. Cheap to clone; kept with the database so that a commit looks nothing up.
 #[derive(Clone, Debug)]
 pub struct DatabaseCounts {
@@ -80,6 +86,7 @@ pub struct Metrics {
     commits: Family<DatabaseLabel, Count>,
     applies: Family<DatabaseLabel, Count>,
     fsync: Histogram,
+    hooks: Family<HookLabel, Count>,
 }
 
 impl Default for Metrics {
@@ -92,7 +99,9 @@ impl Default for Metrics {
         registry.register("litefs_db_commit_count", "Transactions committed on this node", commits.clone());
         registry.register("litefs_db_apply_count", "Transactions applied from the upstream", applies.clone());
         registry.register("litefs_log_fsync_seconds", "Time to make the commit log durable", fsync.clone());
-        Metrics { registry, commits, applies, fsync }
+        let hooks = Family::default();
+        registry.register("litefs_hook_run_count", "Runs of a hook", hooks.clone());
+        Metrics { registry, commits, applies, fsync, hooks }
     }
 }
 
@@ -116,6 +125,12 @@ impl Metrics {
     /// Counts one fsync of the commit log.
     pub fn fsynced(&self, took: Duration) {
         self.fsync.observe(took.as_secs_f64());
+    }
+
+    /// Counts one run of a hook.
+    pub fn hook_ran(&self, hook: &str, success: bool) {
+        let result = if success { "success" } else { "failure" };
+        self.hooks.get_or_create_owned(&HookLabel { hook: hook.to_owned(), result }).add(1);
     }
 
     /// All metrics as text.

@@ -4,9 +4,12 @@
 //! arrive on the control socket (privileged) and on the agent's HTTP port (not privileged).
 
 pub mod api;
+pub mod changes;
 pub mod database_file;
+pub mod dbus;
 pub mod events;
 pub mod handler;
+pub mod messages;
 pub mod metrics;
 mod staging;
 
@@ -19,6 +22,7 @@ pub use handler::handle;
 pub use metrics::Metrics;
 
 use crate::DatabaseName;
+use futures_util::future::BoxFuture;
 use ltx::Pos;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -52,8 +56,28 @@ pub trait NodeView: Send + Sync + 'static {
     /// This node takes no writes, or the database cannot be replaced.
     fn import(&self, name: &DatabaseName, staged: &Path) -> Result<Pos, ViewError>;
 
+    /// Reads the configuration again and takes over what can change while running; ends when that is done.
+    fn reload(&self) -> BoxFuture<'static, Result<(), ViewError>>;
+
+    /// Changes the role; ends when that is done.
+    fn request_role(
+        self: std::sync::Arc<Self>,
+        request: RoleRequest,
+    ) -> BoxFuture<'static, Result<(), ViewError>>;
+
     /// Where files for [`NodeView::import`] are staged; on the file system of the databases. Does not block.
     fn import_dir(&self) -> PathBuf;
+}
+
+/// A change of the role that an operator asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RoleRequest {
+    /// Become the primary.
+    Promote,
+    /// Stop being the primary.
+    Demote,
+    /// Give the lease to this node (its name), or to the best one.
+    Handoff(Option<String>),
 }
 
 /// One consistent state of a database.
@@ -91,6 +115,15 @@ pub enum ViewError {
     /// The file is no database that can be replicated.
     #[error("{0}")]
     BadDatabase(String),
+    /// The configuration decides the role, and nothing else.
+    #[error("{0}")]
+    StaticLease(String),
+    /// What is on disk is not what was committed.
+    #[error("{0}")]
+    Damaged(String),
+    /// The configuration has mistakes: all of them.
+    #[error("{0}")]
+    BadConfiguration(String),
     /// Anything else, with its context.
     #[error("{0}")]
     Other(String),

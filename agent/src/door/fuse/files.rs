@@ -7,6 +7,7 @@ use super::workers::Workers;
 use crate::capture::{CaptureError, rollback, wal};
 use crate::database::{Database, State};
 use crate::log::Lsn;
+use crate::status::messages;
 use fuse_session::fuse::{Errno, INodeNo, Notifier, ReplyEmpty};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
@@ -112,7 +113,15 @@ pub fn errno_of(db: &Database, doing: &str, error: &CaptureError) -> i32 {
         CaptureError::RefusedBefore { .. } => {}
         CaptureError::NotPrimary => tracing::debug!(database = %db.name(), doing, "refused: not the primary"),
         _ => {
-            tracing::error!(database = %db.name(), doing, %error, errno, "an application's operation failed")
+            let full = errno == libc::ENOSPC;
+            tracing::error!(
+                MESSAGE_ID = full.then_some(messages::DISK_FULL),
+                database = %db.name(),
+                doing,
+                %error,
+                errno,
+                "an application's operation failed"
+            );
         }
     }
     errno

@@ -9,6 +9,7 @@ use crate::ship::frame::{EndReason, Frame, FrameReader};
 use crate::ship::peer::{HEARTBEAT_HEADER, Identity};
 use crate::ship::server::FOLLOW_PATH;
 use crate::ship::{jitter, unix_ms};
+use crate::status::messages;
 use bytes::BytesMut;
 use http::{HeaderMap, Method};
 use hyper::body::Incoming;
@@ -45,7 +46,8 @@ async fn sessions(shared: &Arc<Shared>) {
             Ok(never) => match never {},
             Err(error) => error,
         };
-        if disconnected(shared).await {
+        let lost = disconnected(shared).await;
+        if lost {
             delay = first;
         }
         let message = error.to_string();
@@ -53,7 +55,11 @@ async fn sessions(shared: &Arc<Shared>) {
         if known.as_ref() == Some(&message) {
             tracing::debug!("{message}; trying again");
         } else {
-            tracing::warn!("{message}; trying again");
+            tracing::warn!(
+                MESSAGE_ID = lost.then_some(messages::UPSTREAM_LOST),
+                upstream = %shared.upstream,
+                "{message}; trying again"
+            );
         }
         sleep(jitter(delay)).await;
         delay = (delay * 2).min(longest);
@@ -102,10 +108,15 @@ pub(super) async fn report(shared: Arc<Shared>) {
             () = shared.reports.woken() => {}
             () = shared.cancel.cancelled() => return,
         }
+        // Before the positions are taken: all that came before the list's end are among them, or were.
+        let compared = shared.state.lock().compared;
         let positions = shared.reports.take();
         let told = shared.with_sink(move |sink| {
             for (name, (pos, unix_ms)) in &positions {
                 sink.upstream_position(name, *pos, *unix_ms);
+            }
+            if compared {
+                sink.compared();
             }
         });
         if let Err(error) = told.await {
@@ -138,7 +149,13 @@ async fn session(shared: &Arc<Shared>, number: u64) -> Result<Never, FollowError
     if peer.epoch > seen {
         observe(shared, peer.epoch).await?;
     }
-    tracing::info!(%upstream, %peer, epoch = peer.epoch.0, "connected to the upstream");
+    tracing::info!(
+        MESSAGE_ID = messages::UPSTREAM_CONNECTED,
+        %upstream,
+        %peer,
+        epoch = peer.epoch.0,
+        "connected to the upstream"
+    );
     let (session_number, host) = (number, peer.node_name.clone());
     let session = Arc::new(Session {
         number: session_number,
@@ -285,6 +302,7 @@ impl Talk<'_> {
             }
             Frame::Listed => {
                 shared.state.lock().compared = true;
+                shared.reports.wake();
                 Ok(())
             }
             Frame::End(reason) => {

@@ -24,6 +24,11 @@ impl<V> Latest<V> {
         self.wake.notify_one();
     }
 
+    /// Ends the next wait also without a value.
+    pub(super) fn wake(&self) {
+        self.wake.notify_one();
+    }
+
     /// Waits until values were put since the last wait.
     pub(super) async fn woken(&self) {
         self.wake.notified().await;

@@ -8,6 +8,7 @@ use crate::ship::engine::Source;
 use crate::ship::frame::{EndReason, Frame, FrameError, FrameReader};
 use crate::ship::peer::{HEARTBEAT_HEADER, Identity, Refusal, RefusalCode, text_value};
 use crate::ship::unix_ms;
+use crate::status::messages;
 use bytes::BytesMut;
 use http::Response;
 use hyper::body::Incoming;
@@ -192,11 +193,21 @@ fn farewell(session: &Session, sender: &BodySender, ended: Ended) {
     let (follower, peer) = (&session.identity, &session.peer);
     let last = match ended {
         Ended::Left(why) => {
-            tracing::info!(%follower, peer, "the follower left: {why}");
+            tracing::info!(
+                MESSAGE_ID = messages::FOLLOWER_LOST,
+                %follower,
+                peer,
+                "the follower left: {why}"
+            );
             return;
         }
         Ended::Silent(timeout) => {
-            tracing::warn!(%follower, peer, "dropped the follower: heard nothing from it for {timeout:?}");
+            tracing::warn!(
+                MESSAGE_ID = messages::FOLLOWER_LOST,
+                %follower,
+                peer,
+                "dropped the follower: heard nothing from it for {timeout:?}"
+            );
             return;
         }
         Ended::Us(reason) => {
