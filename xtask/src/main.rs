@@ -1,6 +1,7 @@
 //! Developer tasks, run as `cargo xtask TASK`.
 
 mod bench;
+mod clients;
 mod demo;
 mod generated;
 mod package;
@@ -15,7 +16,8 @@ use std::process::ExitCode;
 #[derive(Parser)]
 #[command(name = "cargo xtask", arg_required_else_help = true)]
 enum Task {
-    /// Install the Debian packages that building and testing need, as far as they are missing
+    /// Install what building and testing need, as far as it is missing: Debian packages, and clients of SQLite from
+    /// PyPI and npm below target/clients
     Setup,
     /// Build, then show a primary and a replica at work on this machine
     Demo,
@@ -37,7 +39,10 @@ enum Task {
 
 fn main() -> ExitCode {
     let done = match Task::parse() {
-        Task::Setup => setup::packages().and_then(|()| setup::rust_components()),
+        Task::Setup => setup::packages()
+            .and_then(|()| setup::rust_components())
+            .and_then(|()| setup::test_packages())
+            .and_then(|()| clients::install()),
         Task::Demo => demo::run(),
         Task::Test => test::run(),
         Task::Man => generated::write_man(),

@@ -30,13 +30,43 @@ const PROGRAMS: [(&str, &str); 11] = [
 /// Pinned, so that a check does not begin to fail by itself.
 const CARGO_DENY_VERSION: &str = "0.20.2";
 
-/// Installs missing packages.
+/// What the tests need besides, by Debian package: other kinds of programs to look at, and clients of SQLite.
+const TEST_PACKAGES: [&str; 10] = [
+    "musl-tools",
+    "libcap2-bin",
+    "libsqlite3-dev",
+    "python3-venv",
+    "libdbd-sqlite3-perl",
+    "php-cli",
+    "php-sqlite3",
+    "ruby",
+    "ruby-sqlite3",
+    "perl",
+];
+
+/// Installs missing packages that building and the demo need.
 pub fn packages() -> Result<()> {
-    let missing: Vec<&str> = PROGRAMS
-        .iter()
-        .filter(|(program, _)| run::which(program).is_none())
-        .map(|(_, package)| *package)
-        .collect();
+    let missing =
+        PROGRAMS.iter().filter(|(program, _)| run::which(program).is_none()).map(|(_, package)| *package);
+    install(&missing.collect::<Vec<_>>())
+}
+
+/// Installs missing packages that the tests need.
+pub fn test_packages() -> Result<()> {
+    let installed = |package: &str| {
+        let mut query = Command::new("dpkg-query");
+        query.args(["--show", "--showformat=${db:Status-Status}", package]);
+        query.output().is_ok_and(|output| output.stdout == b"installed")
+    };
+    let mut missing: Vec<&str> = TEST_PACKAGES.into_iter().filter(|package| !installed(package)).collect();
+    // Also comes with Node.js from elsewhere.
+    if run::which("npm").is_none() {
+        missing.push("npm");
+    }
+    install(&missing)
+}
+
+fn install(missing: &[&str]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
@@ -51,8 +81,8 @@ pub fn packages() -> Result<()> {
     run::run(Command::new("apt-get").args(["update", "-qq"]))?;
     run::run(
         Command::new("apt-get")
-            .args(["install", "-y", "-qq", "--no-install-recommends"])
-            .args(&missing)
+            .args(["-o", "DPkg::Lock::Timeout=300", "install", "-y", "-qq", "--no-install-recommends"])
+            .args(missing)
             .env("DEBIAN_FRONTEND", "noninteractive"),
     )
     .with_context(|| format!("cannot install packages; try by hand: {by_hand}"))

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: everything that has to pass before a change is taken.
 
 use crate::run::{self, cargo};
-use crate::{generated, setup};
+use crate::{clients, generated, setup};
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use std::time::Instant;
 /// A name, and what it does; the text it returns is shown in the summary.
 type Step = (&'static str, fn() -> Result<String>);
 
-const STEPS: [Step; 8] = [
+const STEPS: [Step; 9] = [
     // The tests of the whole system mount.
     ("mounting", || setup::can_mount().map(|()| String::new())),
     ("format", || quiet(&mut cargo(&["fmt", "--all", "--check"]))),
@@ -30,6 +30,7 @@ const STEPS: [Step; 8] = [
     ("generated files", || generated::check().map(|()| String::new())),
     // The root was begun with the first step; making it mostly waits for the disk.
     ("fleet root", || fleet::prepare().map(|root| root.display().to_string())),
+    ("clients", || setup::test_packages().and_then(|()| clients::install()).map(|()| String::new())),
     ("tests", tests),
 ];
 

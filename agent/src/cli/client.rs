@@ -12,7 +12,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::UnixStream;
 
@@ -32,6 +32,11 @@ pub struct Client {
 impl Client {
     pub fn new(socket: PathBuf, doubt: Option<String>) -> Client {
         Client { socket, doubt }
+    }
+
+    /// Where the agent listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// Sends a request and waits for the beginning of the answer, which is a success.

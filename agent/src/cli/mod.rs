@@ -3,6 +3,8 @@
 mod agent;
 mod client;
 mod config;
+mod doctor;
+mod exec;
 mod export;
 mod failure;
 mod generate;
@@ -20,6 +22,7 @@ use crate::config::{Config, Source};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use client::Client;
 use failure::Failure;
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -114,6 +117,33 @@ enum Command {
         /// SQLite file to read; it must not be in use
         path: PathBuf,
     },
+    /// Run a program so that the agent sees its commits
+    ///
+    /// Where the agent has the preload door, the program is started with the library that meets the agent
+    /// (LD_PRELOAD); one that cannot be intercepted is not started. Behind the FUSE door the program is just run.
+    ///
+    /// The exit code is the program's, or 125 when the agent or the library is not there, 126 when the program cannot
+    /// be run or intercepted, and 127 when there is no such program.
+    Exec {
+        /// The program and its arguments
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "PROGRAM")]
+        command: Vec<OsString>,
+    },
+    /// Say whether a program, a process or this host fits, and what to do
+    ///
+    /// Without PROGRAM or PID it looks at the host. A PROGRAM is looked at for the preload door: whether the library
+    /// can be loaded before it and sees its SQLite. A PID tells more, as programs load libraries while they run.
+    ///
+    /// Exits with 0 when all is OK, 1 when something is to be looked at (WARN), and 2 when something does not work
+    /// (FAIL).
+    Doctor {
+        /// A program, or the number of a process
+        #[arg(value_name = "PROGRAM|PID")]
+        target: Option<PathBuf>,
+        /// Print JSON instead of tables
+        #[arg(long)]
+        json: bool,
+    },
     /// Look at files of transactions
     #[command(subcommand)]
     Ltx(ltx::LtxCommand),
@@ -205,6 +235,8 @@ impl Cli {
             Command::List => block_on(status::list(global.client(), out)),
             Command::Export { name, path } => block_on(export::export(global.client(), &name, &path, out)),
             Command::Import { name, path } => block_on(import::import(global.client(), &name, &path, out)),
+            Command::Exec { command } => block_on(exec::run(global, &command)),
+            Command::Doctor { target, json } => block_on(doctor::run(global, target.as_deref(), json, out)),
             Command::Ltx(command) => match ltx::run(command, out) {
                 Ok(()) => Ok(0),
                 Err(error) => match error.root_cause().downcast_ref::<std::io::Error>() {
