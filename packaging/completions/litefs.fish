@@ -38,6 +38,8 @@ complete -c litefs -n "__fish_litefs_needs_command" -f -a "wait" -d 'Wait until 
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "list" -d 'List the databases with their positions and sizes'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "export" -d 'Copy a database to a file, as of one transaction, and check the copy'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "import" -d 'Make a file the content of a database, as one transaction (primary only)'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "exec" -d 'Run a program so that the agent sees its commits'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "doctor" -d 'Say whether a program, a process or this host fits, and what to do'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "ltx" -d 'Look at files of transactions'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "config" -d 'Check or show the configuration'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "version" -d 'Print the version'
@@ -90,6 +92,17 @@ complete -c litefs -n "__fish_litefs_using_subcommand import" -l config -d 'Conf
 complete -c litefs -n "__fish_litefs_using_subcommand import" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
 complete -c litefs -n "__fish_litefs_using_subcommand import" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand import" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand exec" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand exec" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand exec" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand exec" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand exec" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand doctor" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand doctor" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand doctor" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand doctor" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand doctor" -l json -d 'Print JSON instead of tables'
+complete -c litefs -n "__fish_litefs_using_subcommand doctor" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c litefs -n "__fish_litefs_using_subcommand ltx; and not __fish_seen_subcommand_from list dump verify" -s c -l cluster -d 'Name of the cluster [default: db]' -r
 complete -c litefs -n "__fish_litefs_using_subcommand ltx; and not __fish_seen_subcommand_from list dump verify" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand ltx; and not __fish_seen_subcommand_from list dump verify" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
