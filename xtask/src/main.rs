@@ -7,6 +7,7 @@ mod generated;
 mod package;
 mod run;
 mod setup;
+mod sqlite_tests;
 mod test;
 
 use clap::Parser;
@@ -35,6 +36,8 @@ enum Task {
     Dbus,
     /// Compare this product with native SQLite on this machine
     Bench(bench::Options),
+    /// Run SQLite's own tests on the plain file system and in a mount, and compare
+    SqliteTests(sqlite_tests::Options),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Task::AptRepository(options) => package::repository(&options),
         Task::Dbus => generated::write_interfaces(),
         Task::Bench(options) => bench::run(options),
+        Task::SqliteTests(options) => sqlite_tests::run(options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -53,17 +53,23 @@ pub fn packages() -> Result<()> {
 
 /// Installs missing packages that the tests need.
 pub fn test_packages() -> Result<()> {
-    let installed = |package: &str| {
-        let mut query = Command::new("dpkg-query");
-        query.args(["--show", "--showformat=${db:Status-Status}", package]);
-        query.output().is_ok_and(|output| output.stdout == b"installed")
-    };
-    let mut missing: Vec<&str> = TEST_PACKAGES.into_iter().filter(|package| !installed(package)).collect();
+    let mut missing: Vec<&str> = TEST_PACKAGES.into_iter().filter(|package| !is_installed(package)).collect();
     // Also comes with Node.js from elsewhere.
     if run::which("npm").is_none() {
         missing.push("npm");
     }
     install(&missing)
+}
+
+/// Installs those of these packages that are missing.
+pub fn missing_packages(packages: &[&'static str]) -> Result<()> {
+    install(&packages.iter().copied().filter(|package| !is_installed(package)).collect::<Vec<_>>())
+}
+
+fn is_installed(package: &str) -> bool {
+    let mut query = Command::new("dpkg-query");
+    query.args(["--show", "--showformat=${db:Status-Status}", package]);
+    query.output().is_ok_and(|output| output.stdout == b"installed")
 }
 
 fn install(missing: &[&str]) -> Result<()> {

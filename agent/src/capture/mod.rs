@@ -54,6 +54,12 @@ pub enum CaptureError {
         /// Error number of the refusal.
         errno: i32,
     },
+    /// The WAL has what the database file lacks.
+    #[error(
+        "the WAL has transactions that are not in the database file yet, and the database is open: close all connections \
+         (SQLite then checkpoints), do not remove the WAL by hand"
+    )]
+    WalIsNeeded,
     /// What was committed is no SQLite database.
     #[error("not an SQLite database: {0}")]
     NotADatabase(&'static str),
@@ -66,6 +72,7 @@ impl CaptureError {
         let io = |e: &io::Error| e.raw_os_error().unwrap_or(libc::EIO);
         match self {
             CaptureError::NotPrimary => libc::EROFS,
+            CaptureError::WalIsNeeded => libc::EBUSY,
             CaptureError::RefusedBefore { errno } => *errno,
             CaptureError::Io { source, .. } => io(source),
             CaptureError::Log(LogError::NoSpace { .. }) => libc::ENOSPC,

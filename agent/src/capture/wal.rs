@@ -95,6 +95,11 @@ impl WalCapture {
         }
     }
 
+    /// It was, or is about to be, written in a way that is not followed.
+    pub fn mark_written_by_others(&mut self) {
+        self.stale = Stale::Foreign;
+    }
+
     /// Offset of the newest committed frame header of a page.
     pub fn frame_of(&self, pgno: u32) -> Option<u64> {
         self.committed.get(&pgno).copied()
@@ -193,8 +198,9 @@ pub fn written(
 
     if offset == 0 && data.len() as u64 == HEADER_BYTES {
         let header: &[u8; 32] = data.try_into().map_err(|_| CaptureError::NotADatabase("WAL header"))?;
-        let (header, _) = WalHeader::decode(header)
-            .map_err(|_| CaptureError::NotADatabase("its WAL header is not SQLite's"))?;
+        let Ok((header, _)) = WalHeader::decode(header) else {
+            return not_followed(db, st, file, offset, data);
+        };
         settle_unpublished(db, st)?;
         file.write_all_at(data, 0).map_err(io)?;
         st.wal.start_generation(&header);

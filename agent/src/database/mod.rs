@@ -124,7 +124,7 @@ pub struct State {
     journal_mode_known: bool,
     /// The running WAL generation.
     pub wal: WalCapture,
-    /// Up to here the kernel's cache has pages of the WAL in advance; applications see the file that long.
+    /// Up to here the kernel's cache has pages of the WAL in advance, until somebody asks how long the file is.
     pub wal_cached_end: u64,
     /// The running rollback-mode transaction.
     pub rollback: RollbackCapture,
@@ -132,6 +132,8 @@ pub struct State {
     pub passthrough_handles: u32,
     /// Open handles of programs that copy a database in: it is complete when they have closed it.
     pub copiers: u32,
+    /// Open handles of applications on the rollback journal: a writer that lives has one.
+    pub journal_handles: u32,
     /// Open handles of applications on the main file.
     pub handles: u32,
     /// End of the newest record in the log.
@@ -308,6 +310,9 @@ impl Database {
     /// pages that it wrote over may be nowhere (what came from the free list is not even in its journal). Goes through
     /// the mount: never on a thread that serves it.
     pub fn end_dead_transaction(&self) -> anyhow::Result<()> {
+        if self.state().journal_handles > 0 {
+            return Ok(());
+        }
         let Some(side) = self.apply.try_lock() else { return Ok(()) };
         let Some(dead) = side.applier.roll_back_dead()? else { return Ok(()) };
         {

@@ -130,12 +130,29 @@ impl Database {
             let expected = st.open_checksums(self)?.get(pgno);
             self.read_database_page(&file, pgno, &mut page)?;
             if expected.is_some_and(|sum| sum != page_checksum(pgno, &page)) {
-                let reason = "the WAL has transactions that are not in the database file yet; close all \
-                              connections (SQLite then checkpoints), do not remove the WAL by hand";
-                return Err(CaptureError::NotADatabase(reason));
+                return Err(CaptureError::WalIsNeeded);
             }
         }
         Ok(())
+    }
+
+    /// Brings what the WAL has into the database file, for somebody who removes the WAL by hand. Nobody has the database
+    /// open; what the kernel has of the file is to be forgotten afterwards.
+    pub(crate) fn fold_wal(&self, st: &mut State) -> Result<(), CaptureError> {
+        let wal = File::open(&self.paths.wal).map_err(|e| self.wal_error(e))?;
+        let file = st.database_file(self)?;
+        let mut page = vec![0; st.page_size as usize];
+        let pages: Vec<u32> = st.wal.committed_pages().filter(|pgno| *pgno <= st.page_count).collect();
+        for pgno in pages {
+            let Some(offset) = st.wal.frame_of(pgno) else { continue };
+            wal.read_exact_at(&mut page, offset + FRAME_HEADER_BYTES as u64)
+                .map_err(|e| self.wal_error(e))?;
+            let at = u64::from(pgno - 1) * u64::from(st.page_size);
+            file.write_all_at(&page, at).map_err(|e| self.database_error(e))?;
+        }
+        file.set_len(u64::from(st.page_count) * u64::from(st.page_size))
+            .and_then(|()| file.sync_data())
+            .map_err(|e| self.database_error(e))
     }
 
     /// Compares the whole file with the checksums. Gives the pages that differ, at most `limit` of them.

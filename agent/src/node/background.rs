@@ -10,6 +10,7 @@ use crate::status::messages;
 use anyhow::Context;
 use sqlite_file::locks::{self, LockGuard, LockKind};
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinHandle;
@@ -180,7 +181,14 @@ fn sweep(node: &Node) {
 
 fn sweep_one(db: &Arc<Database>) -> anyhow::Result<()> {
     let path = db.shared().dirs.mount.join(db.name());
-    let file = Arc::new(File::open(&path)?);
+    let file = match File::open(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound && db.state().page_count == 0 => {
+            // A plain file that was moved away.
+            db.state().rollback = Default::default();
+            return Ok(());
+        }
+        file => Arc::new(file?),
+    };
     // As an SQLite reader: not while a writer has or wants the file.
     let Some(pending) = LockGuard::try_acquire(&file, LockKind::Read, locks::PENDING)? else { return Ok(()) };
     let Some(_shared) = LockGuard::try_acquire(&file, LockKind::Read, locks::SHARED)? else { return Ok(()) };

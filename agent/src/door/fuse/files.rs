@@ -2,6 +2,7 @@
 
 use super::inodes::{Inode, Special};
 use super::names::Kind;
+use super::rename;
 use super::staged::StagedWrite;
 use super::workers::Workers;
 use crate::capture::{CaptureError, rollback, wal};
@@ -111,6 +112,7 @@ pub fn errno_of(db: &Database, doing: &str, error: &CaptureError) -> i32 {
     let errno = error.errno();
     match error {
         CaptureError::RefusedBefore { .. } => {}
+        CaptureError::WalIsNeeded => tracing::warn!(database = %db.name(), doing, %error, "refused"),
         CaptureError::NotPrimary => tracing::debug!(database = %db.name(), doing, "refused: not the primary"),
         _ => {
             let full = errno == libc::ENOSPC;
@@ -167,6 +169,15 @@ impl OpenFile {
             return Ok(Answer::Now);
         }
         let mut st = db.state();
+        if matches!(self.kind, Kind::Wal | Kind::Journal)
+            && st.page_count == 0
+            && !db.paths().database.exists()
+        {
+            // Part of a copy whose database has not come yet.
+            db.shared().check_writable().map_err(|e| errno_of(db, "write", &e))?;
+            st.wal.mark_written_by_others();
+            return plain(&self.file).map(|()| Answer::Now);
+        }
         let result = match self.kind {
             Kind::Wal => wal::written(db, &mut st, &self.file, offset, data).map(|_| Answer::Now),
             Kind::Journal => journal_written(db, &mut st, &self.file, offset, data),
@@ -293,7 +304,14 @@ pub fn adopt(db: &Database, st: &mut State) -> Result<(), CaptureError> {
         return Ok(());
     }
     st.rollback.mark_unknown();
-    capture_unjournaled(db, st)
+    capture_unjournaled(db, st)?;
+    if st.page_count > 0
+        && let Ok(file) = File::open(&db.paths().wal)
+    {
+        // Its WAL was copied first.
+        wal::capture_foreign(db, st, &file)?;
+    }
+    Ok(())
 }
 
 /// Captures a file that was written without a journal; a plain file is left alone.
@@ -355,7 +373,11 @@ fn journal_written(
 /// The journal is about to be ended by the application: captures the transaction. The journal must stay until
 /// the answer's point is reached.
 pub fn journal_ends(db: &Database, st: &mut State) -> Result<Answer, CaptureError> {
-    let logged = db.capture_rollback(st)?;
+    let logged = match db.capture_rollback(st) {
+        // Not the journal of a database.
+        Err(CaptureError::NotADatabase(_)) if st.page_count == 0 => None,
+        logged => logged?,
+    };
     let synced = std::mem::take(&mut st.rollback.synced);
     Ok(match logged {
         Some(logged) if synced => Answer::WhenDurable(logged.end),
@@ -381,6 +403,21 @@ pub fn wal_ends(db: &Database, st: &mut State) -> Result<(), CaptureError> {
         st.open_checksums(db)?.note_unlogged_writes(false)?;
     }
     Ok(())
+}
+
+/// The WAL is removed by hand, though the database file lacks what it has. If nobody has the database open that is
+/// brought into the file first, so that nothing is lost.
+pub fn wal_is_removed(db: &Database, invalidator: &Invalidator) -> Result<(), CaptureError> {
+    rename::wait_until_closed(|| db.state().handles > 0);
+    let mut st = db.state();
+    if st.handles > 0 {
+        return Err(CaptureError::WalIsNeeded);
+    }
+    db.fold_wal(&mut st)?;
+    if let Ok(meta) = std::fs::metadata(&db.paths().database) {
+        invalidator.forget_content(meta.ino());
+    }
+    wal_ends(db, &mut st)
 }
 
 /// Tells the kernel to forget; from a thread of its own, since the kernel may wait for a request that is being served.
@@ -414,6 +451,14 @@ impl Invalidator {
         match &*self.notifier.lock() {
             Some(notifier) => notifier.store(INodeNo(inode), offset, data),
             None => Ok(()),
+        }
+    }
+
+    /// Forgets the content of a file that nobody has open.
+    fn forget_content(&self, inode: u64) {
+        if let Some(notifier) = &*self.notifier.lock() {
+            // ENOENT: the kernel did not know it.
+            let _ = notifier.inval_inode(INodeNo(inode), 0, 0);
         }
     }
 

@@ -10,6 +10,7 @@ use super::special::RoleView;
 use super::staged::StagedWrite;
 use super::workers::Workers;
 use crate::DatabaseName;
+use crate::capture::CaptureError;
 use crate::database::Shared;
 use fuse_session::fuse::*;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -186,8 +187,10 @@ impl LitefsFilesystem {
     fn attr(&self, inode: &Inode, meta: &Metadata) -> FileAttr {
         let mut attr = attr_of(inode.number, meta);
         if let Node::File(Kind::Wal, Some(db)) = inode.node() {
-            let st = db.state();
-            attr.size = st.wal.visible_len(attr.size.max(st.wal_cached_end));
+            let mut st = db.state();
+            attr.size = st.wal.visible_len(attr.size);
+            // The kernel drops the pages after the end that it was given in advance; the next commit gives them again.
+            st.wal_cached_end = st.wal_cached_end.min(attr.size);
         }
         attr
     }
@@ -309,6 +312,9 @@ impl LitefsFilesystem {
             }
             st.set_database_file(Some(file));
         }
+        if let (Kind::Journal, Some(db), false) = (kind, &db, internal) {
+            db.state().journal_handles += 1;
+        }
         Ok((self.handles.add(handle), fopen, backing))
     }
 
@@ -319,6 +325,10 @@ impl LitefsFilesystem {
             *open = OpenState::default();
         }
         drop(open);
+        if let Some(OpenFile { kind: Kind::Journal, db: Some(db), internal: false, .. }) = file {
+            let mut st = db.state();
+            st.journal_handles = st.journal_handles.saturating_sub(1);
+        }
         if let (Node::File(Kind::Main, Some(db)), Some(file)) = (inode.node(), file) {
             let mut st = db.state();
             st.copiers = st.copiers.saturating_sub(u32::from(file.adopt));
@@ -355,8 +365,25 @@ impl LitefsFilesystem {
                 }
                 other => other.map(|_| ()),
             },
-            Kind::Wal => files::wal_ends(&db, &mut st),
+            Kind::Wal => match files::wal_ends(&db, &mut st) {
+                Err(CaptureError::WalIsNeeded) => {
+                    drop(st);
+                    let invalidator = self.invalidator.clone();
+                    return self.workers.sync(move || {
+                        let removed = files::wal_is_removed(&db, &invalidator);
+                        let removed = removed
+                            .map_err(|e| Errno::from_i32(files::errno_of(&db, "remove the WAL", &e)));
+                        finish(removed.and_then(|()| remove()), reply);
+                    });
+                }
+                other => other,
+            },
             Kind::Main if st.page_count > 0 => db.log_drop(&mut st),
+            Kind::Main => {
+                st.set_database_file(None);
+                st.rollback = Default::default();
+                Ok(())
+            }
             _ => Ok(()),
         };
         drop(st);

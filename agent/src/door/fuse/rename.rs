@@ -133,10 +133,18 @@ impl Tree {
 
 /// Whether a database is in use, and not only being closed.
 fn in_use_for_long(db: &Database) -> bool {
+    let in_use = wait_until_closed(|| db.is_in_use());
+    if in_use {
+        tracing::info!(database = %db.name(), "refused to rename a database that is in use");
+    }
+    in_use
+}
+
+/// Waits for closes that the kernel has not told yet; says whether it is still `open`.
+pub(super) fn wait_until_closed(open: impl Fn() -> bool) -> bool {
     let deadline = Instant::now() + CLOSING;
-    while db.is_in_use() {
+    while open() {
         if Instant::now() > deadline {
-            tracing::info!(database = %db.name(), "refused to rename a database that is in use");
             return true;
         }
         std::thread::sleep(CLOSING_STEP);
