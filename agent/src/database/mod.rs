@@ -134,6 +134,8 @@ pub struct State {
     pub copiers: u32,
     /// Open handles of applications on the rollback journal: a writer that lives has one.
     pub journal_handles: u32,
+    /// The sweep has seen a journal that nobody has open, and nothing has happened to it since.
+    pub journal_left: bool,
     /// Open handles of applications on the main file.
     pub handles: u32,
     /// End of the newest record in the log.
@@ -301,6 +303,7 @@ impl Database {
     pub fn capture_rollback(&self, st: &mut State) -> Result<Option<Logged>, CaptureError> {
         let logged = capture::rollback::capture(self, st)?;
         st.rollback.journal_active = false;
+        st.journal_left = false;
         Ok(logged)
     }
 }
@@ -310,8 +313,16 @@ impl Database {
     /// pages that it wrote over may be nowhere (what came from the free list is not even in its journal). Goes through
     /// the mount: never on a thread that serves it.
     pub fn end_dead_transaction(&self) -> anyhow::Result<()> {
-        if self.state().journal_handles > 0 {
-            return Ok(());
+        {
+            let mut st = self.state();
+            if !st.rollback.journal_active || st.journal_handles > 0 {
+                return Ok(());
+            }
+            // SQLite closes a journal just before it removes it: only one that stays is left over, and only then is it
+            // worth the locks, at which others fail.
+            if !std::mem::replace(&mut st.journal_left, true) {
+                return Ok(());
+            }
         }
         let Some(side) = self.apply.try_lock() else { return Ok(()) };
         let Some(dead) = side.applier.roll_back_dead()? else { return Ok(()) };

@@ -151,8 +151,7 @@ fn sweep(node: &Node) {
         return;
     }
     for db in node.shared.known() {
-        if db.state().rollback.journal_active
-            && node.shared.is_writable()
+        if node.shared.is_writable()
             && let Err(error) = db.end_dead_transaction()
         {
             tracing::warn!(database = %db.name(), %error, "cannot take back the transaction of a dead application");

@@ -313,7 +313,9 @@ impl LitefsFilesystem {
             st.set_database_file(Some(file));
         }
         if let (Kind::Journal, Some(db), false) = (kind, &db, internal) {
-            db.state().journal_handles += 1;
+            let mut st = db.state();
+            st.journal_handles += 1;
+            st.journal_left = false;
         }
         Ok((self.handles.add(handle), fopen, backing))
     }
