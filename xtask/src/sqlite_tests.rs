@@ -71,7 +71,8 @@ pub fn run(options: Options) -> Result<()> {
     println!("{:<14} {:<42} in the mount", "file", "on the file system");
     let (mut worse, mut native_passes, mut mount_passes) = (Vec::new(), 0, 0);
     for file in &files {
-        let native = run_file(&suite, file, &root.join("native"), &root.join(format!("{file}.native")), limit)?;
+        let native =
+            run_file(&suite, file, &root.join("native"), &root.join(format!("{file}.native")), limit)?;
         let mount = run_file(&suite, file, &agent.mount, &root.join(format!("{file}.mount")), limit)?;
         println!("{file:<14} {:<42} {}", native.summary, mount.summary);
         native_passes += usize::from(native.passed());

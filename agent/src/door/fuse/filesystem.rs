@@ -373,8 +373,8 @@ impl LitefsFilesystem {
                     let invalidator = self.invalidator.clone();
                     return self.workers.sync(move || {
                         let removed = files::wal_is_removed(&db, &invalidator);
-                        let removed = removed
-                            .map_err(|e| Errno::from_i32(files::errno_of(&db, "remove the WAL", &e)));
+                        let removed =
+                            removed.map_err(|e| Errno::from_i32(files::errno_of(&db, "remove the WAL", &e)));
                         finish(removed.and_then(|()| remove()), reply);
                     });
                 }
