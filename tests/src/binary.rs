@@ -28,3 +28,20 @@ pub fn litefs() -> &'static Path {
         path
     })
 }
+
+/// Path of `liblitefs.so` as it is shipped: `$LITEFS_SHIM`, or built now.
+pub fn liblitefs() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        if let Some(path) = std::env::var_os("LITEFS_SHIM") {
+            return path.into();
+        }
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--package", "preload-shim", "--profile", "shim"]);
+        build.current_dir(env!("CARGO_MANIFEST_DIR"));
+        assert!(build.status().expect("cargo runs").success(), "cannot build liblitefs.so");
+        let test = std::env::current_exe().expect("a program has a path");
+        let target = test.ancestors().nth(3).expect("tests lie three levels below the target directory");
+        target.join("shim/liblitefs.so")
+    })
+}

@@ -166,6 +166,36 @@ pub fn capture(db: &Database, st: &mut State) -> Result<Option<Logged>, CaptureE
     Ok(logged)
 }
 
+impl Database {
+    /// Whether what was written is what the log has, as after a rollback; then there is nothing to capture any more.
+    pub fn is_as_logged(&self, st: &mut State) -> Result<bool, CaptureError> {
+        let (page_size, page_count) = (st.page_size, st.page_count);
+        let dirty = std::mem::take(&mut st.rollback.dirty);
+        if page_count == 0 {
+            return Ok(matches!(dirty, Dirty::Nothing));
+        }
+        let file = st.database_file(self)?;
+        let differs = match &dirty {
+            Dirty::Nothing => false,
+            Dirty::Unknown => !changed_pages(self, st, &file, page_size, page_count)?.is_empty(),
+            Dirty::Pages(pages) => {
+                st.open_checksums(self)?;
+                let mut page = vec![0; page_size as usize];
+                let mut differs = false;
+                for pgno in pages.iter().copied().filter(|p| *p <= page_count) {
+                    self.read_database_page(&file, pgno, &mut page)?;
+                    differs |= st.checksums().get(pgno) != Some(ltx::page_checksum(pgno, &page));
+                }
+                differs
+            }
+        };
+        if differs {
+            st.rollback.dirty = dirty;
+        }
+        Ok(!differs)
+    }
+}
+
 /// Compares every page of the file with its checksum.
 fn changed_pages(
     db: &Database,

@@ -6,6 +6,8 @@
 //! or a crash in between leaves no valid commit in the WAL. Frame checksums are not looked at here: SQLite may rewrite
 //! the headers of a spilled transaction after its commit frame, while the pages are final (walRewriteChecksums).
 
+pub mod published;
+
 use super::{CaptureError, Commit, Logged, log_transaction};
 use crate::database::{Database, State};
 use crate::log::WalEnd;

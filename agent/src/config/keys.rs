@@ -3,7 +3,7 @@
 //! Reading, `litefs config show`, the man page `litefs.toml(5)` and `docs/configuration.md` follow this table.
 
 use super::value::Value;
-use super::{Bus, Config, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough, absolute_path, problem};
+use super::{Bus, Config, DoorKind, Hold, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough, absolute_path, problem};
 use std::time::Duration;
 
 /// One key.
@@ -59,6 +59,19 @@ pub const KEYS: &[Key] = &[
         set: |config, value| absolute_path(value.text()?).map(|path| config.data.dir = path),
     },
     Key {
+        path: "door",
+        default: "\"auto\"",
+        doc: "How applications reach their databases: \"fuse\" mounts a file system at `mount.dir`; \"preload\" makes \
+              it a link to the plain files, for applications that run with `liblitefs.so` (`litefs exec`); \"auto\" \
+              is \"fuse\" where /dev/fuse can be opened.",
+        set: |config, value| {
+            let choices =
+                [("auto", DoorKind::Auto), ("fuse", DoorKind::Fuse), ("preload", DoorKind::Preload)];
+            config.door = choice(value, choices)?;
+            Ok(())
+        },
+    },
+    Key {
         path: "mount.dir",
         default: "\"/srv/litefs/<cluster>\"",
         doc: "Where applications find the databases. Created when missing; must be empty.",
@@ -81,6 +94,18 @@ pub const KEYS: &[Key] = &[
         doc: "Threads that answer the kernel, 1 to 256; 0: as many as suit the CPUs.",
         set: |config, value| {
             config.mount.threads = value.integer(0, 256)? as usize;
+            Ok(())
+        },
+    },
+    Key {
+        path: "preload.hold",
+        default: "\"auto\"",
+        doc: "Behind the preload door, whether a commit in WAL mode waits until the commit log has it, before anyone can \
+              see it: \"always\"; \"never\": it is captured a moment later; \"auto\": it waits unless the lease is \
+              static.",
+        set: |config, value| {
+            let choices = [("auto", Hold::Auto), ("always", Hold::Always), ("never", Hold::Never)];
+            config.preload.hold = choice(value, choices)?;
             Ok(())
         },
     },

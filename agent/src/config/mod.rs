@@ -42,8 +42,12 @@ pub struct Config {
     pub node: NodeConfig,
     /// Where the agent keeps its own files.
     pub data: DataConfig,
+    /// How applications reach their databases.
+    pub door: DoorKind,
     /// Where applications find their databases.
     pub mount: MountConfig,
+    /// The preload door.
+    pub preload: PreloadConfig,
     /// The port for followers and monitoring.
     pub http: HttpConfig,
     /// The socket for commands on this host.
@@ -181,6 +185,38 @@ pub struct LogOutputConfig {
     pub level: LogLevel,
     /// Where they go and what they look like.
     pub format: LogFormat,
+}
+
+/// How applications reach their databases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DoorKind {
+    /// FUSE where this host has it.
+    Auto,
+    /// A FUSE mount.
+    Fuse,
+    /// A plain directory, and a library in the applications.
+    Preload,
+}
+
+/// `[preload]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PreloadConfig {
+    /// Whether commits in WAL mode wait for the agent.
+    pub hold: Hold,
+}
+
+/// Whether commits in WAL mode are held until the log has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hold {
+    /// Where another host may become primary by itself.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
 }
 
 /// Whether FUSE passthrough is used.
@@ -352,6 +388,8 @@ impl Config {
             cluster: cluster.to_owned(),
             node: NodeConfig { name: node },
             data: DataConfig { dir: Path::new("/var/lib/litefs").join(cluster) },
+            door: DoorKind::Auto,
+            preload: PreloadConfig { hold: Hold::Auto },
             mount: MountConfig {
                 dir: Path::new("/srv/litefs").join(cluster),
                 passthrough: Passthrough::Auto,

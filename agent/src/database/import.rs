@@ -236,6 +236,8 @@ impl Import<'_> {
     fn log(&mut self) -> Result<Decoder<PayloadReader>, CaptureError> {
         let db = self.db;
         let mut st = db.state();
+        // The import holds the locks of a writer: what others have published comes before it.
+        db.follow_wal(&mut st)?;
         let stamp = self.change_stamp(&mut st)?;
         let pages: Vec<u32> = (1..=self.page_count).collect();
         let commit = Commit {

@@ -5,6 +5,7 @@
 //! through the mount ([`crate::apply`]) holds only the database's apply lock.
 
 pub mod checksums;
+pub mod follow;
 pub mod import;
 pub mod install;
 mod lost_log;
@@ -27,7 +28,7 @@ use checksums::{Checksums, ChecksumsError, Mark};
 use ltx::{Pos, Txid};
 use parking_lot::{Mutex, MutexGuard};
 use receive::ApplySide;
-pub use shared::{Dirs, Notice, Shared};
+pub use shared::{Dirs, Notice, RoleStep, Shared};
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -122,6 +123,8 @@ pub struct State {
     /// Bytes 18 and 19 of page 1 say WAL.
     pub wal_mode: bool,
     journal_mode_known: bool,
+    /// Files of a WAL whose writes no door sees.
+    pub(crate) followed: follow::Followed,
     /// The running WAL generation.
     pub wal: WalCapture,
     /// Up to here the kernel's cache has pages of the WAL in advance, until somebody asks how long the file is.
@@ -390,6 +393,11 @@ impl State {
         let file = Arc::new(file);
         self.file = Some(file.clone());
         Ok(file)
+    }
+
+    /// The main file, if it is open.
+    pub(crate) fn kept_database_file(&self) -> Option<Arc<File>> {
+        self.file.clone()
     }
 
     /// Gives the main file to use, or forgets it (it was replaced, removed, or nobody uses it now).

@@ -237,6 +237,7 @@ impl Database {
                         page_count: last.commit,
                     };
                     st.set_wal_mode(shape.wal_mode);
+                    st.wal.mark_written_from_log();
                 }
                 self.shared.counters.applies.fetch_add(count as u64, Ordering::Relaxed);
                 self.shared.pending_done(&self.name);
@@ -297,6 +298,7 @@ impl Database {
     pub fn checkpoint(&self, bound: Duration) -> Result<CheckpointOutcome, EngineError> {
         let busy = || EngineError::Busy(self.name.clone());
         let mut side = self.apply.try_lock_for(bound).ok_or_else(busy)?;
+        self.follow_wal(&mut self.state()).map_err(other)?;
         side.applier.checkpoint_now(bound).map_err(|error| match error {
             ApplyError::Busy { .. } => busy(),
             error => other(error),

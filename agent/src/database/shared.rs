@@ -62,6 +62,15 @@ pub struct Counters {
     pub quarantines: AtomicU64,
 }
 
+/// A step of a change of role, for a door that has to tell applications.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RoleStep {
+    /// Writes end now; those that are complete are still taken.
+    WritesEnd,
+    /// Whether applications may write, or until when, has changed.
+    Changed,
+}
+
 /// Something that happened to a database, for events.
 #[derive(Debug, Clone)]
 pub enum Notice {
@@ -73,6 +82,7 @@ pub enum Notice {
     Diverged(DatabaseName, PathBuf),
 }
 
+type RoleHook = Box<dyn Fn(RoleStep) + Send + Sync>;
 type NoticeHook = Box<dyn Fn(Notice) + Send + Sync>;
 
 /// Shared by all databases of a node.
@@ -87,6 +97,8 @@ pub struct Shared {
     pub counters: Counters,
     epoch: AtomicU64,
     writable: AtomicBool,
+    /// Writes to WALs are not seen by the door.
+    follows_wals: AtomicBool,
     /// Nanoseconds of the lease's clock at which writing has to stop.
     write_until: AtomicU64,
     changes: broadcast::Sender<DatabaseName>,
@@ -97,6 +109,7 @@ pub struct Shared {
     pending: Mutex<HashSet<DatabaseName>>,
     invalidator: OnceLock<Arc<dyn NameInvalidator>>,
     notice: OnceLock<NoticeHook>,
+    role_hook: OnceLock<RoleHook>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -115,6 +128,8 @@ impl Shared {
             counters: Counters::default(),
             epoch: AtomicU64::new(epoch.0),
             writable: AtomicBool::new(false),
+            follows_wals: AtomicBool::new(false),
+            role_hook: OnceLock::new(),
             write_until: AtomicU64::new(u64::MAX),
             changes: broadcast::channel(CHANGES_BACKLOG).0,
             databases: RwLock::default(),
@@ -132,8 +147,35 @@ impl Shared {
 
     /// Sets role and epoch, which the doors look at for every write.
     pub fn set_role(&self, epoch: Epoch, writable: bool) {
+        if !writable && self.writable.load(Ordering::Acquire) {
+            self.role_step(RoleStep::WritesEnd);
+        }
         self.epoch.store(epoch.0, Ordering::Release);
         self.writable.store(writable, Ordering::Release);
+        self.role_step(RoleStep::Changed);
+    }
+
+    /// The door is one that follows WALs: what applications write to them is looked at afterwards.
+    pub fn follow_wals(&self, hook: impl Fn(RoleStep) + Send + Sync + 'static) {
+        self.follows_wals.store(true, Ordering::Release);
+        let _ = self.role_hook.set(Box::new(hook));
+    }
+
+    /// Whether the door sees no writes to WALs.
+    pub fn follows_wals(&self) -> bool {
+        self.follows_wals.load(Ordering::Acquire)
+    }
+
+    fn role_step(&self, step: RoleStep) {
+        if let Some(hook) = self.role_hook.get() {
+            hook(step);
+        }
+    }
+
+    /// Until when a primary may write by its lease; `None`: without limit.
+    pub fn write_limit(&self) -> Option<lease::Time> {
+        let until = self.write_until.load(Ordering::Acquire);
+        (until != u64::MAX).then(|| lease::Time::from_nanos(until))
     }
 
     /// A newer epoch was seen; who may write does not change by that.
@@ -145,6 +187,7 @@ impl Shared {
     pub fn set_write_limit(&self, until: Option<lease::Time>) {
         let nanoseconds = until.map_or(u64::MAX, |t| u64::try_from(t.as_nanos()).unwrap_or(u64::MAX));
         self.write_until.store(nanoseconds, Ordering::Release);
+        self.role_step(RoleStep::Changed);
     }
 
     /// Whether applications may write here. Looks at the clock itself: a process that was stopped for a while must not

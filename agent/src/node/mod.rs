@@ -18,9 +18,9 @@ mod view;
 pub use identity::{Identity, IdentityError, LastStop};
 pub use role::{Role, Upstream};
 
-use crate::config::{Bus, Config, Passthrough};
+use crate::config::{Bus, Config, DoorKind, Hold, LeaseKind, Passthrough};
 use crate::database::{Dirs, Shared};
-use crate::door::fuse::{Door, Options as DoorOptions};
+use crate::door::{self, Door, fuse, preload};
 use crate::hooks::Hooks;
 use crate::log::{CommitLog, Options as LogOptions};
 use crate::ship::follow::FollowOptions;
@@ -95,7 +95,19 @@ impl std::fmt::Debug for Node {
 pub fn run(config: Config) -> anyhow::Result<()> {
     // On the main thread and before any other: see the guard.
     let identity = Identity::open(&config.data.dir)?;
-    let guard = Guard::start(&config.mount.dir).context("cannot start the mount's guard")?;
+    let mut config = config;
+    config.door = match config.door {
+        DoorKind::Auto if door::has_fuse() => DoorKind::Fuse,
+        DoorKind::Auto => {
+            tracing::info!("/dev/fuse cannot be opened: applications need the preload library (litefs exec)");
+            DoorKind::Preload
+        }
+        chosen => chosen,
+    };
+    let guard = match config.door {
+        DoorKind::Preload => None,
+        _ => Some(Guard::start(&config.mount.dir).context("cannot start the mount's guard")?),
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(64)
@@ -159,20 +171,38 @@ impl Node {
         }))
     }
 
-    /// Mounts the cluster's directory.
+    /// Lets applications in.
     pub fn open_door(self: &Arc<Self>) -> anyhow::Result<()> {
-        let options = {
-            let config = self.config.read();
-            DoorOptions {
-                mount: config.mount.dir.clone(),
+        let config = self.config.read().clone();
+        let dir = &config.mount.dir;
+        let runtime_dir = config.socket.path.parent().unwrap_or(dir).to_owned();
+        let files = &self.shared.dirs.files;
+        let door = if config.door == DoorKind::Preload {
+            let options = preload::Options {
+                dir: dir.clone(),
+                runtime_dir,
+                hold: match config.preload.hold {
+                    Hold::Auto => config.lease.kind != LeaseKind::Static,
+                    Hold::Always => true,
+                    Hold::Never => false,
+                },
+            };
+            Door::Preload(preload::Door::open(self.shared.clone(), &options)?)
+        } else {
+            preload::Door::leave(dir, &runtime_dir, files)
+                .with_context(|| format!("cannot mount over {}", dir.display()))?;
+            let options = fuse::Options {
+                mount: dir.clone(),
                 source: config.cluster.clone(),
                 passthrough: config.mount.passthrough == Passthrough::Auto,
                 threads: (config.mount.threads > 0).then_some(config.mount.threads),
-            }
+            };
+            Door::Fuse(fuse::Door::open(self.shared.clone(), self.clone(), &options)?)
         };
-        let door = Door::open(self.shared.clone(), self.clone(), &options)?;
-        self.shared.set_invalidator(door.invalidator());
-        tracing::info!(mount = %options.mount.display(), passthrough = door.passes_through(), "mounted");
+        if let Some(invalidator) = door.invalidator() {
+            self.shared.set_invalidator(invalidator);
+        }
+        tracing::info!(dir = %dir.display(), door = door.kind(), passthrough = door.passes_through(), "applications may come");
         *self.door.lock() = Some(door);
         Ok(())
     }

@@ -4,7 +4,7 @@ use super::Node;
 use crate::DatabaseName;
 use crate::database::import::ImportError;
 use crate::database::{Database, Notice};
-use crate::door::fuse::{Door, RoleView};
+use crate::door::fuse::RoleView;
 use crate::ship::engine::EngineError;
 use crate::ship::http::Handler;
 use crate::status::api::*;
@@ -264,7 +264,8 @@ impl NodeView for Node {
             .collect();
         databases.sort_by(|a, b| a.name.cmp(&b.name));
         let followers = self.follower_statuses();
-        let passthrough = self.door.lock().as_ref().is_some_and(Door::passes_through);
+        let (door, passthrough) =
+            self.door.lock().as_ref().map_or(("none", false), |door| (door.kind(), door.passes_through()));
         Status {
             cluster: config.cluster.clone(),
             node: NodeStatus {
@@ -274,7 +275,7 @@ impl NodeView for Node {
             },
             caught_up: self.is_caught_up(),
             role: self.role_status(),
-            mount: MountStatus { dir: config.mount.dir.clone(), door: "fuse".into(), passthrough },
+            mount: MountStatus { dir: config.mount.dir.clone(), door: door.into(), passthrough },
             databases,
             followers,
             log: LogStatus {

@@ -83,6 +83,25 @@ impl IndexHeader {
         words
     }
 
+    /// Reads the header without mapping the file, which SQLite may cut to nothing for a moment. `Ok(None)`: there is none,
+    /// the copies differ, or the checksum is wrong; without the write lock that may only mean that somebody writes it.
+    pub fn read(file: &File) -> io::Result<Option<Self>> {
+        let mut bytes = [0u8; 2 * HEADER_BYTES];
+        match file.read_exact_at(&mut bytes, 0) {
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            other => other?,
+        }
+        let (first, second) = bytes.split_at(HEADER_BYTES);
+        if first != second {
+            return Ok(None);
+        }
+        let mut words = [0u32; HEADER_WORDS];
+        for (word, bytes) in words.iter_mut().zip(first.chunks_exact(4)) {
+            *word = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        }
+        Ok(IndexHeader::decode(&words))
+    }
+
     fn decode(words: &[u32; HEADER_WORDS]) -> Option<Self> {
         let mut bytes = [0u8; HEADER_BYTES];
         for (bytes, word) in bytes.chunks_exact_mut(4).zip(words) {

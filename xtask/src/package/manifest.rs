@@ -119,7 +119,7 @@ pub const PACKAGES: &[Package] = &[
         section: "libs",
         binary: Binary {
             cargo_package: "preload-shim",
-            profile: "release",
+            profile: "shim",
             file: "liblitefs.so",
             to: "{lib}/liblitefs.so",
         },

@@ -1,0 +1,240 @@
+//! Commits that SQLite has published in the wal-index, where nobody saw the writes: behind the preload door frames go
+//! to the file directly, and the agent reads them afterwards. A commit that is held ([`capture_held`]) is captured before
+//! SQLite publishes it.
+//!
+//! The wal-index says how far the WAL counts (walformat.html, section 2.1); what lies between that and the last captured
+//! commit is captured. A generation of the WAL ends only when the door says that all of it is in the log.
+
+use super::{FRAME_HEADER_BYTES, Generation, HEADER_BYTES, LastCommit, Stale, WalCapture};
+use crate::capture::{CaptureError, Commit, Logged, log_transaction};
+use crate::database::{Database, State};
+use crate::log::WalEnd;
+use sqlite_file::wal::{FrameHeader, frame_bytes, frame_offset};
+use sqlite_file::wal_index::IndexHeader;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+/// So many commits that wait together become a transaction each; more become one, so that the agent catches up with a
+/// fast writer.
+const COMMITS_APART_MAX: usize = 4;
+
+/// A commit frame whose header is not in the file yet. Its page is.
+#[derive(Debug, Clone, Copy)]
+pub struct HeldCommit {
+    /// Offset of the frame.
+    pub offset: u64,
+    /// The header's bytes.
+    pub header: [u8; FRAME_HEADER_BYTES as usize],
+}
+
+/// Newest frames of the pages of one or more commits.
+#[derive(Debug, Default)]
+struct Frames {
+    newest: BTreeMap<u32, u64>,
+    page_count: u32,
+    end: u64,
+}
+
+/// Captures what the wal-index publishes and the log does not have. `Ok(None)`: nothing new.
+pub fn capture_published(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    index: &IndexHeader,
+) -> Result<Option<Logged>, CaptureError> {
+    if !take_up(db, st, file, index)? {
+        return Ok(None);
+    }
+    let published = frame_offset(index.max_frame + 1, index.page_size);
+    if st.wal.last.as_ref().is_some_and(|last| published > last.start) {
+        settle_last(db, st, file, published)?;
+    }
+    if published <= st.wal.committed_end {
+        return Ok(None);
+    }
+    let mut commits = Vec::new();
+    let mut frames = Frames::default();
+    let mut at = st.wal.committed_end;
+    while at < published {
+        let header = frame_header(db, st, file, at)?;
+        frames.newest.insert(header.pgno, at);
+        at += frame_bytes(index.page_size);
+        if header.commit > 0 {
+            frames.page_count = header.commit;
+            frames.end = at;
+            commits.push(std::mem::take(&mut frames));
+        }
+    }
+    if commits.len() > COMMITS_APART_MAX {
+        let together = commits.into_iter().reduce(|mut all, next| {
+            all.newest.extend(next.newest);
+            Frames { newest: all.newest, page_count: next.page_count, end: next.end }
+        });
+        commits = together.into_iter().collect();
+    }
+    let mut logged = None;
+    for commit in commits {
+        logged = capture(db, st, file, commit)?.or(logged);
+    }
+    Ok(logged)
+}
+
+/// Captures a commit before SQLite can publish it. Its writer has the write lock, so its frames begin where the wal-index
+/// ends.
+pub fn capture_held(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    index: Option<&IndexHeader>,
+    held: &HeldCommit,
+) -> Result<Option<Logged>, CaptureError> {
+    db.shared.check_writable()?;
+    if let Some(index) = index {
+        capture_published(db, st, file, index)?;
+    }
+    // A captured commit that still is not published never will be.
+    if let Some(last) = st.wal.last.take() {
+        take_back(st, last);
+    }
+    let generation = generation_of(db, file)?;
+    if st.wal.generation != Some(generation) {
+        // The first commit of a WAL: the wal-index does not have its salts yet.
+        start(st, generation);
+    }
+    let header = FrameHeader::decode(&held.header);
+    let bytes = frame_bytes(generation.page_size);
+    let begin = st.wal.committed_end;
+    let mut newest = BTreeMap::new();
+    let mut at = begin;
+    while at < held.offset {
+        newest.insert(frame_header(db, st, file, at)?.pgno, at);
+        at += bytes;
+    }
+    if at != held.offset {
+        return Err(CaptureError::NotADatabase("a WAL frame is not where frames are"));
+    }
+    newest.insert(header.pgno, held.offset);
+    let before = newest.keys().map(|pgno| (*pgno, st.wal.committed.get(pgno).copied())).collect();
+    let last = LastCommit { start: begin, before, page_count: st.page_count };
+    let frames = Frames { newest, page_count: header.commit, end: held.offset + bytes };
+    let logged = capture(db, st, file, frames)?;
+    st.wal.last = Some(last);
+    Ok(logged)
+}
+
+/// Takes up the generation of the wal-index. `false`: it publishes nothing.
+fn take_up(db: &Database, st: &mut State, file: &File, index: &IndexHeader) -> Result<bool, CaptureError> {
+    if st.wal.stale == Stale::FromLog {
+        st.wal.refresh(file).map_err(|e| db.wal_error(e))?;
+    }
+    if index.max_frame == 0 || index.page_size == 0 {
+        return Ok(false);
+    }
+    let published = Generation {
+        page_size: index.page_size,
+        salt1: index.salts.first(),
+        salt2: index.salts.second(),
+    };
+    if st.wal.generation != Some(published) {
+        if generation_of(db, file)? != published {
+            // The WAL begins anew at this moment: the next look sees both.
+            return Ok(false);
+        }
+        start(st, published);
+    }
+    Ok(true)
+}
+
+fn start(st: &mut State, generation: Generation) {
+    let reverted = std::mem::take(&mut st.wal.reverted);
+    st.wal = WalCapture {
+        generation: Some(generation),
+        committed_end: HEADER_BYTES,
+        reverted,
+        ..WalCapture::default()
+    };
+}
+
+fn generation_of(db: &Database, file: &File) -> Result<Generation, CaptureError> {
+    let mut bytes = [0; HEADER_BYTES as usize];
+    file.read_exact_at(&mut bytes, 0).map_err(|e| db.wal_error(e))?;
+    let word = |at: usize| u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    Ok(Generation { page_size: word(8), salt1: word(16), salt2: word(20) })
+}
+
+/// Something is published after the last held commit began: that commit, or another in its place if its writer died.
+fn settle_last(db: &Database, st: &mut State, file: &File, published: u64) -> Result<(), CaptureError> {
+    let Some(last) = st.wal.last.take() else { return Ok(()) };
+    let mut same = published >= st.wal.committed_end;
+    let mut page = vec![0; st.page_size as usize];
+    st.open_checksums(db)?;
+    for (pgno, _) in &last.before {
+        let Some(offset) = st.wal.frame_of(*pgno).filter(|_| same) else { continue };
+        file.read_exact_at(&mut page, offset + FRAME_HEADER_BYTES).map_err(|e| db.wal_error(e))?;
+        same &= st.checksums().get(*pgno) == Some(ltx::page_checksum(*pgno, &page));
+    }
+    if !same {
+        take_back(st, last);
+    }
+    Ok(())
+}
+
+/// A captured commit was never published: its pages are put back by the next transaction.
+fn take_back(st: &mut State, last: LastCommit) {
+    for (pgno, before) in last.before {
+        st.wal.reverted.insert(pgno);
+        match before {
+            Some(offset) => st.wal.committed.insert(pgno, offset),
+            None => st.wal.committed.remove(&pgno),
+        };
+    }
+    st.wal.committed_end = last.start;
+}
+
+fn frame_header(db: &Database, st: &State, file: &File, at: u64) -> Result<FrameHeader, CaptureError> {
+    let mut bytes = [0; FRAME_HEADER_BYTES as usize];
+    file.read_exact_at(&mut bytes, at).map_err(|e| db.wal_error(e))?;
+    let header = FrameHeader::decode(&bytes);
+    let ours =
+        st.wal.generation.is_some_and(|g| (g.salt1, g.salt2) == (header.salts.first(), header.salts.second()));
+    if header.pgno == 0 || !ours {
+        return Err(CaptureError::NotADatabase("its wal-index counts frames that the WAL does not have"));
+    }
+    Ok(header)
+}
+
+/// Logs the pages of committed frames.
+fn capture(db: &Database, st: &mut State, file: &File, frames: Frames) -> Result<Option<Logged>, CaptureError> {
+    let Some(generation) = st.wal.generation else { return Ok(None) };
+    let Frames { newest, page_count, end } = frames;
+    // Also pages to put back, and those that the file grew over.
+    let mut pages: Vec<u32> = newest.keys().copied().collect();
+    let others = st.wal.reverted.iter().copied().chain(st.page_count + 1..=page_count);
+    pages.extend(others.filter(|pgno| !newest.contains_key(pgno)));
+    if pages.len() > newest.len() {
+        pages.sort_unstable();
+        pages.dedup();
+    }
+    let wal = WalEnd { salt1: generation.salt1, salt2: generation.salt2, end_offset: end };
+    let commit = Commit { page_size: generation.page_size, page_count, pages: &pages, wal: Some(wal) };
+    let committed = std::mem::take(&mut st.wal.committed);
+    let database = if pages.len() > newest.len() { st.database_file(db).ok() } else { None };
+    let mut read = |pgno: u32, buf: &mut [u8]| match newest.get(&pgno).or_else(|| committed.get(&pgno)) {
+        Some(offset) => file.read_exact_at(buf, offset + FRAME_HEADER_BYTES).map_err(|e| db.wal_error(e)),
+        None => match &database {
+            Some(database) => db.read_database_page(database, pgno, buf),
+            None => {
+                buf.fill(0);
+                Ok(())
+            }
+        },
+    };
+    let logged = log_transaction(db, st, &commit, &mut read);
+    st.wal.committed = committed;
+    let logged = logged?;
+    st.wal.committed.extend(newest);
+    st.wal.committed_end = end;
+    st.wal.reverted.clear();
+    Ok(logged)
+}

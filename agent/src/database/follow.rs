@@ -1,0 +1,168 @@
+//! Following what applications commit without the agent seeing their writes: the preload door's side of a database.
+
+use super::{Database, State};
+use crate::capture::wal::published::{self, HeldCommit};
+use crate::capture::{CaptureError, Logged, wal};
+use sqlite_file::locks::{self, LockKind};
+use sqlite_file::wal::{Scanner, WalEnd, WalError, WalHeader};
+use sqlite_file::wal_index::IndexHeader;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+/// Open files of a WAL that is followed.
+#[derive(Debug, Default)]
+pub struct Followed {
+    wal: Option<File>,
+    index: Option<File>,
+    /// How far a WAL without a wal-index was read.
+    scanned: Option<(WalHeader, WalEnd)>,
+}
+
+impl Database {
+    /// Captures what is published in the WAL and not in the log. Does nothing where a door sees the writes itself.
+    pub fn follow_wal(&self, st: &mut State) -> Result<Option<Logged>, CaptureError> {
+        if !self.shared.follows_wals() || !self.shared.is_writable() {
+            return Ok(None);
+        }
+        st.check_health()?;
+        let mut followed = std::mem::take(&mut st.followed);
+        let result = self.follow(st, &mut followed);
+        st.followed = followed;
+        result
+    }
+
+    fn follow(&self, st: &mut State, followed: &mut Followed) -> Result<Option<Logged>, CaptureError> {
+        if !followed.open(self)? {
+            return Ok(None);
+        }
+        let published = match &followed.index {
+            Some(index) => IndexHeader::read(index).map_err(|e| self.shm_error(e))?,
+            None => None,
+        };
+        let index = match published {
+            Some(index) => index,
+            // `locking_mode=EXCLUSIVE` keeps the wal-index in the application's memory: the file itself has to tell.
+            None if followed.index.is_none() => match followed.scan(self)? {
+                Some(index) => index,
+                None => return Ok(None),
+            },
+            // Somebody writes it: who does rings again.
+            None => return Ok(None),
+        };
+        let Some(wal) = &followed.wal else { return Ok(None) };
+        published::capture_published(self, st, wal, &index)
+    }
+
+    /// A commit is held: captures it.
+    pub fn capture_held_commit(
+        &self,
+        st: &mut State,
+        held: &HeldCommit,
+    ) -> Result<Option<Logged>, CaptureError> {
+        st.check_health()?;
+        let mut followed = std::mem::take(&mut st.followed);
+        let result = (|| {
+            followed.open(self)?;
+            let missing = || self.wal_error(io::Error::from(io::ErrorKind::NotFound));
+            let wal = followed.wal.as_ref().ok_or_else(missing)?;
+            let index = match &followed.index {
+                Some(index) => IndexHeader::read(index).map_err(|e| self.shm_error(e))?,
+                None => None,
+            };
+            published::capture_held(self, st, wal, index.as_ref(), held)
+        })();
+        st.followed = followed;
+        result
+    }
+
+    /// The WAL is about to begin anew or to go, and all its frames are in the database file: afterwards the log has all
+    /// of it.
+    pub fn end_wal(&self, st: &mut State) -> Result<(), CaptureError> {
+        self.follow_wal(st)?;
+        wal::settle_unpublished(self, st)?;
+        st.wal.reset();
+        st.followed = Followed::default();
+        Ok(())
+    }
+
+    /// Whether somebody holds the lock of a WAL's writer.
+    pub fn is_being_written(&self) -> bool {
+        let Ok(index) = File::open(&self.paths.shm) else { return false };
+        locks::conflicting_holder(&index, LockKind::Write, locks::WAL_WRITE).is_ok_and(|holder| holder.is_some())
+    }
+
+    /// Reads the WAL that transactions of a primary were written to, so that what applications add is told from it.
+    pub fn read_applied_wal(&self) -> Result<(), CaptureError> {
+        let mut st = self.state();
+        let mut followed = std::mem::take(&mut st.followed);
+        let read = match followed.open(self) {
+            Ok(true) => match &followed.wal {
+                Some(wal) => st.wal.refresh(wal).map(|_| ()).map_err(|e| self.wal_error(e)),
+                None => Ok(()),
+            },
+            Ok(false) => {
+                st.wal.reset();
+                Ok(())
+            }
+            Err(error) => Err(error),
+        };
+        st.followed = followed;
+        read
+    }
+
+    /// Newest transaction in the log.
+    pub fn logged_position(&self) -> ltx::Pos {
+        self.state().position
+    }
+
+    fn shm_error(&self, source: io::Error) -> CaptureError {
+        CaptureError::Io { path: self.paths.shm.clone(), source }
+    }
+}
+
+impl Followed {
+    /// Opens what is there; forgets what has been removed. `false`: there is no WAL.
+    fn open(&mut self, db: &Database) -> Result<bool, CaptureError> {
+        for (file, path) in [(&mut self.wal, &db.paths.wal), (&mut self.index, &db.paths.shm)] {
+            if file.as_ref().is_some_and(|f| f.metadata().is_ok_and(|m| m.nlink() == 0)) {
+                *file = None;
+            }
+            if file.is_none() {
+                *file = match File::open(path) {
+                    Ok(file) => Some(file),
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+                    Err(source) => return Err(CaptureError::Io { path: path.clone(), source }),
+                };
+            }
+        }
+        Ok(self.wal.is_some())
+    }
+
+    /// What a wal-index of this WAL would say.
+    fn scan(&mut self, db: &Database) -> Result<Option<IndexHeader>, CaptureError> {
+        let Some(wal) = &self.wal else { return Ok(None) };
+        let io = |source| db.wal_error(source);
+        let mut scanner = match Scanner::open(wal) {
+            Ok(Some(scanner)) => scanner,
+            Ok(None) | Err(WalError::Invalid(_) | WalError::Version(_)) => return Ok(None),
+            Err(WalError::Io(e)) => return Err(io(e)),
+        };
+        if let Some((header, end)) = &self.scanned
+            && header == scanner.header()
+        {
+            scanner = Scanner::resume(wal, *header, *end);
+        }
+        while scanner.next_frame().map_err(io)?.is_some() {}
+        let (header, end) = (*scanner.header(), scanner.committed());
+        self.scanned = Some((header, end));
+        Ok((end.frames > 0).then(|| IndexHeader {
+            page_size: header.page_size,
+            max_frame: end.frames,
+            page_count: end.commit,
+            salts: header.salts,
+            big_endian: header.big_endian,
+            ..IndexHeader::default()
+        }))
+    }
+}

@@ -1,0 +1,176 @@
+//! Programs that use the cluster's directory without the preload library: nothing tells the agent of what they do, so it
+//! looks. What they write on the primary is captured afterwards; a file that is copied in becomes a database.
+
+use super::requests;
+use crate::DatabaseName;
+use crate::database::{Database, Shared};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
+use sqlite_file::locks::{self, LockKind};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What keeps track of the directory.
+#[derive(Debug)]
+pub struct Bystanders {
+    shared: Arc<Shared>,
+    inotify: Inotify,
+    /// Watched directories, below the cluster's.
+    directories: HashMap<WatchDescriptor, PathBuf>,
+    /// Databases that have a WAL.
+    with_wal: BTreeSet<DatabaseName>,
+    /// Files in which something may have changed that no process has reported.
+    changed: BTreeSet<DatabaseName>,
+    /// Databases whose foreign writers were named.
+    warned: HashSet<DatabaseName>,
+}
+
+impl Bystanders {
+    /// Watches all directories.
+    pub fn new(shared: Arc<Shared>) -> io::Result<Self> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        let mut this = Bystanders {
+            shared,
+            inotify,
+            directories: HashMap::new(),
+            with_wal: BTreeSet::new(),
+            changed: BTreeSet::new(),
+            warned: HashSet::new(),
+        };
+        this.watch(Path::new(""))?;
+        Ok(this)
+    }
+
+    fn watch(&mut self, directory: &Path) -> io::Result<()> {
+        let path = self.shared.dirs.files.join(directory);
+        let events = AddWatchFlags::IN_CLOSE_WRITE
+            | AddWatchFlags::IN_CREATE
+            | AddWatchFlags::IN_DELETE
+            | AddWatchFlags::IN_MOVED_FROM
+            | AddWatchFlags::IN_MOVED_TO
+            | AddWatchFlags::IN_ONLYDIR;
+        match self.inotify.add_watch(&path, events) {
+            Ok(watch) => drop(self.directories.insert(watch, directory.to_owned())),
+            Err(nix::errno::Errno::ENOENT | nix::errno::Errno::ENOTDIR) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        }
+        // After the watch: what comes later is told.
+        for entry in std::fs::read_dir(&path)? {
+            let entry = entry?;
+            let below = directory.join(entry.file_name());
+            if entry.file_type()?.is_dir() {
+                self.watch(&below)?;
+            } else {
+                self.note(&below);
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, path: &Path) {
+        let Some(text) = path.to_str() else { return };
+        let suffixed = |suffix| text.strip_suffix(suffix).and_then(|base| DatabaseName::new(base).ok());
+        if let Some(name) = suffixed("-wal") {
+            self.with_wal.insert(name);
+        } else if let Some(name) = suffixed("-journal") {
+            self.changed.insert(name);
+        } else if suffixed("-shm").is_none()
+            && let Ok(name) = DatabaseName::new(text)
+        {
+            self.changed.insert(name);
+        }
+    }
+
+    /// Takes in what has happened since the last look.
+    pub fn look(&mut self) {
+        loop {
+            let events = match self.inotify.read_events() {
+                Ok(events) => events,
+                Err(nix::errno::Errno::EAGAIN) => break,
+                Err(error) => {
+                    tracing::error!(%error, "changes of the cluster's directory cannot be read");
+                    break;
+                }
+            };
+            for event in events {
+                if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
+                    if let Err(error) = self.watch(Path::new("")) {
+                        tracing::error!(%error, "the cluster's directory cannot be read");
+                    }
+                    continue;
+                }
+                let (Some(directory), Some(name)) = (self.directories.get(&event.wd), event.name) else { continue };
+                let path = directory.join(name);
+                if event.mask.contains(AddWatchFlags::IN_ISDIR) {
+                    if event.mask.intersects(AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO)
+                        && let Err(error) = self.watch(&path)
+                    {
+                        tracing::warn!(directory = %path.display(), %error, "a directory cannot be watched");
+                    }
+                } else {
+                    self.note(&path);
+                }
+            }
+        }
+        if !self.shared.is_writable() {
+            return;
+        }
+        let with_wal = std::mem::take(&mut self.with_wal);
+        for name in with_wal {
+            let Some(db) = self.shared.database(&name) else {
+                self.changed.insert(name);
+                continue;
+            };
+            let before = db.logged_position();
+            requests::follow(&db);
+            if db.logged_position() != before {
+                self.warn(&db);
+            }
+            if db.paths().wal.exists() {
+                self.with_wal.insert(name);
+            }
+        }
+        for name in std::mem::take(&mut self.changed) {
+            let exists = self.shared.dirs.files.join(&name).exists();
+            let known = self.shared.database(&name);
+            if !exists {
+                if let Some(db) = known {
+                    requests::note_removed(&db);
+                }
+                continue;
+            }
+            let db = known.unwrap_or_else(|| self.shared.database_or_new(&name));
+            if db.is_complete_database() && requests::note_foreign_write(&db) && db.state().page_count > 0 {
+                self.warn(&db);
+            }
+        }
+    }
+
+    /// Says, once for each database, that somebody writes it without the library.
+    fn warn(&mut self, db: &Arc<Database>) {
+        let writer = foreign_user(db);
+        if db.state().handles > 0 && writer.is_none() || !self.warned.insert(db.name().clone()) {
+            return;
+        }
+        let program = writer
+            .and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok())
+            .map_or_else(|| "a program".to_owned(), |comm| comm.trim_end().to_owned());
+        tracing::warn!(
+            database = %db.name(),
+            pid = writer,
+            "{program} writes the database without the preload library: its commits are captured afterwards, and are \
+             not refused when this host is no primary; start it with `litefs exec`"
+        );
+    }
+}
+
+/// A process that has the database open in WAL mode and no preload library.
+fn foreign_user(db: &Database) -> Option<i32> {
+    let index = File::open(&db.paths().shm).ok()?;
+    let holder = locks::conflicting_holder(&index, LockKind::Write, locks::WAL_DMS).ok()??;
+    let pid = holder.pid?;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).ok()?;
+    (!maps.contains("liblitefs")).then_some(pid)
+}

@@ -1,0 +1,208 @@
+//! One process that has the preload library: a thread waits on its doorbell, looks at the databases that it has changed
+//! and answers its requests.
+
+use super::memory::{self, SharedPage};
+use super::peer::Peer;
+use super::requests::{self, Answer};
+use crate::DatabaseName;
+use crate::database::{Database, Shared};
+use parking_lot::Mutex;
+use shim_protocol::{self as protocol, Op, Slot};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// While commits come the thread looks by itself so often, and need not be woken for each.
+const NAP: Duration = Duration::from_micros(300);
+/// After so many looks in vain it sleeps until it is woken.
+const NAPS: u32 = 8;
+/// Looks whether it shall end, should a wake-up be lost.
+const SLEEP: Duration = Duration::from_secs(1);
+/// Writes of a transaction that are kept; more are compared page by page.
+const WRITES_MAX: usize = 8 << 20;
+
+/// A connected process.
+#[derive(Debug)]
+pub struct Connection {
+    shared: Arc<Shared>,
+    memory: Arc<SharedPage>,
+    peer: Peer,
+    /// The socket has ended, or the door is closed.
+    ended: AtomicBool,
+    attached: Mutex<Vec<Option<Arc<Database>>>>,
+}
+
+/// What only the serving thread has.
+#[derive(Debug, Default)]
+struct Serving {
+    writes: HashMap<u32, requests::Writes>,
+}
+
+impl Connection {
+    /// A process that has said hello. Nothing is served yet.
+    pub fn new(shared: Arc<Shared>, memory: Arc<SharedPage>, peer: Peer) -> Self {
+        Connection {
+            shared,
+            memory,
+            peer,
+            ended: AtomicBool::new(false),
+            attached: Mutex::default(),
+        }
+    }
+
+    /// The memory it shares with the process.
+    pub fn memory(&self) -> &SharedPage {
+        &self.memory
+    }
+
+    /// Databases that the process has open for writing.
+    pub fn databases(&self) -> Vec<Arc<Database>> {
+        self.attached.lock().iter().flatten().cloned().collect()
+    }
+
+    /// Makes the serving thread end.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        self.memory.page().doorbell.fetch_add(1, Ordering::SeqCst);
+        memory::wake(&self.memory.page().doorbell);
+    }
+
+    /// Serves until the process or the door ends.
+    pub fn serve(self: &Arc<Self>) {
+        let page = self.memory.page();
+        let mut serving = Serving::default();
+        let mut idle = 0;
+        loop {
+            let bell = page.doorbell.load(Ordering::SeqCst);
+            let ended = self.ended.load(Ordering::Acquire);
+            let busy = self.serve_requests(&mut serving) | self.look_at_changed();
+            if ended {
+                break;
+            }
+            if busy {
+                idle = 0;
+                continue;
+            }
+            idle += 1;
+            let (depth, limit) = if idle <= NAPS { (protocol::NAPPING, NAP) } else { (protocol::ASLEEP, SLEEP) };
+            page.asleep.store(depth, Ordering::SeqCst);
+            memory::wait(&page.doorbell, bell, limit);
+            page.asleep.store(protocol::AWAKE, Ordering::SeqCst);
+        }
+        let attached = std::mem::take(&mut *self.attached.lock());
+        for db in attached.into_iter().flatten() {
+            requests::let_go(&db);
+        }
+    }
+
+    fn serve_requests(self: &Arc<Self>, serving: &mut Serving) -> bool {
+        let mut busy = false;
+        for (index, slot) in self.memory.page().slots.iter().enumerate() {
+            if slot.state.load(Ordering::Acquire) != protocol::POSTED {
+                continue;
+            }
+            busy = true;
+            slot.state.store(protocol::SERVED, Ordering::Relaxed);
+            match self.request(serving, slot) {
+                Ok(Answer::Now(answer)) => finish(slot, answer, 0),
+                Err(errno) => finish(slot, 0, errno),
+                Ok(Answer::WhenDurable(end)) => {
+                    let memory = self.memory.clone();
+                    self.shared.log.on_durable(
+                        end,
+                        Box::new(move |result| {
+                            let errno = if result.is_ok() { 0 } else { libc::EIO };
+                            finish(&memory.page().slots[index], 0, errno);
+                        }),
+                    );
+                }
+            }
+        }
+        busy
+    }
+
+    fn request(&self, serving: &mut Serving, slot: &Slot) -> Result<Answer, i32> {
+        // What the process says is not trusted to be in range.
+        let op = Op::from_number(slot.op.load(Ordering::Relaxed)).ok_or(libc::ENOSYS)?;
+        let count = slot.count.load(Ordering::Relaxed) as usize;
+        if op == Op::Attach {
+            let mut bytes: Vec<u8> =
+                slot.data.iter().flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes()).collect();
+            bytes.truncate(count);
+            return self.attach(&bytes).map(Answer::Now);
+        }
+        let number = slot.database.load(Ordering::Relaxed);
+        let db = self.attached.lock().get(number as usize).cloned().flatten().ok_or(libc::EBADF)?;
+        let data = slot.data.iter().take(count).map(|word| word.load(Ordering::Relaxed));
+        let flags = slot.flags.load(Ordering::Relaxed);
+        match op {
+            Op::Written | Op::Commit => {
+                let writes = serving.writes.entry(number).or_default();
+                writes.add(data, WRITES_MAX);
+                if op == Op::Written {
+                    return Ok(Answer::Now(0));
+                }
+                let writes = serving.writes.remove(&number).unwrap_or_default();
+                requests::commit(&db, flags, &writes)
+            }
+            Op::WalEnd => requests::wal_end(&db),
+            Op::WalCommit => requests::wal_commit(&db, &data.collect::<Vec<_>>()),
+            Op::WalSync => Ok(Answer::WhenDurable(db.state().logged_end)),
+            Op::Drop => requests::will_drop(&db),
+            Op::Attach => Err(libc::ENOSYS),
+        }
+    }
+
+    fn attach(&self, name: &[u8]) -> Result<u32, i32> {
+        let name = std::str::from_utf8(name).map_err(|_| libc::EINVAL)?;
+        let name = DatabaseName::new(name).map_err(|_| libc::EINVAL)?;
+        // Whoever may not write the file gets that answer from the kernel.
+        if !self.peer.may_write(&self.shared.dirs.files.join(&name)) {
+            return Err(libc::EINVAL);
+        }
+        let db = self.shared.database_or_new(&name);
+        requests::take_up(&db);
+        let mut attached = self.attached.lock();
+        let number = match attached.iter().position(Option::is_none) {
+            Some(free) => free,
+            None if attached.len() < protocol::DATABASES => {
+                attached.push(None);
+                attached.len() - 1
+            }
+            None => return Err(libc::ENFILE),
+        };
+        tracing::debug!(database = %name, pid = self.peer.pid, "opened through the preload library");
+        attached[number] = Some(db);
+        Ok(number as u32)
+    }
+
+    fn look_at_changed(&self) -> bool {
+        let page = self.memory.page();
+        let count = self.attached.lock().len();
+        let mut busy = false;
+        for (number, word) in page.changed.iter().take(count).enumerate() {
+            if word.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let what = word.swap(0, Ordering::SeqCst);
+            let Some(db) = self.attached.lock().get(number).cloned().flatten() else { continue };
+            busy = true;
+            if what & protocol::CHANGED != 0 {
+                requests::follow(&db);
+            }
+            if what & protocol::CLOSED != 0 {
+                self.attached.lock()[number] = None;
+                requests::let_go(&db);
+            }
+        }
+        busy
+    }
+}
+
+fn finish(slot: &Slot, answer: u32, errno: i32) {
+    slot.answer.store(answer, Ordering::Relaxed);
+    slot.error.store(errno.unsigned_abs(), Ordering::Relaxed);
+    slot.state.store(protocol::DONE, Ordering::Release);
+    memory::wake(&slot.state);
+}

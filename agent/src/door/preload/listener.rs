@@ -1,0 +1,200 @@
+//! Accepts processes with the preload library, and notices when they have gone.
+
+use super::Connections;
+use super::bystanders::Bystanders;
+use super::connection::Connection;
+use super::memory::SharedPage;
+use super::peer::Peer;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, listen, recv,
+    sendmsg, setsockopt, socket, sockopt,
+};
+use nix::sys::time::TimeVal;
+use shim_protocol::{Hello, MAGIC, VERSION, Welcome};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Between looks at what is done without the library.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// A process that connects says hello at once.
+const HELLO_SECONDS: i64 = 2;
+/// Before accepting again where the system refused (too many open files).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The listening thread.
+#[derive(Debug)]
+pub struct Listener {
+    stop: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+/// A process and the thread that serves it.
+struct Served {
+    socket: OwnedFd,
+    connection: Arc<Connection>,
+    thread: JoinHandle<()>,
+}
+
+impl Listener {
+    /// Binds the socket and starts the thread.
+    pub fn start(path: &Path, connections: Arc<Connections>) -> io::Result<Listener> {
+        match std::fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let listening = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        bind(listening.as_raw_fd(), &UnixAddr::new(path)?)?;
+        // What a process may do follows from the permissions of the databases.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))?;
+        listen(&listening, Backlog::new(128)?)?;
+        let (stop, stopped) = UnixStream::pair()?;
+        let bystanders = Bystanders::new(connections.shared.clone())?;
+        let thread = std::thread::Builder::new()
+            .name("preload-listen".into())
+            .spawn(move || run(&listening, &stopped, &connections, bystanders))?;
+        Ok(Listener { stop, thread })
+    }
+
+    /// Ends the thread, after those that serve processes.
+    pub fn stop(mut self) {
+        // Fails only where the thread has ended.
+        let _ = self.stop.write_all(&[0]);
+        if self.thread.join().is_err() {
+            tracing::error!("the preload door's thread panicked");
+        }
+    }
+}
+
+fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections, mut bystanders: Bystanders) {
+    let mut served: Vec<Served> = Vec::new();
+    let mut look_at = Instant::now();
+    loop {
+        let timeout = PollTimeout::try_from(look_at.saturating_duration_since(Instant::now()))
+            .unwrap_or(PollTimeout::ZERO);
+        let mut fds = vec![
+            PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
+            PollFd::new(listening.as_fd(), PollFlags::POLLIN),
+        ];
+        // A process says nothing after its hello: only its end is of interest.
+        fds.extend(served.iter().map(|s| PollFd::new(s.socket.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))));
+        if let Err(error) = poll(&mut fds, timeout)
+            && error != nix::errno::Errno::EINTR
+        {
+            tracing::error!(%error, "the preload door cannot wait for processes");
+            std::thread::sleep(ACCEPT_PAUSE);
+        }
+        let ready: Vec<bool> =
+            fds.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty())).collect();
+        drop(fds);
+        if ready[0] {
+            let _ = stopped.read(&mut [0]);
+            served.drain(..).for_each(|s| end(connections, s));
+            return;
+        }
+        let mut index = 2;
+        let gone: Vec<Served> = served
+            .extract_if(.., |_| {
+                index += 1;
+                ready[index - 1]
+            })
+            .collect();
+        gone.into_iter().for_each(|s| end(connections, s));
+        if ready[1] {
+            match accept(listening, connections) {
+                Ok(new) => served.extend(new),
+                Err(error) => {
+                    tracing::warn!(%error, "a process with the preload library cannot be served");
+                    std::thread::sleep(ACCEPT_PAUSE);
+                }
+            }
+        }
+        if look_at <= Instant::now() {
+            bystanders.look();
+            look_at = Instant::now() + LOOK_EVERY;
+        }
+    }
+}
+
+/// A process has gone: what it has committed is captured.
+fn end(connections: &Connections, served: Served) {
+    connections.all.lock().retain(|c| !Arc::ptr_eq(c, &served.connection));
+    served.connection.end();
+    if served.thread.join().is_err() {
+        tracing::error!("a thread that served a process with the preload library panicked");
+    }
+}
+
+fn accept(listening: &OwnedFd, connections: &Connections) -> io::Result<Option<Served>> {
+    let accepted = match accept4(listening.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
+        Ok(fd) => fd,
+        // It has gone already.
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::ECONNABORTED | nix::errno::Errno::EINTR) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    // SAFETY: a new descriptor that nobody else knows.
+    let socket = unsafe { OwnedFd::from_raw_fd(accepted) };
+    let peer = Peer::of(socket.as_fd())?;
+    let memory = Arc::new(SharedPage::create()?);
+    let connection = Arc::new(Connection::new(connections.shared.clone(), memory.clone(), peer.clone()));
+    {
+        // In one step with becoming known, so that no change of the role is missed.
+        let mut all = connections.all.lock();
+        connections.tell(&connection);
+        all.push(connection.clone());
+    }
+    let (serving, greeted) = (connection.clone(), socket.try_clone()?);
+    let spawned = std::thread::Builder::new().name(format!("preload-{}", peer.pid)).spawn(move || {
+        match greet(&greeted, &memory) {
+            Ok(()) => {
+                drop(greeted);
+                serving.serve();
+            }
+            Err(error) => {
+                tracing::warn!(pid = peer.pid, %error, "a process is refused at the preload door");
+                // The other descriptor keeps the connection open until the listening thread sees the end.
+                let _ = nix::sys::socket::shutdown(greeted.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+            }
+        }
+    });
+    match spawned {
+        Ok(thread) => Ok(Some(Served { socket, connection, thread })),
+        Err(error) => {
+            connections.all.lock().retain(|c| !Arc::ptr_eq(c, &connection));
+            Err(error)
+        }
+    }
+}
+
+/// Exchanges the versions, and gives the process the memory where they agree.
+fn greet(socket: &OwnedFd, memory: &SharedPage) -> io::Result<()> {
+    setsockopt(socket, sockopt::ReceiveTimeout, &TimeVal::new(HELLO_SECONDS, 0))?;
+    let mut bytes = [0; size_of::<Hello>()];
+    let count = recv(socket.as_raw_fd(), &mut bytes, MsgFlags::empty())?;
+    let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let known = count == bytes.len() && word(0) == MAGIC;
+    let fits = known && word(4) == VERSION;
+    let welcome = Welcome { magic: MAGIC, version: VERSION };
+    let mut answer = [0; size_of::<Welcome>()];
+    answer[..4].copy_from_slice(&welcome.magic.to_ne_bytes());
+    answer[4..].copy_from_slice(&welcome.version.to_ne_bytes());
+    let descriptors = [memory.file().as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&descriptors)];
+    let controls: &[ControlMessage<'_>] = if fits { &rights } else { &[] };
+    sendmsg::<UnixAddr>(socket.as_raw_fd(), &[IoSlice::new(&answer)], controls, MsgFlags::MSG_NOSIGNAL, None)?;
+    match (known, fits) {
+        (_, true) => Ok(()),
+        (true, false) => Err(io::Error::other(format!(
+            "its preload library speaks version {}, this agent {VERSION}: update both and restart the application",
+            word(4)
+        ))),
+        (false, false) => Err(io::Error::other("what it says is not the preload library's hello")),
+    }
+}

@@ -1,0 +1,239 @@
+//! The preload door: the cluster's directory is a plain one, and `liblitefs.so` in the applications tells the agent what
+//! SQLite does. See `docs/preload-door.md`.
+//!
+//! | module         | what it does                                                     |
+//! |----------------|------------------------------------------------------------------|
+//! | [`listener`]   | accepts processes; looks for what is done without the library     |
+//! | [`connection`] | serves one process                                                |
+//! | [`requests`]   | what a process asks                                               |
+//! | [`bystanders`] | programs that use the directory without the library               |
+//! | [`memory`]     | the memory shared with a process                                  |
+//! | [`peer`]       | who a process is and what it may write                            |
+
+mod bystanders;
+mod connection;
+mod listener;
+mod memory;
+mod peer;
+mod requests;
+
+use crate::database::{RoleStep, Shared};
+use connection::Connection;
+use fuse_session::{MountError, MountState, mount_state, unmount};
+use listener::Listener;
+use parking_lot::Mutex;
+use shim_protocol::{self as protocol, REGISTRATION, Registration, SOCKET, VERSION};
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// How long the end of a term waits for commits that have begun.
+const COMMIT_PATIENCE: Duration = Duration::from_millis(100);
+
+/// How the door is opened.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where applications find their databases: becomes a link to the files.
+    pub dir: PathBuf,
+    /// Where the library finds the agent.
+    pub runtime_dir: PathBuf,
+    /// Commits in WAL mode are held until the log has them.
+    pub hold: bool,
+}
+
+/// Why the door could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DoorError {
+    /// From looking at what is mounted.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// Something is mounted there.
+    #[error("{dir} has a {fs_type} file system mounted; unmount it, or use door = \"fuse\"")]
+    InUse {
+        /// The directory.
+        dir: PathBuf,
+        /// What is there.
+        fs_type: String,
+    },
+    /// Something else is there.
+    #[error("{dir} is in the way; move its files away (they can be copied in afterwards)")]
+    NotEmpty {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// A file operation failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Reason.
+        source: io::Error,
+    },
+}
+
+/// What the door's threads and the role's changes share.
+#[derive(Debug)]
+struct Connections {
+    shared: Arc<Shared>,
+    all: Mutex<Vec<Arc<Connection>>>,
+    hold: bool,
+}
+
+/// The open door.
+#[derive(Debug)]
+pub struct Door {
+    listener: Listener,
+}
+
+impl Door {
+    /// Makes the directory, and listens.
+    pub fn open(shared: Arc<Shared>, options: &Options) -> Result<Door, DoorError> {
+        link(&options.dir, &shared.dirs.files)?;
+        let connections =
+            Arc::new(Connections { shared: shared.clone(), all: Mutex::default(), hold: options.hold });
+        let told = connections.clone();
+        shared.follow_wals(move |step| told.role_step(step));
+        let socket = options.runtime_dir.join(SOCKET);
+        let listener = Listener::start(&socket, connections)
+            .map_err(|source| DoorError::Io { path: socket, source })?;
+        let registration = options.runtime_dir.join(REGISTRATION);
+        let io = |source| DoorError::Io { path: registration.clone(), source };
+        let files = std::fs::metadata(&shared.dirs.files).map_err(io)?;
+        let text = Registration { version: VERSION, device: files.dev(), inode: files.ino() }.to_string();
+        replace(&registration, &text).map_err(io)?;
+        Ok(Door { listener })
+    }
+
+    /// Ends it. The directory stays: readers go on, and writers wait for the next agent.
+    pub fn close(self) {
+        self.listener.stop();
+    }
+
+    /// Nothing keeps databases from applications any more: another door is opened.
+    pub fn leave(dir: &Path, runtime_dir: &Path, files: &Path) -> io::Result<()> {
+        match std::fs::remove_file(runtime_dir.join(REGISTRATION)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        if std::fs::read_link(dir).is_ok_and(|to| to == files) {
+            std::fs::remove_file(dir)?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes `dir` a link to the files.
+fn link(dir: &Path, files: &Path) -> Result<(), DoorError> {
+    let io = |source| DoorError::Io { path: dir.to_owned(), source };
+    if std::fs::read_link(dir).is_ok_and(|to| to == files) {
+        return Ok(());
+    }
+    match mount_state(dir)? {
+        MountState::Free => {}
+        MountState::Stale => {
+            unmount(dir)?;
+        }
+        MountState::Served => {
+            return Err(DoorError::InUse { dir: dir.to_owned(), fs_type: "litefs".into() });
+        }
+        MountState::Other(fs_type) => return Err(DoorError::InUse { dir: dir.to_owned(), fs_type }),
+    }
+    match std::fs::symlink_metadata(dir) {
+        Ok(there) if there.is_dir() => {
+            if let Err(error) = std::fs::remove_dir(dir) {
+                return Err(match error.kind() {
+                    io::ErrorKind::DirectoryNotEmpty => DoorError::NotEmpty { dir: dir.to_owned() },
+                    _ => io(error),
+                });
+            }
+        }
+        Ok(_) => return Err(DoorError::NotEmpty { dir: dir.to_owned() }),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(io(e)),
+    }
+    if let Some(parent) = dir.parent() {
+        std::fs::create_dir_all(parent).map_err(io)?;
+        // The way to the files must be open to those who may use them.
+        let ancestors = files.ancestors().take(2).collect::<Vec<_>>();
+        for directory in ancestors {
+            let metadata = std::fs::metadata(directory).map_err(io)?;
+            let open = metadata.mode() | 0o111;
+            if open != metadata.mode() {
+                std::fs::set_permissions(directory, std::fs::Permissions::from_mode(open)).map_err(io)?;
+            }
+        }
+    }
+    symlink(files, dir).map_err(io)
+}
+
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    let new = path.with_extension("new");
+    std::fs::write(&new, text)?;
+    std::fs::rename(&new, path)
+}
+
+impl Connections {
+    /// Tells a process what it may do now.
+    fn tell(&self, connection: &Connection) {
+        let page = connection.memory().page();
+        let until = self.shared.write_limit().map_or(u64::MAX, monotonic_ns);
+        page.write_until_ns.store(until, Ordering::Release);
+        let mut mode = 0;
+        if self.shared.is_writable() {
+            mode |= protocol::MODE_WRITABLE;
+        }
+        if self.hold {
+            mode |= protocol::MODE_HELD;
+        }
+        page.mode.store(mode, Ordering::Release);
+    }
+
+    fn role_step(&self, step: RoleStep) {
+        match step {
+            RoleStep::Changed => {
+                if self.shared.is_writable() {
+                    self.read_applied_wals();
+                }
+                self.all.lock().iter().for_each(|connection| self.tell(connection));
+            }
+            RoleStep::WritesEnd => self.end_writes(),
+        }
+    }
+
+    /// What was applied to WALs is known before applications add to them.
+    fn read_applied_wals(&self) {
+        for db in self.shared.known() {
+            if let Err(error) = db.read_applied_wal() {
+                tracing::warn!(database = %db.name(), %error, "its WAL cannot be read yet");
+            }
+        }
+    }
+
+    /// No process begins a commit any more; what has been committed is captured while this node may still do so.
+    fn end_writes(&self) {
+        let all = self.all.lock().clone();
+        for connection in &all {
+            let mode = &connection.memory().page().mode;
+            mode.fetch_and(!protocol::MODE_WRITABLE, Ordering::SeqCst);
+        }
+        let deadline = Instant::now() + COMMIT_PATIENCE;
+        for db in all.iter().flat_map(|connection| connection.databases()) {
+            // A commit frame is written and published under the write lock.
+            while db.is_being_written() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            requests::follow(&db);
+        }
+    }
+}
+
+/// A moment of the lease's clock on the clock of the library, which needs no system call to read.
+fn monotonic_ns(until: crate::lease::Time) -> u64 {
+    use nix::time::{ClockId, clock_gettime};
+    let left = until.saturating_sub(crate::lease::clock::now());
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    u64::try_from((now + left).as_nanos()).unwrap_or(u64::MAX - 1)
+}

@@ -1,0 +1,191 @@
+//! What a process asks through the preload library, and what becomes of it.
+
+use crate::capture::wal::published::HeldCommit;
+use crate::capture::{CaptureError, unix_ms};
+use crate::database::{Database, State};
+use crate::log::Lsn;
+use shim_protocol::{FLAG_SYNCED, FLAG_UNKNOWN, FLAG_UNJOURNALED, write_of};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+/// When a request is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// Now.
+    Now(u32),
+    /// When the log is durable up to here.
+    WhenDurable(Lsn),
+}
+
+/// Writes to a database file, as the library saw them.
+#[derive(Debug, Default)]
+pub struct Writes {
+    words: Vec<u64>,
+    too_many: bool,
+}
+
+impl Writes {
+    /// Adds some; beyond `max` they are not kept.
+    pub fn add(&mut self, words: impl Iterator<Item = u64>, max: usize) {
+        self.words.extend(words);
+        if self.words.len() > max {
+            self.words = Vec::new();
+            self.too_many = true;
+        }
+    }
+}
+
+fn errno_of(db: &Database, doing: &str, error: &CaptureError) -> i32 {
+    match error {
+        CaptureError::NotPrimary => tracing::debug!(database = %db.name(), doing, "refused: not the primary"),
+        _ => tracing::error!(database = %db.name(), doing, %error, "an application's operation failed"),
+    }
+    error.errno()
+}
+
+/// A process opens the database.
+pub fn take_up(db: &Arc<Database>) {
+    let mut st = db.state();
+    st.handles += 1;
+    note_replaced(db, &mut st);
+}
+
+/// A process has closed the database, or died.
+pub fn let_go(db: &Arc<Database>) {
+    follow(db);
+    let mut st = db.state();
+    st.handles = st.handles.saturating_sub(1);
+}
+
+/// The file may be another one by now: a copy was moved over it.
+fn note_replaced(db: &Database, st: &mut State) {
+    let path = &db.paths().database;
+    let Some(kept) = st.kept_database_file() else { return };
+    let same = match (kept.metadata(), std::fs::metadata(path)) {
+        (Ok(kept), Ok(there)) => (kept.dev(), kept.ino()) == (there.dev(), there.ino()),
+        _ => false,
+    };
+    if !same {
+        st.set_database_file(None);
+        st.forget_journal_mode();
+        if path.exists() {
+            st.rollback.mark_unknown();
+        }
+    }
+}
+
+/// Captures what is published. Nobody waits for it; what fails is tried again.
+pub fn follow(db: &Arc<Database>) {
+    let mut st = db.state();
+    if let Err(error) = db.follow_wal(&mut st) {
+        match error {
+            CaptureError::NotADatabase(reason) => {
+                let path = db.paths().wal.display();
+                st.quarantine(db, format!("{path}: {reason}"));
+            }
+            CaptureError::Quarantined(_) | CaptureError::NotPrimary => {}
+            error => {
+                tracing::error!(database = %db.name(), %error, "commits in the WAL cannot be captured yet; trying again");
+            }
+        }
+    }
+}
+
+/// A transaction without WAL is about to end.
+pub fn commit(db: &Arc<Database>, flags: u32, writes: &Writes) -> Result<Answer, i32> {
+    let mut st = db.state();
+    note_replaced(db, &mut st);
+    if flags & FLAG_UNKNOWN != 0 || writes.too_many {
+        st.rollback.mark_unknown();
+    }
+    for word in &writes.words {
+        let (offset, len) = write_of(*word);
+        let page_size = st.page_size;
+        st.rollback.mark_written(offset, len, page_size);
+    }
+    st.rollback.synced |= flags & FLAG_SYNCED != 0;
+    if !db.shared().is_writable() {
+        // A rollback must be able to end: what is in the file then is what the log has.
+        let as_logged = db.is_as_logged(&mut st).map_err(|e| errno_of(db, "commit", &e))?;
+        return if as_logged { Ok(Answer::Now(0)) } else { Err(libc::EROFS) };
+    }
+    let unjournaled = flags & FLAG_UNJOURNALED != 0;
+    if unjournaled && st.page_count == 0 && !db.is_complete_database() {
+        // Something that is being copied, or no database at all.
+        st.rollback = Default::default();
+        return Ok(Answer::Now(0));
+    }
+    let logged = db.capture_rollback(&mut st).map_err(|e| errno_of(db, "commit", &e))?;
+    let synced = std::mem::take(&mut st.rollback.synced);
+    match logged {
+        Some(logged) if synced => Ok(Answer::WhenDurable(logged.end)),
+        _ => Ok(Answer::Now(0)),
+    }
+}
+
+/// The WAL is about to begin anew or go.
+pub fn wal_end(db: &Arc<Database>) -> Result<Answer, i32> {
+    let mut st = db.state();
+    if !db.shared().is_writable() {
+        st.wal.mark_written_from_log();
+        return Ok(Answer::Now(0));
+    }
+    db.end_wal(&mut st).map_err(|e| errno_of(db, "begin the WAL anew", &e))?;
+    Ok(Answer::WhenDurable(st.logged_end))
+}
+
+/// A commit frame is held.
+pub fn wal_commit(db: &Arc<Database>, data: &[u64]) -> Result<Answer, i32> {
+    let &[offset, a, b, c] = data else { return Err(libc::EINVAL) };
+    let mut header = [0; 24];
+    for (bytes, word) in header.chunks_exact_mut(8).zip([a, b, c]) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    let mut st = db.state();
+    db.capture_held_commit(&mut st, &HeldCommit { offset, header })
+        .map_err(|e| errno_of(db, "commit", &e))?;
+    Ok(Answer::Now(0))
+}
+
+/// The database is about to be removed. That it is gone is noticed afterwards: the removal may fail.
+pub fn will_drop(db: &Arc<Database>) -> Result<Answer, i32> {
+    if !db.shared().is_writable() {
+        return Err(libc::EROFS);
+    }
+    let mut st = db.state();
+    db.follow_wal(&mut st).map_err(|e| errno_of(db, "remove", &e))?;
+    Ok(Answer::Now(0))
+}
+
+/// Logs a drop if the file of a database is gone.
+pub fn note_removed(db: &Arc<Database>) {
+    let mut st = db.state();
+    if st.page_count == 0 || st.check_health().is_err() || db.paths().database.exists() {
+        return;
+    }
+    match db.log_drop(&mut st) {
+        Ok(()) => tracing::info!(database = %db.name(), "the database was removed"),
+        Err(CaptureError::NotPrimary) => {}
+        Err(error) => tracing::error!(database = %db.name(), %error, "its removal cannot be logged yet"),
+    }
+}
+
+/// A file was written by somebody without the library, or seems to be: it is looked at when nobody writes it.
+pub fn note_foreign_write(db: &Arc<Database>) -> bool {
+    let mut st = db.state();
+    // A transaction that the library reports is on its way, or has just been.
+    let recent = st.handles > 0 && unix_ms() - st.last_change_ms < 1000;
+    if recent || st.check_health().is_err() || st.rollback.is_dirty() {
+        return false;
+    }
+    note_replaced(db, &mut st);
+    if st.rollback.is_dirty() || st.page_count == 0 {
+        st.rollback.mark_unknown();
+        return true;
+    }
+    if db.load_journal_mode(&mut st) || !st.stamp_changed(db).unwrap_or(false) {
+        return false;
+    }
+    st.rollback.mark_unknown();
+    true
+}

@@ -1,0 +1,500 @@
+//! The connection to an agent: one for each cluster and process, made when it is first needed and again when it is lost.
+
+use crate::lock::Lock;
+use crate::managed::{self, CLUSTERS, PathBuffer};
+use crate::table::{self, Database};
+use crate::sys;
+use core::ffi::CStr;
+use core::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use shim_protocol as protocol;
+use shim_protocol::{Hello, MAGIC, Op, Page, VERSION, Welcome};
+
+/// Turns of waiting for an answer before the thread sleeps.
+const SPINS: u32 = 400;
+/// How long the thread sleeps before it looks whether the agent is still there.
+const LOOK_MS: u64 = 100;
+/// Between looks whether the agent of an idle connection is still there.
+const CHECK_NS: u64 = 500_000_000;
+/// How long an agent that has accepted may take for its welcome.
+const WELCOME_MS: i32 = 2000;
+/// Between tries to reach an agent that is not there.
+const RETRY_MS: u64 = 20;
+/// Number of a file that no database can have the name of.
+const PLAIN: u32 = u32::MAX;
+
+/// One cluster's.
+struct Connection {
+    /// Stays mapped: other threads may be in it when the connection is lost.
+    page: AtomicPtr<Page>,
+    /// The socket; -1 while there is no agent.
+    socket: AtomicI32,
+    /// Counts connections; 0 before the first.
+    generation: AtomicU32,
+    /// When the socket was last looked at.
+    checked_ns: AtomicU64,
+    /// Since when there is no agent; 0: there is one, or never was.
+    lost_ns: AtomicU64,
+    changes: Lock<()>,
+}
+
+static CONNECTION: [Connection; CLUSTERS] = [const { Connection::new() }; CLUSTERS];
+/// Connections that were ever made.
+static CONNECTIONS: AtomicU32 = AtomicU32::new(0);
+static PROCESS: AtomicI32 = AtomicI32::new(0);
+/// Standard error when the process began: device and inode. Another file may get its number later.
+static STDERR: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
+static WAIT_MS: AtomicU64 = AtomicU64::new(protocol::WAIT_MS);
+
+/// Remembers what cannot be asked later.
+pub fn remember_process() {
+    PROCESS.store(sys::getpid(), Ordering::Relaxed);
+    if let Ok(stat) = sys::fstat(2) {
+        STDERR[0].store(stat.st_dev, Ordering::Relaxed);
+        STDERR[1].store(stat.st_ino, Ordering::Relaxed);
+    }
+    // SAFETY: the name ends with a zero; the value is read at once.
+    let wait = unsafe { libc::getenv(c"LITEFS_WAIT_MS".as_ptr()) };
+    if !wait.is_null() {
+        // SAFETY: a string of the environment.
+        let digits = unsafe { CStr::from_ptr(wait) }.to_bytes();
+        if let Some(ms) = core::str::from_utf8(digits).ok().and_then(|d| d.parse().ok()) {
+            WAIT_MS.store(ms, Ordering::Relaxed);
+        }
+    }
+}
+
+/// How long an application waits for an agent.
+pub fn wait_ms() -> u64 {
+    WAIT_MS.load(Ordering::Relaxed)
+}
+
+/// Whether this is not the child of a vfork, which has its parent's memory.
+pub fn is_own_process() -> bool {
+    sys::getpid() == PROCESS.load(Ordering::Relaxed)
+}
+
+/// Runs in the child of a fork.
+pub extern "C" fn forked() {
+    PROCESS.store(sys::getpid(), Ordering::Relaxed);
+    managed::forked();
+    for connection in &CONNECTION {
+        connection.changes.forget_holder();
+        let socket = connection.socket.swap(-1, Ordering::Relaxed);
+        if socket >= 0 {
+            sys::close(socket);
+        }
+        connection.page.store(core::ptr::null_mut(), Ordering::Relaxed);
+        connection.lost_ns.store(0, Ordering::Relaxed);
+    }
+    table::forked();
+}
+
+/// Whether a descriptor is this library's.
+pub fn owns(fd: i32) -> bool {
+    CONNECTIONS.load(Ordering::Relaxed) != 0 && fd > 2 && CONNECTION.iter().any(|c| c.socket.load(Ordering::Relaxed) == fd)
+}
+
+/// This library's descriptors from `first` on, the lowest.
+pub fn next_own(first: u32) -> Option<u32> {
+    let own = CONNECTION.iter().map(|c| c.socket.load(Ordering::Relaxed));
+    own.filter(|fd| *fd > 2 && *fd as u32 >= first).map(|fd| fd as u32).min()
+}
+
+/// Says something on standard error, if that is still what it was.
+pub fn say(parts: &[&[u8]]) {
+    let same = sys::fstat(2).is_ok_and(|stat| {
+        stat.st_dev == STDERR[0].load(Ordering::Relaxed) && stat.st_ino == STDERR[1].load(Ordering::Relaxed)
+    });
+    if !same || table::file(2).is_some() {
+        return;
+    }
+    let mut line = PathBuffer::<512>::new();
+    line.push(b"litefs: ");
+    for part in parts {
+        line.push(part);
+    }
+    line.push(b"\n");
+    let _ = sys::write(2, line.bytes());
+}
+
+/// Why a request has no answer.
+enum Lost {
+    /// The agent has gone.
+    HungUp,
+    /// It did not answer in time.
+    TimedOut,
+}
+
+impl Connection {
+    const fn new() -> Self {
+        Connection {
+            page: AtomicPtr::new(core::ptr::null_mut()),
+            socket: AtomicI32::new(-1),
+            generation: AtomicU32::new(0),
+            checked_ns: AtomicU64::new(0),
+            lost_ns: AtomicU64::new(0),
+            changes: Lock::new(()),
+        }
+    }
+
+    fn page(&self) -> Option<&'static Page> {
+        // SAFETY: a page stays mapped as long as the process lives.
+        unsafe { self.page.load(Ordering::Acquire).as_ref() }
+    }
+
+    fn is_up(&self) -> bool {
+        self.socket.load(Ordering::Acquire) >= 0
+    }
+
+    /// The agent is gone.
+    fn lose(&self, generation: u32) {
+        let Some(_changes) = self.changes.lock() else { return };
+        if self.generation.load(Ordering::Relaxed) != generation {
+            return;
+        }
+        let socket = self.socket.swap(-1, Ordering::AcqRel);
+        if socket >= 0 {
+            sys::close(socket);
+            self.lost_ns.store(sys::now_ns().max(1), Ordering::Relaxed);
+        }
+    }
+
+    /// The page and the generation of a connection that is up, made now where it is not.
+    fn connect(&self, cluster: usize, deadline_ns: u64) -> Result<(&'static Page, u32), i32> {
+        let begun = sys::now_ns();
+        loop {
+            if self.is_up()
+                && let Some(page) = self.page()
+            {
+                return Ok((page, self.generation.load(Ordering::Relaxed)));
+            }
+            let error = match self.try_connect(cluster) {
+                Ok(()) => continue,
+                Err(error) => error,
+            };
+            if error == libc::EPROTO || error == libc::EDEADLK || sys::now_ns() >= deadline_ns {
+                // Who did not wait goes on without.
+                if error != libc::EPROTO && deadline_ns > begun {
+                    let mut path = PathBuffer::<108>::new();
+                    managed::runtime_path(cluster, protocol::SOCKET, &mut path);
+                    say(&[b"no agent answers at ", path.bytes(), b": start litefs"]);
+                }
+                return Err(error);
+            }
+            sys::sleep_ms(RETRY_MS);
+        }
+    }
+
+    fn try_connect(&self, cluster: usize) -> Result<(), i32> {
+        if !is_own_process() {
+            return Err(libc::EDEADLK);
+        }
+        let _changes = self.changes.lock().ok_or(libc::EDEADLK)?;
+        if self.is_up() {
+            return Ok(());
+        }
+        let mut path = PathBuffer::<108>::new();
+        if !managed::runtime_path(cluster, protocol::SOCKET, &mut path) {
+            return Err(libc::ENAMETOOLONG);
+        }
+        let socket = sys::socket()?;
+        let page = handshake(socket, path.bytes());
+        match page {
+            Ok(page) => {
+                self.page.store(page, Ordering::Release);
+                self.generation.fetch_add(1, Ordering::Relaxed);
+                self.checked_ns.store(sys::coarse_now_ns(), Ordering::Relaxed);
+                self.lost_ns.store(0, Ordering::Relaxed);
+                CONNECTIONS.fetch_add(1, Ordering::Relaxed);
+                self.socket.store(socket, Ordering::Release);
+                Ok(())
+            }
+            Err(error) => {
+                sys::close(socket);
+                if error == libc::EPROTO {
+                    say(&[b"the agent at ", path.bytes(), b" speaks another version: update both, start both anew"]);
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+fn handshake(socket: i32, path: &[u8]) -> Result<*mut Page, i32> {
+    sys::connect(socket, path)?;
+    let hello = Hello { magic: MAGIC, version: VERSION };
+    // SAFETY: a plain struct of two words.
+    let bytes = unsafe { core::slice::from_raw_parts((&raw const hello).cast::<u8>(), size_of::<Hello>()) };
+    sys::send(socket, bytes)?;
+    if !sys::readable(socket, WELCOME_MS) {
+        return Err(libc::ETIMEDOUT);
+    }
+    let mut answer = [0u8; size_of::<Welcome>()];
+    let (count, memory) = sys::receive(socket, &mut answer)?;
+    let word = |at: usize| u32::from_ne_bytes([answer[at], answer[at + 1], answer[at + 2], answer[at + 3]]);
+    let fits = count == answer.len() && word(0) == MAGIC && word(4) == VERSION;
+    let Some(memory) = memory else {
+        return Err(if count == 0 { libc::ECONNRESET } else { libc::EPROTO });
+    };
+    let mapped = if fits { sys::map(memory, size_of::<Page>()) } else { Err(libc::EPROTO) };
+    sys::close(memory);
+    mapped.map(|at| at.cast())
+}
+
+/// Whether applications may write now. Looks from time to time whether the agent is still there; without one, what it
+/// said last counts for as long as an application would wait for it.
+pub fn may_write(cluster: usize) -> bool {
+    let connection = &CONNECTION[cluster];
+    let now = sys::coarse_now_ns();
+    if now.saturating_sub(connection.checked_ns.load(Ordering::Relaxed)) > CHECK_NS {
+        connection.checked_ns.store(now, Ordering::Relaxed);
+        let socket = connection.socket.load(Ordering::Relaxed);
+        if socket >= 0 && sys::hung_up(socket) {
+            connection.lose(connection.generation.load(Ordering::Relaxed));
+        }
+        if !connection.is_up() {
+            let _ = connection.try_connect(cluster);
+        }
+    }
+    let Some(page) = connection.page() else { return connection.connect(cluster, now).is_ok() && may_write(cluster) };
+    let lost = connection.lost_ns.load(Ordering::Relaxed);
+    if lost != 0 && now.saturating_sub(lost) > wait_ms() * 1_000_000 {
+        return false;
+    }
+    if page.mode.load(Ordering::Acquire) & protocol::MODE_WRITABLE == 0 {
+        return false;
+    }
+    let until = page.write_until_ns.load(Ordering::Relaxed);
+    until == u64::MAX || now < until
+}
+
+/// Whether the agent is there, as far as is known.
+pub fn is_up(cluster: usize) -> bool {
+    CONNECTION[cluster].is_up()
+}
+
+/// The application takes a descriptor of this library for itself.
+pub fn give_up(fd: i32) {
+    for connection in &CONNECTION {
+        if connection.socket.compare_exchange(fd, -1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            connection.lost_ns.store(sys::now_ns().max(1), Ordering::Relaxed);
+        }
+    }
+}
+
+/// Whether commits in WAL mode are held.
+pub fn holds(cluster: usize) -> bool {
+    CONNECTION[cluster].page().is_some_and(|page| page.mode.load(Ordering::Acquire) & protocol::MODE_HELD != 0)
+}
+
+/// Makes sure that an agent knows the database. `Ok(false)`: no database can have its name.
+pub fn attach(database: &'static Database) -> Result<bool, i32> {
+    let connection = &CONNECTION[database.cluster()];
+    let deadline = sys::now_ns() + wait_ms() * 1_000_000;
+    loop {
+        let (page, generation) = connection.connect(database.cluster(), deadline)?;
+        match attach_on(page, generation, database, deadline) {
+            Ok(number) => return Ok(number != PLAIN),
+            Err(Some(error)) => return Err(error),
+            Err(None) => connection.lose(generation),
+        }
+        if sys::now_ns() >= deadline {
+            return Err(libc::ETIMEDOUT);
+        }
+    }
+}
+
+/// The database's number on a connection. `Err(None)`: the connection is lost.
+fn attach_on(
+    page: &Page,
+    generation: u32,
+    database: &Database,
+    deadline_ns: u64,
+) -> Result<u32, Option<i32>> {
+    let attached = database.attached.load(Ordering::Acquire);
+    if (attached >> 32) as u32 == generation && generation != 0 {
+        return Ok(attached as u32);
+    }
+    let mut words = [0u64; managed::NAME_MAX / 8 + 1];
+    let len = {
+        let name = database.name().ok_or(Some(libc::EDEADLK))?;
+        for (word, bytes) in words.iter_mut().zip(name.bytes().chunks(8)) {
+            let mut padded = [0; 8];
+            padded[..bytes.len()].copy_from_slice(bytes);
+            *word = u64::from_ne_bytes(padded);
+        }
+        name.bytes().len()
+    };
+    let question = Question { op: Op::Attach, database: 0, flags: 0, count: len as u32 };
+    let number = match post(page, generation, database.cluster(), &question, &words[..len.div_ceil(8)], deadline_ns) {
+        Ok(Ok(number)) => number,
+        Ok(Err(libc::EINVAL)) => PLAIN,
+        Ok(Err(error)) => return Err(Some(error)),
+        Err(Lost::HungUp | Lost::TimedOut) => return Err(None),
+    };
+    database.attached.store(u64::from(generation) << 32 | u64::from(number), Ordering::Release);
+    Ok(number)
+}
+
+/// Asks the agent and waits for its answer, if need be of its successor. A file that is no database is granted
+/// everything.
+pub fn ask(database: &Database, op: Op, flags: u32, data: &[u64], wait_ms: u64) -> Result<(), i32> {
+    let cluster = database.cluster();
+    let connection = &CONNECTION[cluster];
+    let deadline = sys::now_ns() + wait_ms * 1_000_000;
+    loop {
+        let (page, generation) = connection.connect(cluster, deadline)?;
+        let number = match attach_on(page, generation, database, deadline) {
+            Ok(PLAIN) => return Ok(()),
+            Ok(number) => number,
+            Err(Some(error)) => return Err(error),
+            Err(None) => {
+                connection.lose(generation);
+                continue;
+            }
+        };
+        match ask_on(page, generation, database, number, op, flags, data, deadline) {
+            Ok(answer) => return answer,
+            Err(Lost::HungUp) => connection.lose(generation),
+            Err(Lost::TimedOut) => {
+                connection.lose(generation);
+                say(&[b"the agent did not answer in time: the transaction is refused"]);
+                return Err(libc::ETIMEDOUT);
+            }
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "the parts of one question")]
+fn ask_on(
+    page: &Page,
+    generation: u32,
+    database: &Database,
+    number: u32,
+    op: Op,
+    flags: u32,
+    data: &[u64],
+    deadline_ns: u64,
+) -> Result<Result<(), i32>, Lost> {
+    let cluster = database.cluster();
+    let whole = data.len().saturating_sub(1) / protocol::DATA_WORDS * protocol::DATA_WORDS;
+    for part in data[..whole].chunks(protocol::DATA_WORDS) {
+        let question = Question { op: Op::Written, database: number, flags: 0, count: part.len() as u32 };
+        if let Err(error) = post(page, generation, cluster, &question, part, deadline_ns)? {
+            return Ok(Err(error));
+        }
+    }
+    let last = &data[whole..];
+    let question = Question { op, database: number, flags, count: last.len() as u32 };
+    post(page, generation, cluster, &question, last, deadline_ns).map(|answer| answer.map(|_| ()))
+}
+
+struct Question {
+    op: Op,
+    database: u32,
+    flags: u32,
+    count: u32,
+}
+
+fn post(
+    page: &Page,
+    generation: u32,
+    cluster: usize,
+    question: &Question,
+    data: &[u64],
+    deadline_ns: u64,
+) -> Result<Result<u32, i32>, Lost> {
+    let connection = &CONNECTION[cluster];
+    let gone = || {
+        let socket = connection.socket.load(Ordering::Acquire);
+        connection.generation.load(Ordering::Relaxed) != generation || socket < 0 || sys::hung_up(socket)
+    };
+    let slot = loop {
+        let free = page.slots.iter().find(|slot| {
+            slot.state
+                .compare_exchange(protocol::FREE, protocol::TAKEN, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
+        });
+        if let Some(slot) = free {
+            break slot;
+        }
+        if gone() {
+            return Err(Lost::HungUp);
+        }
+        if sys::now_ns() >= deadline_ns {
+            return Err(Lost::TimedOut);
+        }
+        sys::sleep_ms(1);
+    };
+    slot.op.store(question.op as u32, Ordering::Relaxed);
+    slot.database.store(question.database, Ordering::Relaxed);
+    slot.flags.store(question.flags, Ordering::Relaxed);
+    slot.count.store(question.count, Ordering::Relaxed);
+    for (to, from) in slot.data.iter().zip(data) {
+        to.store(*from, Ordering::Relaxed);
+    }
+    slot.state.store(protocol::POSTED, Ordering::SeqCst);
+    ring(page, protocol::NAPPING);
+
+    let mut spins = 0;
+    loop {
+        let state = slot.state.load(Ordering::Acquire);
+        if state == protocol::DONE {
+            break;
+        }
+        spins += 1;
+        if spins < SPINS {
+            core::hint::spin_loop();
+            continue;
+        }
+        sys::futex_wait(&slot.state, state, LOOK_MS);
+        if slot.state.load(Ordering::Acquire) == protocol::DONE {
+            break;
+        }
+        // The slot stays taken: the agent may still write to it.
+        if gone() {
+            return Err(Lost::HungUp);
+        }
+        if sys::now_ns() >= deadline_ns {
+            return Err(Lost::TimedOut);
+        }
+    }
+    let (error, answer) = (slot.error.load(Ordering::Relaxed), slot.answer.load(Ordering::Relaxed));
+    slot.state.store(protocol::FREE, Ordering::Release);
+    Ok(if error == 0 { Ok(answer) } else { Err(error as i32) })
+}
+
+/// Rings; wakes an agent that sleeps at least so deeply.
+fn ring(page: &Page, from: u32) {
+    page.doorbell.fetch_add(1, Ordering::SeqCst);
+    if page.asleep.load(Ordering::SeqCst) >= from {
+        page.asleep.store(protocol::AWAKE, Ordering::SeqCst);
+        sys::futex_wake(&page.doorbell, 1);
+    }
+}
+
+fn number_on_page(database: &Database) -> Option<(&'static Page, u32)> {
+    let connection = &CONNECTION[database.cluster()];
+    let page = connection.page()?;
+    let attached = database.attached.load(Ordering::Acquire);
+    let number = attached as u32;
+    let current = (attached >> 32) as u32 == connection.generation.load(Ordering::Relaxed);
+    (current && (number as usize) < protocol::DATABASES).then_some((page, number))
+}
+
+/// A commit is visible in the WAL: nobody waits for anything. An agent that is not there now finds it later.
+pub fn committed(database: &Database) {
+    if let Some((page, number)) = number_on_page(database) {
+        page.changed[number as usize].fetch_or(protocol::CHANGED, Ordering::SeqCst);
+        ring(page, protocol::ASLEEP);
+    }
+}
+
+/// This process has closed the database.
+pub fn detach(database: &Database) {
+    if let Some((page, number)) = number_on_page(database) {
+        page.changed[number as usize].fetch_or(protocol::CLOSED, Ordering::SeqCst);
+        ring(page, protocol::ASLEEP);
+    }
+    database.attached.store(0, Ordering::Relaxed);
+}

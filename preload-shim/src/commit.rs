@@ -1,0 +1,457 @@
+//! What an operation on a database's file means for replication. See `docs/preload-door.md` for the rules; the bytes and
+//! the order of calls are SQLite's (os_unix.c, pager.c, wal.c).
+
+use crate::agent;
+use crate::managed::Managed;
+use crate::sys;
+use crate::table::{self, Database, File, HeldFrame, Kind};
+use core::sync::atomic::{AtomicU64, Ordering};
+use shim_protocol::{FLAG_SYNCED, FLAG_UNJOURNALED, FLAG_UNKNOWN, Op};
+
+/// Database file: first of the bytes that readers lock; a writer has all of them (os_unix.c).
+const SHARED_FIRST: i64 = 0x4000_0002;
+const SHARED_SIZE: i64 = 510;
+/// Wal-index: locked by the writer.
+const WAL_WRITE: i64 = 120;
+/// Wal-index: locked, all four, to begin the WAL anew.
+const WAL_READERS: (i64, i64) = (124, 4);
+const WAL_HEADER: usize = 32;
+const FRAME_HEADER: usize = 24;
+/// Zeros over a journal's header end it in PERSIST mode.
+const JOURNAL_END: usize = 28;
+/// How long the end of a WAL may wait for an agent that is there: SQLite can do without it.
+const WAL_END_MS: u64 = 1000;
+
+/// The journal whose creation was refused last, and by which thread: a hash.
+static REFUSED: AtomicU64 = AtomicU64::new(0);
+
+fn fail(error: i32) -> i32 {
+    sys::set_errno(error);
+    -1
+}
+
+/// `open`: decides whether, and remembers what was opened.
+#[cold]
+pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
+    if !agent::is_own_process() {
+        return real(flags);
+    }
+    let (kind, database) = match table::database(managed) {
+        Ok(found) => found,
+        Err(0) => return real(flags),
+        Err(error) => return fail(error),
+    };
+    let fd = match may_open(kind, database, flags) {
+        Ok(flags) => real(flags),
+        Err(0) => {
+            table::release(database);
+            return real(flags);
+        }
+        Err(error) => {
+            if kind == Kind::Journal {
+                REFUSED.store(refusal(managed.name.bytes()), Ordering::Relaxed);
+            }
+            fail(error)
+        }
+    };
+    if fd < 0 {
+        let error = sys::errno();
+        table::release(database);
+        return fail(error);
+    }
+    if kind == Kind::Database
+        && (flags & libc::O_ACCMODE == libc::O_WRONLY || flags & libc::O_TRUNC != 0)
+        && let Some(mut transaction) = database.transaction.lock()
+    {
+        // Another program: it is looked at when it has closed the file.
+        transaction.unknown = true;
+    }
+    match table::opened(fd, kind, database) {
+        Ok(()) => fd,
+        Err(error) => {
+            sys::close(fd);
+            table::release(database);
+            fail(error)
+        }
+    }
+}
+
+/// The flags to open with. `Err(0)`: the file is nobody's business.
+fn may_open(kind: Kind, database: &'static Database, flags: i32) -> Result<i32, i32> {
+    let writes = flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0;
+    if !writes {
+        return Ok(flags);
+    }
+    match agent::attach(database) {
+        Ok(true) => {}
+        Ok(false) => return Err(0),
+        // With any other number SQLite would go on read-only, for as long as the connection lives.
+        Err(_) if kind == Kind::Database => return Err(libc::EISDIR),
+        Err(_) => return Err(libc::EIO),
+    }
+    if agent::may_write(database.cluster()) {
+        return Ok(flags);
+    }
+    match kind {
+        Kind::Database if flags & libc::O_TRUNC != 0 => Err(libc::EROFS),
+        Kind::Database => Ok(flags & !libc::O_CREAT),
+        // SQLite makes "attempt to write a readonly database" of it, for this attempt only. Without O_CREAT a hot
+        // journal is opened to play it back.
+        Kind::Journal if flags & libc::O_CREAT != 0 => Err(libc::EACCES),
+        _ => Ok(flags),
+    }
+}
+
+fn refusal(name: &[u8]) -> u64 {
+    let hash = name.iter().fold(0u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    hash << 32 | sys::gettid() as u32 as u64 | 1 << 31
+}
+
+/// Whether a journal was refused a moment ago: SQLite asks whether it exists, and goes on to read-only use of an old
+/// one where it does.
+pub fn was_refused() -> bool {
+    REFUSED.load(Ordering::Relaxed) != 0
+}
+
+/// The same for this path and thread; once.
+pub fn take_refusal(managed: &Managed) -> bool {
+    let own = refusal(managed.name.bytes());
+    REFUSED.compare_exchange(own, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+}
+
+/// A write to a tracked file; `real` does it.
+#[inline]
+pub fn write(fd: i32, file: &File, data: &[u8], offset: u64, real: &dyn Fn() -> isize) -> isize {
+    let database = file.database();
+    let allowed = match file.kind() {
+        Kind::Wal => return wal_write(fd, database, data, offset, real),
+        Kind::Database => database_write(database, data, offset),
+        Kind::Journal if offset == 0 && data.len() == JOURNAL_END && data.iter().all(|b| *b == 0) => {
+            journal_ends(database)
+        }
+        Kind::Journal | Kind::Shm => Ok(()),
+    };
+    match allowed {
+        Ok(()) => real(),
+        Err(error) => fail(error) as isize,
+    }
+}
+
+fn database_write(database: &Database, data: &[u8], offset: u64) -> Result<(), i32> {
+    let journaled = database.journals.load(Ordering::Relaxed) > 0;
+    if database.wals.load(Ordering::Relaxed) > 0 && !journaled {
+        // A checkpoint: the WAL, and so the log, has it.
+        return Ok(());
+    }
+    if !journaled && !agent::may_write(database.cluster()) {
+        return Err(libc::EROFS);
+    }
+    let mut transaction = database.transaction.lock().ok_or(libc::EDEADLK)?;
+    transaction.add(offset, data.len() as u64);
+    Ok(())
+}
+
+/// A transaction ends by its journal, or without one: the agent takes it over first.
+fn ends(database: &Database, flags: u32) -> Result<(), i32> {
+    let mut transaction = database.transaction.lock().ok_or(libc::EDEADLK)?;
+    if !transaction.is_dirty() {
+        transaction.clear();
+        return Ok(());
+    }
+    let flags = flags
+        | if transaction.synced { FLAG_SYNCED } else { 0 }
+        | if transaction.unknown { FLAG_UNKNOWN } else { 0 };
+    agent::ask(database, Op::Commit, flags, transaction.writes(), agent::wait_ms())?;
+    transaction.clear();
+    Ok(())
+}
+
+fn journal_ends(database: &Database) -> Result<(), i32> {
+    ends(database, 0)
+}
+
+fn wal_ends(database: &Database) -> Result<(), i32> {
+    agent::ask(database, Op::WalEnd, 0, &[], if agent::is_up(database.cluster()) { WAL_END_MS } else { 0 })
+}
+
+fn wal_write(fd: i32, database: &'static Database, data: &[u8], offset: u64, real: &dyn Fn() -> isize) -> isize {
+    if data.len() == FRAME_HEADER && offset >= WAL_HEADER as u64 {
+        if data[4..8] != [0; 4] {
+            if !agent::may_write(database.cluster()) {
+                return fail(libc::EROFS) as isize;
+            }
+            database.committed.store(1, Ordering::Relaxed);
+            if agent::holds(database.cluster()) && hold(fd, database, data, offset) {
+                return FRAME_HEADER as isize;
+            }
+        }
+        return real();
+    }
+    if data.len() == WAL_HEADER && offset == 0 {
+        if wal_ends(database).is_err() {
+            return fail(libc::EIO) as isize;
+        }
+        if let Some(mut transaction) = database.transaction.lock() {
+            transaction.committed_end = 0;
+            transaction.held = None;
+        }
+        return real();
+    }
+    let held = if agent::holds(database.cluster()) { database.transaction.lock() } else { None };
+    if let Some(mut transaction) = held
+        && let Some(frame) = transaction.held
+        && offset == frame.offset + FRAME_HEADER as u64 + frame.written
+    {
+        let count = real();
+        if count <= 0 {
+            return count;
+        }
+        let frame = HeldFrame { written: frame.written + count as u64, ..frame };
+        transaction.held = Some(frame);
+        if frame.written >= frame.page_size {
+            transaction.held = None;
+            if let Err(error) = commit_frame(fd, database, &frame) {
+                return fail(error) as isize;
+            }
+            transaction.committed_end = frame.offset + FRAME_HEADER as u64 + frame.page_size;
+        }
+        drop(transaction);
+        announce_unindexed(database);
+        return count;
+    }
+    let count = real();
+    announce_unindexed(database);
+    count
+}
+
+/// Without a wal-index (`locking_mode=EXCLUSIVE`) there is no unlock that says that a commit is over.
+fn announce_unindexed(database: &Database) {
+    if database.shms.load(Ordering::Relaxed) == 0
+        && database.committed.load(Ordering::Relaxed) != 0
+        && database.transaction.lock().is_some_and(|t| t.held.is_none())
+    {
+        database.committed.store(0, Ordering::Relaxed);
+        agent::committed(database);
+    }
+}
+
+/// Keeps a commit frame's header back. `false`: it is a header of before that gets another checksum.
+fn hold(fd: i32, database: &Database, header: &[u8], offset: u64) -> bool {
+    let Some(mut transaction) = database.transaction.lock() else { return false };
+    if offset < transaction.committed_end {
+        return false;
+    }
+    let mut wal = [0; 12];
+    if sys::pread(fd, &mut wal, 0) != Ok(wal.len()) {
+        return false;
+    }
+    let page_size = u64::from(u32::from_be_bytes([wal[8], wal[9], wal[10], wal[11]]));
+    let mut kept = [0; FRAME_HEADER];
+    kept.copy_from_slice(header);
+    transaction.held = Some(HeldFrame { offset, header: kept, page_size, written: 0 });
+    true
+}
+
+/// The page of a held frame is written: the agent takes the transaction over, then the header makes it valid.
+fn commit_frame(fd: i32, database: &Database, frame: &HeldFrame) -> Result<(), i32> {
+    let mut data = [frame.offset, 0, 0, 0];
+    for (word, bytes) in data[1..].iter_mut().zip(frame.header.chunks_exact(8)) {
+        *word = u64::from_ne_bytes([
+            bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7],
+        ]);
+    }
+    agent::ask(database, Op::WalCommit, 0, &data, agent::wait_ms())?;
+    let mut written = 0;
+    while written < FRAME_HEADER {
+        written += sys::pwrite(fd, &frame.header[written..], frame.offset + written as u64)?;
+    }
+    Ok(())
+}
+
+/// `fsync` and `fdatasync`.
+pub fn sync(file: &File, real: &dyn Fn() -> i32) -> i32 {
+    let database = file.database();
+    match file.kind() {
+        Kind::Journal => {
+            if let Some(mut transaction) = database.transaction.lock() {
+                transaction.synced = true;
+            }
+            real()
+        }
+        Kind::Database if database.is_unjournaled() => {
+            let synced = real();
+            if synced == 0
+                && let Err(error) = ends(database, FLAG_UNJOURNALED | FLAG_SYNCED)
+            {
+                return fail(error);
+            }
+            synced
+        }
+        Kind::Wal if agent::holds(database.cluster()) => {
+            match agent::ask(database, Op::WalSync, 0, &[], agent::wait_ms()) {
+                Ok(()) => 0,
+                Err(error) => fail(error),
+            }
+        }
+        _ => real(),
+    }
+}
+
+/// `ftruncate`.
+pub fn truncate(file: &File, len: i64, real: &dyn Fn() -> i32) -> i32 {
+    let database = file.database();
+    let allowed = match file.kind() {
+        Kind::Journal if len == 0 => journal_ends(database),
+        Kind::Wal if len == 0 => wal_ends(database),
+        _ => Ok(()),
+    };
+    match allowed {
+        Ok(()) => real(),
+        Err(error) => fail(error),
+    }
+}
+
+/// `unlink`.
+#[cold]
+pub fn unlink(managed: &Managed, real: &dyn Fn() -> i32) -> i32 {
+    if !agent::is_own_process() {
+        return real();
+    }
+    let (kind, database) = match table::database(managed) {
+        Ok(found) => found,
+        Err(0) => return real(),
+        Err(error) => return fail(error),
+    };
+    let allowed = match kind {
+        Kind::Journal => journal_ends(database),
+        // What is in it was taken over when EXCLUSIVE was granted; now the agent only hears that it goes.
+        Kind::Wal => {
+            let _ = wal_ends(database);
+            Ok(())
+        }
+        Kind::Database => {
+            if agent::attach(database).is_ok_and(|yes| yes) && !agent::may_write(database.cluster()) {
+                Err(libc::EROFS)
+            } else {
+                agent::ask(database, Op::Drop, 0, &[], agent::wait_ms())
+            }
+        }
+        Kind::Shm => Ok(()),
+    };
+    let result = match allowed {
+        Ok(()) => real(),
+        Err(error) => fail(error),
+    };
+    let error = sys::errno();
+    table::release(database);
+    sys::set_errno(error);
+    result
+}
+
+/// `rename`: on a replica, nothing of a database moves.
+pub fn may_rename(managed: &Managed) -> bool {
+    let Ok((_, database)) = table::database(managed) else { return true };
+    let may = !agent::attach(database).is_ok_and(|yes| yes) || agent::may_write(database.cluster());
+    table::release(database);
+    may
+}
+
+/// A descriptor of a tracked file is about to be closed.
+pub fn closing(file: &File) {
+    let database = file.database();
+    if file.kind() == Kind::Database && database.is_unjournaled() && agent::is_own_process() {
+        let error = sys::errno();
+        // The agent looks at the file by itself later, should this fail.
+        let _ = ends(database, FLAG_UNJOURNALED);
+        sys::set_errno(error);
+    }
+}
+
+/// A POSIX lock on a tracked file.
+#[inline]
+pub fn lock(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) -> i32 {
+    match file.kind() {
+        Kind::Shm => lock_shm(fd, file, lock, real),
+        Kind::Database => lock_database(fd, file, lock, real),
+        _ => real(),
+    }
+}
+
+fn lock_shm(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) -> i32 {
+    let database = file.database();
+    let kind = i32::from(lock.l_type);
+    let of_writer = lock.l_start <= WAL_WRITE && WAL_WRITE < lock.l_start + lock.l_len;
+    if kind == libc::F_WRLCK && of_writer {
+        // Without a valid wal-index this is somebody who reads, and has to make it first.
+        if !agent::may_write(database.cluster()) && has_valid_index(fd) {
+            return fail(libc::EAGAIN);
+        }
+        let locked = real();
+        if locked == 0 {
+            database.committed.store(0, Ordering::Relaxed);
+            if agent::holds(database.cluster())
+                && let Some(mut transaction) = database.transaction.lock()
+            {
+                transaction.committed_end = 0;
+                transaction.held = None;
+            }
+        }
+        return locked;
+    }
+    if kind == libc::F_UNLCK && of_writer {
+        let unlocked = real();
+        if database.committed.load(Ordering::Relaxed) != 0 {
+            database.committed.store(0, Ordering::Relaxed);
+            agent::committed(database);
+        }
+        return unlocked;
+    }
+    if kind == libc::F_WRLCK && (lock.l_start, lock.l_len) == WAL_READERS {
+        let locked = real();
+        // The holder of the write lock is about to begin the WAL anew. Without this lock it just goes on.
+        if locked == 0 && wal_ends(database).is_err() {
+            relock(fd, libc::F_UNLCK, lock);
+            return fail(libc::EAGAIN);
+        }
+        return locked;
+    }
+    real()
+}
+
+fn lock_database(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) -> i32 {
+    let database = file.database();
+    let kind = i32::from(lock.l_type);
+    if kind == libc::F_WRLCK {
+        let locked = real();
+        let exclusive = (lock.l_start, lock.l_len) == (SHARED_FIRST, SHARED_SIZE);
+        // The last one out of the WAL: it will be checkpointed and removed. Without EXCLUSIVE it stays.
+        if locked == 0 && exclusive && database.wals.load(Ordering::Relaxed) > 0 && wal_ends(database).is_err() {
+            relock(fd, libc::F_RDLCK, lock);
+            return fail(libc::EAGAIN);
+        }
+        return locked;
+    }
+    // Giving up EXCLUSIVE makes a transaction without a journal visible.
+    let covers = lock.l_len == 0 || lock.l_start + lock.l_len > SHARED_FIRST;
+    if covers && database.is_unjournaled() {
+        let error = sys::errno();
+        let refused = ends(database, FLAG_UNJOURNALED).is_err();
+        if refused {
+            agent::say(&[b"a transaction without a journal was refused and cannot be taken back"]);
+        }
+        sys::set_errno(error);
+    }
+    real()
+}
+
+fn relock(fd: i32, kind: i32, lock: &libc::flock) {
+    let mut other = *lock;
+    other.l_type = kind as i16;
+    sys::set_lock(fd, &other);
+}
+
+/// Whether both copies of the wal-index header agree and are initialised (walformat.html, section 2.1).
+fn has_valid_index(fd: i32) -> bool {
+    let mut headers = [0; 96];
+    sys::pread(fd, &mut headers, 0) == Ok(headers.len()) && headers[12] != 0 && headers[..48] == headers[48..]
+}

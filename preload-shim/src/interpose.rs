@@ -1,0 +1,485 @@
+//! The functions of the C library that are taken over. Each does the real thing at once for what is not a database's.
+//!
+//! Not among them: reading, `mmap` and `stat` (nothing depends on them), `fallocate` (SQLite's header says how many pages
+//! count), `writev` and its kin (no SQLite uses them; another program's writes are found by the agent).
+
+use crate::managed::{self, Managed};
+use crate::table::{self, DESCRIPTORS};
+use crate::{agent, commit, real, sys};
+use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
+
+/// F2FS's question what it can do: its atomic writes have no journal.
+const F2FS_IOC_GET_FEATURES: usize = 0x8004_f50c;
+
+fn find(path: *const c_char) -> Option<Managed> {
+    if path.is_null() {
+        return None;
+    }
+    // SAFETY: the application gives a string that ends with a zero.
+    managed::find(unsafe { CStr::from_ptr(path) })
+}
+
+/// What all kinds of `open` do.
+#[inline]
+fn opened(path: *const c_char, flags: c_int, real: &dyn Fn(c_int) -> c_int) -> c_int {
+    if let Some(managed) = find(path) {
+        return commit::open(&managed, flags, real);
+    }
+    let fd = real(flags);
+    // Its number may have been closed in a way that was not seen.
+    table::closed(fd);
+    fd
+}
+
+macro_rules! openers {
+    ($($name:ident ( $($before:ident : $type:ty),* ; $path:ident ; $($mode:ident)? );)*) => {$(
+        /// As in the C library.
+        ///
+        /// # Safety
+        /// As in the C library.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            $($before: $type,)* $path: *const c_char, flags: c_int $(, $mode: c_uint)?
+        ) -> c_int {
+            // SAFETY: the arguments are the caller's.
+            opened($path, flags, &|flags| unsafe { real::$name($($before,)* $path, flags $(, $mode)?) })
+        }
+    )*};
+}
+
+openers! {
+    open(; path; mode);
+    open64(; path; mode);
+    openat(dir: c_int; path; mode);
+    openat64(dir: c_int; path; mode);
+    __open_2(; path; );
+    __open64_2(; path; );
+    __openat_2(dir: c_int; path; );
+    __openat64_2(dir: c_int; path; );
+}
+
+macro_rules! creators {
+    ($($name:ident)*) => {$(
+        /// As in the C library.
+        ///
+        /// # Safety
+        /// As in the C library.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(path: *const c_char, mode: c_uint) -> c_int {
+            let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
+            // SAFETY: the arguments are the caller's.
+            opened(path, flags, &|_| unsafe { real::$name(path, mode) })
+        }
+    )*};
+}
+
+creators! { creat creat64 }
+
+/// As in the C library; a journal whose creation was refused is not there.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn access(path: *const c_char, mode: c_int) -> c_int {
+    if mode == libc::F_OK
+        && commit::was_refused()
+        && find(path).is_some_and(|managed| commit::take_refusal(&managed))
+    {
+        sys::set_errno(libc::ENOENT);
+        return -1;
+    }
+    // SAFETY: the arguments are the caller's.
+    unsafe { real::access(path, mode) }
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn close(fd: c_int) -> c_int {
+    if agent::owns(fd) {
+        // Some programs close all that they did not open.
+        sys::set_errno(libc::EBADF);
+        return -1;
+    }
+    if let Some(file) = table::file(fd) {
+        commit::closing(file);
+        // Before the number can be another thread's.
+        table::closed(fd);
+    }
+    // SAFETY: the arguments are the caller's.
+    unsafe { real::close(fd) }
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    if flags as c_uint & libc::CLOSE_RANGE_CLOEXEC == 0 {
+        for fd in first..=last.min(DESCRIPTORS as c_uint - 1) {
+            if let Some(file) = table::file(fd as c_int) {
+                commit::closing(file);
+                table::closed(fd as c_int);
+            }
+        }
+    }
+    let mut first = first;
+    while let Some(own) = agent::next_own(first).filter(|own| *own <= last) {
+        if own > first {
+            // SAFETY: the arguments are the caller's.
+            let done = unsafe { real::close_range(first, own - 1, flags) };
+            if done != 0 {
+                return done;
+            }
+        }
+        if own == last {
+            return 0;
+        }
+        first = own + 1;
+    }
+    // SAFETY: the arguments are the caller's.
+    unsafe { real::close_range(first, last, flags) }
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn closefrom(first: c_int) {
+    // SAFETY: the arguments are the caller's.
+    let _ = unsafe { close_range(first.max(0) as c_uint, c_uint::MAX, 0) };
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dup(fd: c_int) -> c_int {
+    // SAFETY: the arguments are the caller's.
+    let copy = unsafe { real::dup(fd) };
+    table::duplicated(fd, copy);
+    copy
+}
+
+fn before_dup_to(fd: c_int, to: c_int) {
+    if fd != to && agent::owns(to) {
+        agent::give_up(to);
+    }
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dup2(fd: c_int, to: c_int) -> c_int {
+    before_dup_to(fd, to);
+    // SAFETY: the arguments are the caller's.
+    let copy = unsafe { real::dup2(fd, to) };
+    table::duplicated(fd, copy);
+    copy
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
+    before_dup_to(fd, to);
+    // SAFETY: the arguments are the caller's.
+    let copy = unsafe { real::dup3(fd, to, flags) };
+    table::duplicated(fd, copy);
+    copy
+}
+
+macro_rules! fcntls {
+    ($($name:ident)*) => {$(
+        /// As in the C library.
+        ///
+        /// # Safety
+        /// As in the C library.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(fd: c_int, command: c_int, arg: usize) -> c_int {
+            // SAFETY: the arguments are the caller's.
+            let real = || unsafe { real::$name(fd, command, arg) };
+            match command {
+                libc::F_SETLK | libc::F_SETLKW => match table::file(fd) {
+                    // SAFETY: these commands take a lock.
+                    Some(file) if arg != 0 => commit::lock(fd, file, unsafe { &*(arg as *const libc::flock) }, &real),
+                    _ => real(),
+                },
+                libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => {
+                    let copy = real();
+                    table::duplicated(fd, copy);
+                    copy
+                }
+                _ => real(),
+            }
+        }
+    )*};
+}
+
+fcntls! { fcntl fcntl64 }
+
+/// The application's buffer.
+///
+/// # Safety
+/// As for `write`.
+unsafe fn buffer<'a>(data: *const c_void, len: usize) -> &'a [u8] {
+    if data.is_null() {
+        return &[];
+    }
+    // SAFETY: as the caller promises.
+    unsafe { core::slice::from_raw_parts(data.cast(), len) }
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn write(fd: c_int, data: *const c_void, len: usize) -> isize {
+    // SAFETY: the arguments are the caller's.
+    let real = || unsafe { real::write(fd, data, len) };
+    if let Some(file) = table::file(fd)
+        && file.is_still(fd)
+        && let Ok(offset) = sys::position(fd)
+    {
+        // SAFETY: the arguments are the caller's.
+        return commit::write(fd, file, unsafe { buffer(data, len) }, offset, &real);
+    }
+    real()
+}
+
+macro_rules! pwrites {
+    ($($name:ident)*) => {$(
+        /// As in the C library.
+        ///
+        /// # Safety
+        /// As in the C library.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(fd: c_int, data: *const c_void, len: usize, offset: i64) -> isize {
+            // SAFETY: the arguments are the caller's.
+            let real = || unsafe { real::$name(fd, data, len, offset) };
+            match table::file(fd) {
+                // SAFETY: the arguments are the caller's.
+                Some(file) if offset >= 0 => {
+                    commit::write(fd, file, unsafe { buffer(data, len) }, offset as u64, &real)
+                }
+                _ => real(),
+            }
+        }
+    )*};
+}
+
+pwrites! { pwrite pwrite64 }
+
+macro_rules! syncs {
+    ($($name:ident)*) => {$(
+        /// As in the C library.
+        ///
+        /// # Safety
+        /// As in the C library.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(fd: c_int) -> c_int {
+            // SAFETY: the arguments are the caller's.
+            let real = || unsafe { real::$name(fd) };
+            match table::file(fd) {
+                Some(file) => commit::sync(file, &real),
+                None => real(),
+            }
+        }
+    )*};
+}
+
+syncs! { fsync fdatasync }
+
+macro_rules! truncates {
+    ($($name:ident)*) => {$(
+        /// As in the C library.
+        ///
+        /// # Safety
+        /// As in the C library.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(fd: c_int, len: i64) -> c_int {
+            // SAFETY: the arguments are the caller's.
+            let real = || unsafe { real::$name(fd, len) };
+            match table::file(fd) {
+                Some(file) if file.is_still(fd) => commit::truncate(file, len, &real),
+                _ => real(),
+            }
+        }
+    )*};
+}
+
+truncates! { ftruncate ftruncate64 }
+
+macro_rules! truncates_by_path {
+    ($($name:ident)*) => {$(
+        /// As in the C library; never how SQLite cuts a file.
+        ///
+        /// # Safety
+        /// As in the C library.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(path: *const c_char, len: i64) -> c_int {
+            if find(path).is_some_and(|managed| table::Kind::of(managed.name.bytes()).is_some()) {
+                sys::set_errno(libc::EPERM);
+                return -1;
+            }
+            // SAFETY: the arguments are the caller's.
+            unsafe { real::$name(path, len) }
+        }
+    )*};
+}
+
+truncates_by_path! { truncate truncate64 }
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
+    // SAFETY: the arguments are the caller's.
+    let real = || unsafe { real::unlink(path) };
+    match find(path) {
+        Some(managed) => commit::unlink(&managed, &real),
+        None => real(),
+    }
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn unlinkat(dir: c_int, path: *const c_char, flags: c_int) -> c_int {
+    // SAFETY: the arguments are the caller's.
+    let real = || unsafe { real::unlinkat(dir, path, flags) };
+    match find(path) {
+        Some(managed) if flags & libc::AT_REMOVEDIR == 0 => commit::unlink(&managed, &real),
+        _ => real(),
+    }
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn remove(path: *const c_char) -> c_int {
+    // SAFETY: the arguments are the caller's.
+    let real = || unsafe { real::remove(path) };
+    match find(path) {
+        Some(managed) => commit::unlink(&managed, &real),
+        None => real(),
+    }
+}
+
+fn may_rename(from: *const c_char, to: *const c_char) -> bool {
+    let may = [from, to].into_iter().filter_map(find).all(|managed| commit::may_rename(&managed));
+    if !may {
+        sys::set_errno(libc::EROFS);
+    }
+    may
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rename(from: *const c_char, to: *const c_char) -> c_int {
+    // SAFETY: the arguments are the caller's.
+    if may_rename(from, to) { unsafe { real::rename(from, to) } } else { -1 }
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn renameat(
+    from_dir: c_int,
+    from: *const c_char,
+    to_dir: c_int,
+    to: *const c_char,
+) -> c_int {
+    // SAFETY: the arguments are the caller's.
+    if may_rename(from, to) { unsafe { real::renameat(from_dir, from, to_dir, to) } } else { -1 }
+}
+
+/// As in the C library.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn renameat2(
+    from_dir: c_int,
+    from: *const c_char,
+    to_dir: c_int,
+    to: *const c_char,
+    flags: c_uint,
+) -> c_int {
+    // SAFETY: the arguments are the caller's.
+    if may_rename(from, to) { unsafe { real::renameat2(from_dir, from, to_dir, to, flags) } } else { -1 }
+}
+
+/// As in the C library; no file of a database is on a file system with atomic writes.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ioctl(fd: c_int, request: usize, arg: usize) -> c_int {
+    if request == F2FS_IOC_GET_FEATURES && table::file(fd).is_some() {
+        sys::set_errno(libc::ENOTTY);
+        return -1;
+    }
+    // SAFETY: the arguments are the caller's.
+    unsafe { real::ioctl(fd, request, arg) }
+}
+
+/// As in the C library, without `RTLD_DEEPBIND`: with it a library would find the C library's functions before these.
+/// Jumps, so that the dynamic linker sees who called.
+#[cfg(target_arch = "x86_64")]
+#[unsafe(naked)]
+#[unsafe(no_mangle)]
+pub extern "C" fn dlopen() {
+    core::arch::naked_asm!(
+        "push rdi",
+        "push rsi",
+        "sub rsp, 8",
+        "call {real}",
+        "add rsp, 8",
+        "pop rsi",
+        "pop rdi",
+        "and esi, -9",
+        "jmp rax",
+        real = sym real::dlopen_address,
+    )
+}
+
+/// As in the C library, without `RTLD_DEEPBIND`: with it a library would find the C library's functions before these.
+/// Jumps, so that the dynamic linker sees who called.
+#[cfg(target_arch = "aarch64")]
+#[unsafe(naked)]
+#[unsafe(no_mangle)]
+pub extern "C" fn dlopen() {
+    core::arch::naked_asm!(
+        "stp x29, x30, [sp, #-32]!",
+        "stp x0, x1, [sp, #16]",
+        "bl {real}",
+        "mov x16, x0",
+        "ldp x0, x1, [sp, #16]",
+        "ldp x29, x30, [sp], #32",
+        "and w1, w1, #-9",
+        "br x16",
+        real = sym real::dlopen_address,
+    )
+}

@@ -1,0 +1,261 @@
+//! Which paths are below a directory of an agent.
+//!
+//! Agents name their directories by device and inode in the runtime directory. A path is managed when a directory above
+//! it is one of those, by whatever name it is reached. Most paths are not: for these the answer is kept, per directory, for a
+//! second, in a table that is read without a lock.
+
+use crate::lock::Lock;
+use crate::sys;
+use core::ffi::CStr;
+use core::sync::atomic::{AtomicU64, Ordering};
+use shim_protocol::{REGISTRATION, RUNTIME_DIR, RUNTIME_DIR_VARIABLE, Registration};
+
+/// Longest path.
+pub const PATH_MAX: usize = 4096;
+/// Longest path of a database below its directory.
+pub const NAME_MAX: usize = 1024;
+/// Clusters on one host that one process can use.
+pub const CLUSTERS: usize = 16;
+/// Directories between a database and the managed one.
+const DEPTH_MAX: usize = 32;
+/// A negative answer counts for about so long.
+const KEPT_NS: u64 = 1 << 30;
+
+/// A path in a buffer of its own, with a zero at its end.
+pub struct PathBuffer<const N: usize> {
+    bytes: [u8; N],
+    len: usize,
+}
+
+impl<const N: usize> PathBuffer<N> {
+    pub const fn new() -> Self {
+        PathBuffer { bytes: [0; N], len: 0 }
+    }
+
+    /// Appends; `false` where it does not fit.
+    pub fn push(&mut self, part: &[u8]) -> bool {
+        if self.len + part.len() >= N {
+            return false;
+        }
+        self.bytes[self.len..self.len + part.len()].copy_from_slice(part);
+        self.len += part.len();
+        self.bytes[self.len] = 0;
+        true
+    }
+
+    pub fn cut(&mut self, len: usize) {
+        self.len = len.min(self.len);
+        self.bytes[self.len] = 0;
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+
+    pub fn c_str(&self) -> &CStr {
+        match CStr::from_bytes_until_nul(&self.bytes) {
+            Ok(path) => path,
+            Err(_) => c"",
+        }
+    }
+}
+
+/// A managed directory.
+#[derive(Clone, Copy)]
+struct Cluster {
+    device: u64,
+    inode: u64,
+    /// Where its agent's files are.
+    runtime: [u8; 108],
+    runtime_len: usize,
+}
+
+/// All that were ever found; an index stays what it is.
+struct Clusters {
+    known: [Option<Cluster>; CLUSTERS],
+}
+
+static FOUND: Lock<Clusters> = Lock::new(Clusters { known: [None; CLUSTERS] });
+
+/// Directories that are not managed: their hash, and in the low 16 bits when this was found out.
+static UNMANAGED: [AtomicU64; 1024] = [const { AtomicU64::new(0) }; 1024];
+
+fn hash(path: &[u8]) -> u64 {
+    // FNV-1a over words: this is on the way of every open of a file.
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    let mut words = path.chunks_exact(8);
+    for word in &mut words {
+        let word = u64::from_le_bytes([
+            word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7],
+        ]);
+        hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3).rotate_left(23);
+    }
+    for byte in words.remainder() {
+        hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    (hash ^ hash >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9)
+}
+
+/// A path below a managed directory.
+pub struct Managed {
+    /// Which.
+    pub cluster: usize,
+    /// Path below it.
+    pub name: PathBuffer<NAME_MAX>,
+}
+
+/// What a path is; `None`: nobody's business. Only absolute paths are looked at: SQLite makes every path absolute.
+pub fn find(path: &CStr) -> Option<Managed> {
+    let path = path.to_bytes();
+    if path.first() != Some(&b'/') {
+        return None;
+    }
+    let slash = path.iter().rposition(|b| *b == b'/')?;
+    let (dir, file) = (&path[..slash.max(1)], &path[slash + 1..]);
+    if file.is_empty() {
+        return None;
+    }
+    let key = hash(dir);
+    let tick = sys::coarse_now_ns() / KEPT_NS & 0xffff;
+    let place = &UNMANAGED[key as usize >> 20 & 1023];
+    if place.load(Ordering::Relaxed) == (key & !0xffff | tick) {
+        return None;
+    }
+    let found = look(dir, file);
+    if found.is_none() {
+        place.store(key & !0xffff | tick, Ordering::Relaxed);
+    }
+    found
+}
+
+/// Walks up from a directory to a managed one.
+#[cold]
+fn look(dir: &[u8], file: &[u8]) -> Option<Managed> {
+    let mut clusters = FOUND.lock()?;
+    clusters.load();
+    let mut up = PathBuffer::<PATH_MAX>::new();
+    if !up.push(dir) {
+        return None;
+    }
+    let mut before = None;
+    for depth in 0..DEPTH_MAX {
+        let stat = sys::stat(up.c_str()).ok()?;
+        let here = (stat.st_dev, stat.st_ino);
+        if before == Some(here) {
+            return None;
+        }
+        if let Some(cluster) = clusters.index_of(here) {
+            // The last `depth` parts of the directory, and the file.
+            let mut start = dir.len();
+            for _ in 0..depth {
+                start = dir[..start].iter().rposition(|b| *b == b'/')?;
+            }
+            let mut name = PathBuffer::new();
+            let below = &dir[start.min(dir.len())..];
+            let below = below.strip_prefix(b"/").unwrap_or(below);
+            let fits = name.push(below) && (below.is_empty() || name.push(b"/")) && name.push(file);
+            return fits.then_some(Managed { cluster, name });
+        }
+        before = Some(here);
+        if !up.push(b"/..") {
+            return None;
+        }
+    }
+    None
+}
+
+/// Path of a file of a cluster's agent.
+pub fn runtime_path(cluster: usize, file: &str, path: &mut PathBuffer<108>) -> bool {
+    let Some(clusters) = FOUND.lock() else { return false };
+    let Some(found) = clusters.known[cluster] else { return false };
+    path.push(&found.runtime[..found.runtime_len]) && path.push(b"/") && path.push(file.as_bytes())
+}
+
+/// In the child of a fork.
+pub fn forked() {
+    FOUND.forget_holder();
+}
+
+impl Clusters {
+    fn index_of(&self, (device, inode): (u64, u64)) -> Option<usize> {
+        self.known.iter().position(|c| c.is_some_and(|c| c.device == device && c.inode == inode))
+    }
+
+    /// Reads the runtime directories.
+    fn load(&mut self) {
+        // SAFETY: the name ends with a zero; the value is read at once.
+        let variable = unsafe { libc::getenv(VARIABLE.as_ptr()) };
+        let dirs = if variable.is_null() {
+            RUNTIME_DIR.as_bytes()
+        } else {
+            // SAFETY: a string of the environment.
+            unsafe { CStr::from_ptr(variable) }.to_bytes()
+        };
+        for dir in dirs.split(|b| *b == b':').filter(|dir| !dir.is_empty()) {
+            let mut path = PathBuffer::<108>::new();
+            if !path.push(dir) {
+                continue;
+            }
+            self.load_registration(&mut path);
+            self.load_below(&mut path);
+        }
+    }
+
+    fn load_below(&mut self, path: &mut PathBuffer<108>) {
+        let Ok(fd) = sys::open_read(path.c_str(), libc::O_DIRECTORY) else { return };
+        #[repr(align(8))]
+        struct Entries([u8; 2048]);
+        let mut entries = Entries([0; 2048]);
+        let len = path.bytes().len();
+        while let Ok(count @ 1..) = sys::getdents(fd, &mut entries.0) {
+            let mut rest = &entries.0[..count];
+            // struct linux_dirent64: inode, offset, length, type, name (getdents64(2)).
+            while rest.len() > 19 {
+                let size = usize::from(u16::from_ne_bytes([rest[16], rest[17]]));
+                if size < 20 || size > rest.len() {
+                    break;
+                }
+                if let Ok(name) = CStr::from_bytes_until_nul(&rest[19..size])
+                    && !name.to_bytes().starts_with(b".")
+                    && path.push(b"/")
+                    && path.push(name.to_bytes())
+                {
+                    self.load_registration(path);
+                }
+                path.cut(len);
+                rest = &rest[size..];
+            }
+        }
+        sys::close(fd);
+    }
+
+    /// `path` is the directory it may be in.
+    fn load_registration(&mut self, path: &mut PathBuffer<108>) {
+        let len = path.bytes().len();
+        let file = path.push(b"/") && path.push(REGISTRATION.as_bytes());
+        let content = if file { sys::open_read(path.c_str(), 0) } else { Err(libc::ENAMETOOLONG) };
+        path.cut(len);
+        let Ok(fd) = content else { return };
+        let mut text = [0; 128];
+        let read = sys::read(fd, &mut text);
+        sys::close(fd);
+        let Some(found) = read.ok().and_then(|count| Registration::parse(&text[..count])) else { return };
+        let mut cluster =
+            Cluster { device: found.device, inode: found.inode, runtime: [0; 108], runtime_len: len };
+        cluster.runtime[..len].copy_from_slice(path.bytes());
+        let same_place = |c: &Cluster| c.runtime[..c.runtime_len] == *path.bytes();
+        // The directory of a cluster can be made anew; its place is then the same.
+        let at = self.known.iter().position(|c| c.as_ref().is_some_and(same_place));
+        let at = at.or_else(|| self.index_of((found.device, found.inode)));
+        let at = at.or_else(|| self.known.iter().position(Option::is_none));
+        if let Some(at) = at {
+            self.known[at] = Some(cluster);
+        }
+    }
+}
+
+const VARIABLE: &CStr = match CStr::from_bytes_with_nul(b"LITEFS_RUNTIME_DIR\0") {
+    Ok(name) => name,
+    Err(_) => unreachable!(),
+};
+const _: () = assert!(RUNTIME_DIR_VARIABLE.len() + 1 == VARIABLE.to_bytes_with_nul().len());

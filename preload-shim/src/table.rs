@@ -1,0 +1,407 @@
+//! What is known of open descriptors and of the databases behind them.
+//!
+//! A descriptor's entry is the number of a [`File`], 0 for all that is nobody's business. Tables have a fixed size: there is
+//! no allocation, and a descriptor or database too many is refused when it is opened.
+
+use crate::lock::{Guard, Lock};
+use crate::managed::{CLUSTERS, Managed, NAME_MAX, PathBuffer};
+use crate::{agent, sys};
+use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use shim_protocol::write_word;
+
+/// Descriptors from here on cannot be databases.
+pub const DESCRIPTORS: usize = 1 << 16;
+const FILES: usize = 8192;
+/// Databases of all clusters together.
+pub const DATABASES: usize = 2048;
+/// Bytes of the first memory for a transaction's writes.
+const WRITES_BYTES: usize = 4096;
+/// A transaction of more writes is compared page by page.
+const WRITES_BYTES_MAX: usize = 64 << 20;
+
+/// What a file of a database is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Database = 1,
+    Journal = 2,
+    Wal = 3,
+    Shm = 4,
+}
+
+impl Kind {
+    fn from_number(number: u32) -> Kind {
+        match number {
+            2 => Kind::Journal,
+            3 => Kind::Wal,
+            4 => Kind::Shm,
+            _ => Kind::Database,
+        }
+    }
+
+    /// Splits a file's name into what it is and the name of its database. `None`: no file of a database.
+    pub fn of(name: &[u8]) -> Option<(Kind, &[u8])> {
+        for (suffix, kind) in
+            [(&b"-journal"[..], Kind::Journal), (b"-wal", Kind::Wal), (b"-shm", Kind::Shm)]
+        {
+            if let Some(base) = name.strip_suffix(suffix)
+                && base.last().is_some_and(|last| *last != b'/')
+            {
+                return Some((kind, base));
+            }
+        }
+        let super_journal = name.len() > 12
+            && name[name.len() - 12..].starts_with(b"-mj")
+            && name[name.len() - 9..].iter().all(u8::is_ascii_hexdigit);
+        (!super_journal).then_some((Kind::Database, name))
+    }
+}
+
+/// An open file description, as far as it matters.
+pub struct File {
+    /// Descriptors that have it.
+    descriptors: AtomicU32,
+    kind: AtomicU32,
+    database: AtomicU32,
+    device: AtomicU64,
+    inode: AtomicU64,
+}
+
+/// A database that is open in this process.
+pub struct Database {
+    /// Files of it in the table.
+    files: AtomicU32,
+    cluster: AtomicU32,
+    name: Lock<PathBuffer<NAME_MAX>>,
+    /// Connection in which `number` counts, and the number.
+    pub attached: AtomicU64,
+    /// WAL files that are open: it is in WAL mode.
+    pub wals: AtomicU32,
+    /// Wal-indexes that are open.
+    pub shms: AtomicU32,
+    /// Journals that are open.
+    pub journals: AtomicU32,
+    /// A commit frame was written since the write lock was taken.
+    pub committed: AtomicU32,
+    pub transaction: Lock<Transaction>,
+}
+
+/// The running transaction, or what came of the last.
+pub struct Transaction {
+    writes: *mut u64,
+    len: usize,
+    bytes: usize,
+    /// There may have been others.
+    pub unknown: bool,
+    /// The application synced a file of it.
+    pub synced: bool,
+    /// A commit frame's header that is not in the WAL yet.
+    pub held: Option<HeldFrame>,
+    /// End of the newest commit frame of this write lock.
+    pub committed_end: u64,
+}
+
+/// A commit frame that arrives.
+#[derive(Clone, Copy)]
+pub struct HeldFrame {
+    pub offset: u64,
+    pub header: [u8; 24],
+    pub page_size: u64,
+    /// Bytes of its page that are written.
+    pub written: u64,
+}
+
+// SAFETY: the memory behind `writes` belongs to the value.
+unsafe impl Send for Transaction {}
+
+static TABLE: [AtomicU16; DESCRIPTORS] = [const { AtomicU16::new(0) }; DESCRIPTORS];
+static FILE: [File; FILES] = [const { File::new() }; FILES];
+static DATABASE: [Database; DATABASES] = [const { Database::new() }; DATABASES];
+/// Held while files and databases come and go.
+static CHANGES: Lock<()> = Lock::new(());
+
+impl File {
+    const fn new() -> Self {
+        File {
+            descriptors: AtomicU32::new(0),
+            kind: AtomicU32::new(0),
+            database: AtomicU32::new(0),
+            device: AtomicU64::new(0),
+            inode: AtomicU64::new(0),
+        }
+    }
+
+    pub fn kind(&self) -> Kind {
+        Kind::from_number(self.kind.load(Ordering::Relaxed))
+    }
+
+    pub fn database(&self) -> &'static Database {
+        &DATABASE[self.database.load(Ordering::Relaxed) as usize % DATABASES]
+    }
+
+    /// Whether the descriptor still is this file: some other library may have closed it and opened another.
+    pub fn is_still(&self, fd: i32) -> bool {
+        sys::fstat(fd).is_ok_and(|stat| {
+            stat.st_dev == self.device.load(Ordering::Relaxed)
+                && stat.st_ino == self.inode.load(Ordering::Relaxed)
+        })
+    }
+}
+
+impl Database {
+    const fn new() -> Self {
+        Database {
+            files: AtomicU32::new(0),
+            cluster: AtomicU32::new(0),
+            name: Lock::new(PathBuffer::new()),
+            attached: AtomicU64::new(0),
+            wals: AtomicU32::new(0),
+            shms: AtomicU32::new(0),
+            journals: AtomicU32::new(0),
+            committed: AtomicU32::new(0),
+            transaction: Lock::new(Transaction::new()),
+        }
+    }
+
+    pub fn cluster(&self) -> usize {
+        self.cluster.load(Ordering::Relaxed) as usize % CLUSTERS
+    }
+
+    pub fn name(&self) -> Option<Guard<'_, PathBuffer<NAME_MAX>>> {
+        self.name.lock()
+    }
+
+    fn count(&self, kind: Kind) -> Option<&AtomicU32> {
+        match kind {
+            Kind::Database => None,
+            Kind::Journal => Some(&self.journals),
+            Kind::Wal => Some(&self.wals),
+            Kind::Shm => Some(&self.shms),
+        }
+    }
+
+    /// Neither a WAL nor a journal is open: nothing takes a write back.
+    pub fn is_unjournaled(&self) -> bool {
+        self.wals.load(Ordering::Relaxed) == 0 && self.journals.load(Ordering::Relaxed) == 0
+    }
+}
+
+impl Transaction {
+    const fn new() -> Self {
+        Transaction {
+            writes: core::ptr::null_mut(),
+            len: 0,
+            bytes: 0,
+            unknown: false,
+            synced: false,
+            held: None,
+            committed_end: 0,
+        }
+    }
+
+    /// Whether the database file was written.
+    pub fn is_dirty(&self) -> bool {
+        self.len > 0 || self.unknown
+    }
+
+    /// Writes to the database file, as [`write_word`]s.
+    pub fn writes(&self) -> &[u64] {
+        if self.len == 0 {
+            return &[];
+        }
+        // SAFETY: the first `len` words were written.
+        unsafe { core::slice::from_raw_parts(self.writes, self.len) }
+    }
+
+    /// The database file was written.
+    pub fn add(&mut self, offset: u64, len: u64) {
+        if self.unknown {
+            return;
+        }
+        let Some(word) = write_word(offset, len) else {
+            self.unknown = true;
+            return;
+        };
+        if self.len * 8 == self.bytes && !self.grow() {
+            self.unknown = true;
+            return;
+        }
+        // SAFETY: there is room for one more.
+        unsafe { self.writes.add(self.len).write(word) };
+        self.len += 1;
+    }
+
+    fn grow(&mut self) -> bool {
+        let bytes = if self.bytes == 0 { WRITES_BYTES } else { self.bytes * 2 };
+        if bytes > WRITES_BYTES_MAX {
+            return false;
+        }
+        let mapped = if self.bytes == 0 {
+            sys::map(-1, bytes)
+        } else {
+            // SAFETY: the mapping is this transaction's, and no slice of it is in use.
+            unsafe { sys::grow(self.writes.cast(), self.bytes, bytes) }
+        };
+        let Ok(at) = mapped else { return false };
+        self.writes = at.cast();
+        self.bytes = bytes;
+        true
+    }
+
+    /// The transaction is over.
+    pub fn clear(&mut self) {
+        self.len = 0;
+        self.unknown = false;
+        self.synced = false;
+    }
+}
+
+/// The file behind a descriptor; almost always none.
+#[inline]
+pub fn file(fd: i32) -> Option<&'static File> {
+    let number = TABLE.get(fd as usize)?.load(Ordering::Acquire);
+    if number == 0 { None } else { Some(&FILE[usize::from(number) - 1]) }
+}
+
+/// The database that a path names, and what of it; it must be given back with [`release`].
+pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
+    let Some((kind, name)) = Kind::of(managed.name.bytes()) else { return Err(0) };
+    let _changes = CHANGES.lock().ok_or(libc::EDEADLK)?;
+    let mut free = None;
+    for database in &DATABASE {
+        if database.files.load(Ordering::Relaxed) == 0 {
+            free = free.or(Some(database));
+            // Databases are taken from the start, so the used ones are there; holes are few.
+            if database.cluster.load(Ordering::Relaxed) == 0 && database.name.lock().is_some_and(|n| n.bytes().is_empty())
+            {
+                break;
+            }
+        } else if database.cluster() == managed.cluster
+            && database.name.lock().is_some_and(|n| n.bytes() == name)
+        {
+            database.files.fetch_add(1, Ordering::Relaxed);
+            return Ok((kind, database));
+        }
+    }
+    let database = free.ok_or(libc::ENFILE)?;
+    let Some(mut own) = database.name.lock() else { return Err(libc::EDEADLK) };
+    own.cut(0);
+    own.push(name);
+    drop(own);
+    database.cluster.store(managed.cluster as u32, Ordering::Relaxed);
+    database.attached.store(0, Ordering::Relaxed);
+    for count in [&database.wals, &database.shms, &database.journals, &database.committed] {
+        count.store(0, Ordering::Relaxed);
+    }
+    if let Some(mut transaction) = database.transaction.lock() {
+        transaction.clear();
+        transaction.held = None;
+    }
+    database.files.store(1, Ordering::Relaxed);
+    Ok((kind, database))
+}
+
+/// Gives a database back.
+pub fn release(database: &'static Database) {
+    if let Some(_changes) = CHANGES.lock() {
+        release_locked(database);
+    }
+}
+
+fn release_locked(database: &'static Database) {
+    if database.files.fetch_sub(1, Ordering::Relaxed) == 1 {
+        agent::detach(database);
+    }
+}
+
+/// A file of a database was opened. Takes over the caller's hold on the database.
+pub fn opened(fd: i32, kind: Kind, database: &'static Database) -> Result<(), i32> {
+    let stat = sys::fstat(fd)?;
+    let entry = TABLE.get(fd as usize).ok_or(libc::EMFILE)?;
+    let _changes = CHANGES.lock().ok_or(libc::EDEADLK)?;
+    let free = FILE.iter().position(|file| file.descriptors.load(Ordering::Relaxed) == 0);
+    let free = free.ok_or(libc::ENFILE)?;
+    let file = &FILE[free];
+    file.kind.store(kind as u32, Ordering::Relaxed);
+    let index = (&raw const *database as usize - DATABASE.as_ptr() as usize) / size_of::<Database>();
+    file.database.store(index as u32, Ordering::Relaxed);
+    file.device.store(stat.st_dev, Ordering::Relaxed);
+    file.inode.store(stat.st_ino, Ordering::Relaxed);
+    file.descriptors.store(1, Ordering::Relaxed);
+    if let Some(count) = database.count(kind) {
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+    let before = entry.swap(free as u16 + 1, Ordering::AcqRel);
+    drop_number(before);
+    Ok(())
+}
+
+/// `copy` is another descriptor of the same open file.
+pub fn duplicated(fd: i32, copy: i32) {
+    if copy < 0 || fd == copy {
+        return;
+    }
+    closed(copy);
+    if file(fd).is_none() || !agent::is_own_process() {
+        return;
+    }
+    let (Some(from), Some(to)) = (TABLE.get(fd as usize), TABLE.get(copy as usize)) else { return };
+    let Some(_changes) = CHANGES.lock() else { return };
+    let number = from.load(Ordering::Acquire);
+    if number != 0 {
+        FILE[usize::from(number) - 1].descriptors.fetch_add(1, Ordering::Relaxed);
+        to.store(number, Ordering::Release);
+    }
+}
+
+/// A descriptor is about to be closed, or has become another file.
+#[inline]
+pub fn closed(fd: i32) {
+    if file(fd).is_some() {
+        forget(fd);
+    }
+}
+
+#[cold]
+fn forget(fd: i32) {
+    // The child of a vfork closes its own descriptors, but these are the parent's tables.
+    if !agent::is_own_process() {
+        return;
+    }
+    let Some(_changes) = CHANGES.lock() else { return };
+    if let Some(entry) = TABLE.get(fd as usize) {
+        drop_number(entry.swap(0, Ordering::AcqRel));
+    }
+}
+
+fn drop_number(number: u16) {
+    if number == 0 {
+        return;
+    }
+    let file = &FILE[usize::from(number) - 1];
+    if file.descriptors.load(Ordering::Relaxed) > 1 {
+        file.descriptors.fetch_sub(1, Ordering::Relaxed);
+        return;
+    }
+    let database = file.database();
+    if let Some(count) = database.count(file.kind()) {
+        count.fetch_sub(1, Ordering::Relaxed);
+    }
+    file.descriptors.store(0, Ordering::Relaxed);
+    release_locked(database);
+}
+
+/// In the child of a fork: descriptors are inherited, the connection to the agent and running transactions are not.
+pub fn forked() {
+    CHANGES.forget_holder();
+    for database in &DATABASE {
+        if database.files.load(Ordering::Relaxed) > 0 {
+            database.name.forget_holder();
+            database.transaction.forget_holder();
+            database.attached.store(0, Ordering::Relaxed);
+            if let Some(mut transaction) = database.transaction.lock() {
+                transaction.clear();
+                transaction.held = None;
+            }
+        }
+    }
+}
