@@ -2,8 +2,8 @@
 
 use crate::lock::Lock;
 use crate::managed::{self, CLUSTERS, PathBuffer};
-use crate::table::{self, Database};
 use crate::sys;
+use crate::table::{self, Database};
 use core::ffi::CStr;
 use core::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use shim_protocol as protocol;
@@ -91,7 +91,9 @@ pub extern "C" fn forked() {
 
 /// Whether a descriptor is this library's.
 pub fn owns(fd: i32) -> bool {
-    CONNECTIONS.load(Ordering::Relaxed) != 0 && fd > 2 && CONNECTION.iter().any(|c| c.socket.load(Ordering::Relaxed) == fd)
+    CONNECTIONS.load(Ordering::Relaxed) != 0
+        && fd > 2
+        && CONNECTION.iter().any(|c| c.socket.load(Ordering::Relaxed) == fd)
 }
 
 /// This library's descriptors from `first` on, the lowest.
@@ -212,7 +214,11 @@ impl Connection {
             Err(error) => {
                 sys::close(socket);
                 if error == libc::EPROTO {
-                    say(&[b"the agent at ", path.bytes(), b" speaks another version: update both, start both anew"]);
+                    say(&[
+                        b"the agent at ",
+                        path.bytes(),
+                        b" speaks another version: update both, start both anew",
+                    ]);
                 }
                 Err(error)
             }
@@ -256,7 +262,9 @@ pub fn may_write(cluster: usize) -> bool {
             let _ = connection.try_connect(cluster);
         }
     }
-    let Some(page) = connection.page() else { return connection.connect(cluster, now).is_ok() && may_write(cluster) };
+    let Some(page) = connection.page() else {
+        return connection.connect(cluster, now).is_ok() && may_write(cluster);
+    };
     let lost = connection.lost_ns.load(Ordering::Relaxed);
     if lost != 0 && now.saturating_sub(lost) > wait_ms() * 1_000_000 {
         return false;
@@ -284,16 +292,26 @@ pub fn give_up(fd: i32) {
 
 /// Whether commits in WAL mode are held.
 pub fn holds(cluster: usize) -> bool {
-    CONNECTION[cluster].page().is_some_and(|page| page.mode.load(Ordering::Acquire) & protocol::MODE_HELD != 0)
+    CONNECTION[cluster]
+        .page()
+        .is_some_and(|page| page.mode.load(Ordering::Acquire) & protocol::MODE_HELD != 0)
 }
 
-/// Makes sure that an agent knows the database. `Ok(false)`: no database can have its name.
-pub fn attach(database: &'static Database) -> Result<bool, i32> {
+/// Makes sure that an agent knows the database, waiting for one if need be. `Ok(false)`: no database can have its name.
+pub fn attach(database: &Database, wait_ms: u64) -> Result<bool, i32> {
     let connection = &CONNECTION[database.cluster()];
-    let deadline = sys::now_ns() + wait_ms() * 1_000_000;
+    if connection.is_up()
+        && let attached = database.attached.load(Ordering::Acquire)
+        && (attached >> 32) as u32 == connection.generation.load(Ordering::Relaxed)
+    {
+        return Ok(attached as u32 != PLAIN);
+    }
+    let deadline = sys::now_ns() + wait_ms * 1_000_000;
     loop {
         let (page, generation) = connection.connect(database.cluster(), deadline)?;
-        match attach_on(page, generation, database, deadline) {
+        // Who is there gets the usual time to answer.
+        let answered = sys::now_ns() + self::wait_ms() * 1_000_000;
+        match attach_on(page, generation, database, answered) {
             Ok(number) => return Ok(number != PLAIN),
             Err(Some(error)) => return Err(error),
             Err(None) => connection.lose(generation),
@@ -326,12 +344,13 @@ fn attach_on(
         name.bytes().len()
     };
     let question = Question { op: Op::Attach, database: 0, flags: 0, count: len as u32 };
-    let number = match post(page, generation, database.cluster(), &question, &words[..len.div_ceil(8)], deadline_ns) {
-        Ok(Ok(number)) => number,
-        Ok(Err(libc::EINVAL)) => PLAIN,
-        Ok(Err(error)) => return Err(Some(error)),
-        Err(Lost::HungUp | Lost::TimedOut) => return Err(None),
-    };
+    let number =
+        match post(page, generation, database.cluster(), &question, &words[..len.div_ceil(8)], deadline_ns) {
+            Ok(Ok(number)) => number,
+            Ok(Err(libc::EINVAL)) => PLAIN,
+            Ok(Err(error)) => return Err(Some(error)),
+            Err(Lost::HungUp | Lost::TimedOut) => return Err(None),
+        };
     database.attached.store(u64::from(generation) << 32 | u64::from(number), Ordering::Release);
     Ok(number)
 }

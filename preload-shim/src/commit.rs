@@ -82,12 +82,14 @@ fn may_open(kind: Kind, database: &'static Database, flags: i32) -> Result<i32, 
     if !writes {
         return Ok(flags);
     }
-    match agent::attach(database) {
+    // Whoever only reads needs no agent, but opens databases for writing all the same. What a journal is opened for
+    // needs one.
+    let patience = if kind == Kind::Journal { agent::wait_ms() } else { 0 };
+    match agent::attach(database, patience) {
         Ok(true) => {}
         Ok(false) => return Err(0),
-        // With any other number SQLite would go on read-only, for as long as the connection lives.
-        Err(_) if kind == Kind::Database => return Err(libc::EISDIR),
-        Err(_) => return Err(libc::EIO),
+        Err(_) if kind == Kind::Journal || flags & libc::O_TRUNC != 0 => return Err(libc::EIO),
+        Err(_) => return Ok(flags),
     }
     if agent::may_write(database.cluster()) {
         return Ok(flags);
@@ -174,7 +176,13 @@ fn wal_ends(database: &Database) -> Result<(), i32> {
     agent::ask(database, Op::WalEnd, 0, &[], if agent::is_up(database.cluster()) { WAL_END_MS } else { 0 })
 }
 
-fn wal_write(fd: i32, database: &'static Database, data: &[u8], offset: u64, real: &dyn Fn() -> isize) -> isize {
+fn wal_write(
+    fd: i32,
+    database: &'static Database,
+    data: &[u8],
+    offset: u64,
+    real: &dyn Fn() -> isize,
+) -> isize {
     if data.len() == FRAME_HEADER && offset >= WAL_HEADER as u64 {
         if data[4..8] != [0; 4] {
             if !agent::may_write(database.cluster()) {
@@ -330,7 +338,9 @@ pub fn unlink(managed: &Managed, real: &dyn Fn() -> i32) -> i32 {
             Ok(())
         }
         Kind::Database => {
-            if agent::attach(database).is_ok_and(|yes| yes) && !agent::may_write(database.cluster()) {
+            if agent::attach(database, agent::wait_ms()).is_ok_and(|yes| yes)
+                && !agent::may_write(database.cluster())
+            {
                 Err(libc::EROFS)
             } else {
                 agent::ask(database, Op::Drop, 0, &[], agent::wait_ms())
@@ -351,7 +361,8 @@ pub fn unlink(managed: &Managed, real: &dyn Fn() -> i32) -> i32 {
 /// `rename`: on a replica, nothing of a database moves.
 pub fn may_rename(managed: &Managed) -> bool {
     let Ok((_, database)) = table::database(managed) else { return true };
-    let may = !agent::attach(database).is_ok_and(|yes| yes) || agent::may_write(database.cluster());
+    let may = !agent::attach(database, agent::wait_ms()).is_ok_and(|yes| yes)
+        || agent::may_write(database.cluster());
     table::release(database);
     may
 }
@@ -383,8 +394,14 @@ fn lock_shm(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) ->
     let of_writer = lock.l_start <= WAL_WRITE && WAL_WRITE < lock.l_start + lock.l_len;
     if kind == libc::F_WRLCK && of_writer {
         // Without a valid wal-index this is somebody who reads, and has to make it first.
-        if !agent::may_write(database.cluster()) && has_valid_index(fd) {
-            return fail(libc::EAGAIN);
+        if has_valid_index(fd) {
+            // Commits are announced to an agent, so there has to be one.
+            if agent::attach(database, agent::wait_ms()).is_err() {
+                return fail(libc::EIO);
+            }
+            if !agent::may_write(database.cluster()) {
+                return fail(libc::EAGAIN);
+            }
         }
         let locked = real();
         if locked == 0 {
@@ -425,7 +442,11 @@ fn lock_database(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i3
         let locked = real();
         let exclusive = (lock.l_start, lock.l_len) == (SHARED_FIRST, SHARED_SIZE);
         // The last one out of the WAL: it will be checkpointed and removed. Without EXCLUSIVE it stays.
-        if locked == 0 && exclusive && database.wals.load(Ordering::Relaxed) > 0 && wal_ends(database).is_err() {
+        if locked == 0
+            && exclusive
+            && database.wals.load(Ordering::Relaxed) > 0
+            && wal_ends(database).is_err()
+        {
             relock(fd, libc::F_RDLCK, lock);
             return fail(libc::EAGAIN);
         }

@@ -85,9 +85,8 @@ fn hash(path: &[u8]) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     let mut words = path.chunks_exact(8);
     for word in &mut words {
-        let word = u64::from_le_bytes([
-            word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7],
-        ]);
+        let word =
+            u64::from_le_bytes([word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7]]);
         hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3).rotate_left(23);
     }
     for byte in words.remainder() {

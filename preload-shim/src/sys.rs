@@ -189,8 +189,7 @@ pub fn sleep_ms(ms: u64) {
 pub fn futex_wait(word: &AtomicU32, expected: u32, ms: u64) {
     let time = libc::timespec { tv_sec: (ms / 1000) as i64, tv_nsec: (ms % 1000 * 1_000_000) as i64 };
     // SAFETY: the word is valid memory, and `time` readable.
-    let _ =
-        unsafe { sys!(SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, expected, &raw const time, 0, 0) };
+    let _ = unsafe { sys!(SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, expected, &raw const time, 0, 0) };
 }
 
 /// Wakes who waits.
@@ -285,7 +284,8 @@ pub fn receive(fd: i32, data: &mut [u8]) -> Result<(usize, Option<i32>)> {
 pub fn map(fd: i32, len: usize) -> Result<*mut u8> {
     let flags = if fd < 0 { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS } else { libc::MAP_SHARED };
     // SAFETY: a new mapping where nothing is.
-    unsafe { sys!(SYS_mmap, 0, len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) }.map(|at| at as *mut u8)
+    unsafe { sys!(SYS_mmap, 0, len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) }
+        .map(|at| at as *mut u8)
 }
 
 /// Moves anonymous memory to a larger place.

@@ -40,8 +40,7 @@ impl Kind {
 
     /// Splits a file's name into what it is and the name of its database. `None`: no file of a database.
     pub fn of(name: &[u8]) -> Option<(Kind, &[u8])> {
-        for (suffix, kind) in
-            [(&b"-journal"[..], Kind::Journal), (b"-wal", Kind::Wal), (b"-shm", Kind::Shm)]
+        for (suffix, kind) in [(&b"-journal"[..], Kind::Journal), (b"-wal", Kind::Wal), (b"-shm", Kind::Shm)]
         {
             if let Some(base) = name.strip_suffix(suffix)
                 && base.last().is_some_and(|last| *last != b'/')
@@ -271,7 +270,8 @@ pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
         if database.files.load(Ordering::Relaxed) == 0 {
             free = free.or(Some(database));
             // Databases are taken from the start, so the used ones are there; holes are few.
-            if database.cluster.load(Ordering::Relaxed) == 0 && database.name.lock().is_some_and(|n| n.bytes().is_empty())
+            if database.cluster.load(Ordering::Relaxed) == 0
+                && database.name.lock().is_some_and(|n| n.bytes().is_empty())
             {
                 break;
             }

@@ -31,7 +31,7 @@ mod ports;
 mod shell;
 mod wait;
 
-pub use binary::litefs;
+pub use binary::{liblitefs, litefs};
 pub use bus::Bus;
 pub use compare::{assert_equal, assert_sane, checksum_of, compare_files, integrity_check};
 pub use connection::{FILL, JOURNAL_MODES, ask, exec, set_journal_mode, try_exec, wait_seen};

@@ -3,7 +3,10 @@
 //! Reading, `litefs config show`, the man page `litefs.toml(5)` and `docs/configuration.md` follow this table.
 
 use super::value::Value;
-use super::{Bus, Config, DoorKind, Hold, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough, absolute_path, problem};
+use super::{
+    Bus, Config, DoorKind, Hold, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough, absolute_path,
+    problem,
+};
 use std::time::Duration;
 
 /// One key.

@@ -89,7 +89,8 @@ impl Database {
     /// Whether somebody holds the lock of a WAL's writer.
     pub fn is_being_written(&self) -> bool {
         let Ok(index) = File::open(&self.paths.shm) else { return false };
-        locks::conflicting_holder(&index, LockKind::Write, locks::WAL_WRITE).is_ok_and(|holder| holder.is_some())
+        locks::conflicting_holder(&index, LockKind::Write, locks::WAL_WRITE)
+            .is_ok_and(|holder| holder.is_some())
     }
 
     /// Reads the WAL that transactions of a primary were written to, so that what applications add is told from it.

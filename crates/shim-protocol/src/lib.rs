@@ -246,10 +246,7 @@ mod tests {
     #[test]
     fn a_registration_reads_as_it_was_written() {
         let registration = Registration { version: VERSION, device: 65024, inode: 1 << 60 };
-        assert_eq!(
-            Registration::parse(std::format!("{registration}").as_bytes()),
-            Some(registration)
-        );
+        assert_eq!(Registration::parse(std::format!("{registration}").as_bytes()), Some(registration));
         for bad in ["", "litefs-preload 1 2", "other 1 2 3", "litefs-preload a b c"] {
             assert_eq!(Registration::parse(bad.as_bytes()), None);
         }

@@ -108,7 +108,8 @@ pub fn capture_held(
     let mut newest = BTreeMap::new();
     let mut at = begin;
     while at < held.offset {
-        newest.insert(frame_header(db, st, file, at)?.pgno, at);
+        // Frames of a transaction that spilled may have neither salts nor checksum yet (walEncodeFrame).
+        newest.insert(read_header(db, file, at)?.pgno, at);
         at += bytes;
     }
     if at != held.offset {
@@ -131,17 +132,19 @@ fn take_up(db: &Database, st: &mut State, file: &File, index: &IndexHeader) -> R
     if index.max_frame == 0 || index.page_size == 0 {
         return Ok(false);
     }
-    let published = Generation {
-        page_size: index.page_size,
-        salt1: index.salts.first(),
-        salt2: index.salts.second(),
-    };
+    let published =
+        Generation { page_size: index.page_size, salt1: index.salts.first(), salt2: index.salts.second() };
     if st.wal.generation != Some(published) {
         if generation_of(db, file)? != published {
             // The WAL begins anew at this moment: the next look sees both.
             return Ok(false);
         }
+        // Whoever ended the last one has not asked whether the log has all of it: any page may have changed.
+        let unannounced = st.wal.generation.is_some();
         start(st, published);
+        if unannounced {
+            st.wal.reverted.extend(1..=st.page_count);
+        }
     }
     Ok(true)
 }
@@ -192,12 +195,19 @@ fn take_back(st: &mut State, last: LastCommit) {
     st.wal.committed_end = last.start;
 }
 
-fn frame_header(db: &Database, st: &State, file: &File, at: u64) -> Result<FrameHeader, CaptureError> {
+fn read_header(db: &Database, file: &File, at: u64) -> Result<FrameHeader, CaptureError> {
     let mut bytes = [0; FRAME_HEADER_BYTES as usize];
     file.read_exact_at(&mut bytes, at).map_err(|e| db.wal_error(e))?;
-    let header = FrameHeader::decode(&bytes);
-    let ours =
-        st.wal.generation.is_some_and(|g| (g.salt1, g.salt2) == (header.salts.first(), header.salts.second()));
+    Ok(FrameHeader::decode(&bytes))
+}
+
+/// Header of a frame that counts.
+fn frame_header(db: &Database, st: &State, file: &File, at: u64) -> Result<FrameHeader, CaptureError> {
+    let header = read_header(db, file, at)?;
+    let ours = st
+        .wal
+        .generation
+        .is_some_and(|g| (g.salt1, g.salt2) == (header.salts.first(), header.salts.second()));
     if header.pgno == 0 || !ours {
         return Err(CaptureError::NotADatabase("its wal-index counts frames that the WAL does not have"));
     }
@@ -205,7 +215,12 @@ fn frame_header(db: &Database, st: &State, file: &File, at: u64) -> Result<Frame
 }
 
 /// Logs the pages of committed frames.
-fn capture(db: &Database, st: &mut State, file: &File, frames: Frames) -> Result<Option<Logged>, CaptureError> {
+fn capture(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    frames: Frames,
+) -> Result<Option<Logged>, CaptureError> {
     let Some(generation) = st.wal.generation else { return Ok(None) };
     let Frames { newest, page_count, end } = frames;
     // Also pages to put back, and those that the file grew over.

@@ -40,6 +40,8 @@ impl Bystanders {
             warned: HashSet::new(),
         };
         this.watch(Path::new(""))?;
+        // Recovery has looked at those that are known.
+        this.changed.retain(|name| this.shared.database(name).is_none());
         Ok(this)
     }
 
@@ -101,7 +103,9 @@ impl Bystanders {
                     }
                     continue;
                 }
-                let (Some(directory), Some(name)) = (self.directories.get(&event.wd), event.name) else { continue };
+                let (Some(directory), Some(name)) = (self.directories.get(&event.wd), event.name) else {
+                    continue;
+                };
                 let path = directory.join(name);
                 if event.mask.contains(AddWatchFlags::IN_ISDIR) {
                     if event.mask.intersects(AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO)

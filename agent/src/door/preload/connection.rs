@@ -42,13 +42,7 @@ struct Serving {
 impl Connection {
     /// A process that has said hello. Nothing is served yet.
     pub fn new(shared: Arc<Shared>, memory: Arc<SharedPage>, peer: Peer) -> Self {
-        Connection {
-            shared,
-            memory,
-            peer,
-            ended: AtomicBool::new(false),
-            attached: Mutex::default(),
-        }
+        Connection { shared, memory, peer, ended: AtomicBool::new(false), attached: Mutex::default() }
     }
 
     /// The memory it shares with the process.
@@ -85,7 +79,8 @@ impl Connection {
                 continue;
             }
             idle += 1;
-            let (depth, limit) = if idle <= NAPS { (protocol::NAPPING, NAP) } else { (protocol::ASLEEP, SLEEP) };
+            let (depth, limit) =
+                if idle <= NAPS { (protocol::NAPPING, NAP) } else { (protocol::ASLEEP, SLEEP) };
             page.asleep.store(depth, Ordering::SeqCst);
             memory::wait(&page.doorbell, bell, limit);
             page.asleep.store(protocol::AWAKE, Ordering::SeqCst);

@@ -7,8 +7,8 @@ use super::memory::SharedPage;
 use super::peer::Peer;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, listen, recv,
-    sendmsg, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, listen,
+    recv, sendmsg, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
 use shim_protocol::{Hello, MAGIC, VERSION, Welcome};
@@ -84,7 +84,11 @@ fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections,
             PollFd::new(listening.as_fd(), PollFlags::POLLIN),
         ];
         // A process says nothing after its hello: only its end is of interest.
-        fds.extend(served.iter().map(|s| PollFd::new(s.socket.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))));
+        fds.extend(
+            served
+                .iter()
+                .map(|s| PollFd::new(s.socket.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))),
+        );
         if let Err(error) = poll(&mut fds, timeout)
             && error != nix::errno::Errno::EINTR
         {
@@ -136,7 +140,9 @@ fn accept(listening: &OwnedFd, connections: &Connections) -> io::Result<Option<S
     let accepted = match accept4(listening.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
         Ok(fd) => fd,
         // It has gone already.
-        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::ECONNABORTED | nix::errno::Errno::EINTR) => return Ok(None),
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::ECONNABORTED | nix::errno::Errno::EINTR) => {
+            return Ok(None);
+        }
         Err(e) => return Err(e.into()),
     };
     // SAFETY: a new descriptor that nobody else knows.
@@ -188,7 +194,13 @@ fn greet(socket: &OwnedFd, memory: &SharedPage) -> io::Result<()> {
     let descriptors = [memory.file().as_raw_fd()];
     let rights = [ControlMessage::ScmRights(&descriptors)];
     let controls: &[ControlMessage<'_>] = if fits { &rights } else { &[] };
-    sendmsg::<UnixAddr>(socket.as_raw_fd(), &[IoSlice::new(&answer)], controls, MsgFlags::MSG_NOSIGNAL, None)?;
+    sendmsg::<UnixAddr>(
+        socket.as_raw_fd(),
+        &[IoSlice::new(&answer)],
+        controls,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?;
     match (known, fits) {
         (_, true) => Ok(()),
         (true, false) => Err(io::Error::other(format!(

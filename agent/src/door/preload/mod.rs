@@ -97,8 +97,8 @@ impl Door {
         let told = connections.clone();
         shared.follow_wals(move |step| told.role_step(step));
         let socket = options.runtime_dir.join(SOCKET);
-        let listener = Listener::start(&socket, connections)
-            .map_err(|source| DoorError::Io { path: socket, source })?;
+        let listener =
+            Listener::start(&socket, connections).map_err(|source| DoorError::Io { path: socket, source })?;
         let registration = options.runtime_dir.join(REGISTRATION);
         let io = |source| DoorError::Io { path: registration.clone(), source };
         let files = std::fs::metadata(&shared.dirs.files).map_err(io)?;

@@ -4,7 +4,9 @@ use crate::capture::wal::published::HeldCommit;
 use crate::capture::{CaptureError, unix_ms};
 use crate::database::{Database, State};
 use crate::log::Lsn;
-use shim_protocol::{FLAG_SYNCED, FLAG_UNKNOWN, FLAG_UNJOURNALED, write_of};
+use shim_protocol::{FLAG_SYNCED, FLAG_UNJOURNALED, FLAG_UNKNOWN, write_of};
+use sqlite_file::locks::{self, LockGuard, LockKind};
+use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -55,6 +57,10 @@ pub fn let_go(db: &Arc<Database>) {
     follow(db);
     let mut st = db.state();
     st.handles = st.handles.saturating_sub(1);
+    if st.handles == 0 && st.page_count > 0 && !db.paths().wal.exists() {
+        // What the last one moved from the WAL to the file is in the log.
+        let _ = st.remember_stamp(db);
+    }
 }
 
 /// The file may be another one by now: a copy was moved over it.
@@ -183,9 +189,34 @@ pub fn note_foreign_write(db: &Arc<Database>) -> bool {
         st.rollback.mark_unknown();
         return true;
     }
-    if db.load_journal_mode(&mut st) || !st.stamp_changed(db).unwrap_or(false) {
+    if !st.stamp_changed(db).unwrap_or(false) {
         return false;
     }
+    st.forget_journal_mode();
+    if !db.load_journal_mode(&mut st) {
+        // Captured when nobody is in a transaction: see the sweep.
+        st.rollback.mark_unknown();
+        return true;
+    }
+    let before = st.position;
+    if let Err(error) = capture_checkpointed(db, &mut st) {
+        tracing::error!(database = %db.name(), %error, "what was written without the preload library cannot be captured");
+    }
+    st.position != before
+}
+
+/// A database in WAL mode has no WAL any more: all that was committed is in its file.
+fn capture_checkpointed(db: &Arc<Database>, st: &mut State) -> Result<(), CaptureError> {
+    let failed = |source| CaptureError::Io { path: db.paths().database.clone(), source };
+    let file = Arc::new(File::open(&db.paths().database).map_err(failed)?);
+    // As a connection, so that none can be the last one and move frames to the file meanwhile.
+    let Some(_shared) = LockGuard::try_acquire(&file, LockKind::Read, locks::SHARED).map_err(failed)? else {
+        return Ok(());
+    };
+    if std::fs::metadata(&db.paths().wal).is_ok_and(|wal| wal.len() > 0) {
+        return Ok(());
+    }
+    st.wal.reset();
     st.rollback.mark_unknown();
-    true
+    db.capture_rollback(st).map(|_| ())
 }

@@ -1,0 +1,329 @@
+//! The preload door: unmodified programs with `liblitefs.so`, on hosts whose directory is a plain one.
+
+use litefs_tests::*;
+use std::process::{Child, Command, Stdio};
+
+/// Sets up a host whose applications need the library.
+fn preload(host: &Host) -> &Host {
+    host.set("door=preload")
+}
+
+fn hosts(fleet: &Fleet, doors: (&str, &str)) -> (Host, Host) {
+    let primary = fleet.host("a", Role::Primary);
+    primary.set(&format!("door={}", doors.0)).start();
+    let replica = fleet.host("b", Role::ReplicaOf(&primary));
+    replica.set(&format!("door={}", doors.1)).start();
+    replica.wait_connected();
+    (primary, replica)
+}
+
+/// A command of an application on this host.
+fn with_library(host: &Host, program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.env("LD_PRELOAD", liblitefs());
+    command.env("LITEFS_RUNTIME_DIR", host.socket().parent().expect("the socket is in a directory"));
+    command
+}
+
+fn try_sql(host: &Host, database: &str, sql: &str) -> Result<String, String> {
+    let mut command = with_library(host, "sqlite3");
+    command.args(["-bail", "-cmd", ".timeout 10000"]).arg(host.path(database)).arg(sql);
+    try_run(&mut command)
+}
+
+fn sql(host: &Host, database: &str, statements: &str) -> String {
+    try_sql(host, database, statements).unwrap_or_else(|e| panic!("{statements}: {e}"))
+}
+
+fn python(host: &Host, script: &str, arguments: &[&str]) -> Command {
+    let mut command = with_library(host, "python3");
+    command.arg("-c").arg(script).arg(host.mount()).args(arguments);
+    command
+}
+
+/// Commits until it is killed; says each commit after SQLite has reported it.
+const WRITER: &str = r#"
+import sqlite3, sys, itertools
+c = sqlite3.connect(sys.argv[1] + "/" + sys.argv[2], isolation_level=None, timeout=30)
+c.execute("PRAGMA journal_mode=" + sys.argv[3])
+c.execute("PRAGMA synchronous=" + sys.argv[4])
+c.execute("CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, v TEXT)")
+n = int(sys.argv[5]) if len(sys.argv) > 5 else None
+for i in (range(n) if n else itertools.count()):
+    c.execute("INSERT INTO t(v) VALUES(?)", (str(i) * 20,))
+    print(c.execute("SELECT max(id) FROM t").fetchone()[0], flush=True)
+"#;
+
+fn rows(host: &Host, database: &str) -> u64 {
+    let rows = sql(host, database, "SELECT count(*) FROM t");
+    rows.trim().parse().unwrap_or_else(|_| panic!("no number of rows: {rows:?}"))
+}
+
+/// Waits until the replica has the rows and the same position, and compares the files.
+#[track_caller]
+fn assert_follows(primary: &Host, replica: &Host, database: &str, count: u64) {
+    primary.wait_for("the agent has captured all rows", || {
+        replica.wait_position_equal(primary, database);
+        let mut read = with_library(replica, "sqlite3");
+        read.args(["-cmd", ".timeout 10000"]).arg(replica.path(database)).arg("SELECT count(*) FROM t");
+        try_run(&mut read).is_ok_and(|seen| seen.trim() == count.to_string())
+    });
+    assert_equal(primary, replica, database);
+}
+
+#[test]
+fn every_pair_of_doors_replicates_every_journal_mode() {
+    for doors in [("preload", "fuse"), ("fuse", "preload"), ("preload", "preload")] {
+        let fleet = Fleet::new();
+        let (primary, replica) = hosts(&fleet, doors);
+        for mode in JOURNAL_MODES {
+            let name = format!("{mode}.db");
+            let mut script = format!("PRAGMA journal_mode={mode};CREATE TABLE t(id INTEGER PRIMARY KEY, v);");
+            for i in 0..20 {
+                script += &format!("INSERT INTO t(v) VALUES(randomblob({}));", 100 + i * 700);
+            }
+            script += "DELETE FROM t WHERE id % 3 = 0;VACUUM;UPDATE t SET v = randomblob(5000);";
+            script += "BEGIN;DELETE FROM t;ROLLBACK;INSERT INTO t(v) VALUES(1);";
+            sql(&primary, &name, &script);
+            let count = rows(&primary, &name);
+            assert_follows(&primary, &replica, &name, count);
+        }
+        primary.assert_no_errors();
+        replica.assert_no_errors();
+    }
+}
+
+#[test]
+fn held_commits_are_in_the_log_when_sqlite_reports_them() {
+    let fleet = Fleet::new();
+    let primary = fleet.host("a", Role::Primary);
+    preload(&primary).set("preload.hold=always").start();
+    let replica = fleet.replica("b", &primary);
+    sql(&primary, "h.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, v)");
+    let before = primary.txid("h.db");
+    let mut script = String::from("PRAGMA cache_size=5; PRAGMA cache_spill=5;");
+    for _ in 0..50 {
+        // Also transactions that spill: their frames' headers are written again after the commit.
+        script += "BEGIN;INSERT INTO t(v) VALUES(randomblob(60000));UPDATE t SET v = randomblob(9000) WHERE id % 7 = 0;COMMIT;";
+    }
+    sql(&primary, "h.db", &script);
+    assert_eq!(primary.txid("h.db"), before + 50, "each held commit is a transaction of its own");
+    assert_follows(&primary, &replica, "h.db", 50);
+    primary.assert_no_errors();
+}
+
+#[test]
+fn a_replica_refuses_writes_and_the_same_connection_writes_after_a_promotion() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
+    for mode in ["WAL", "DELETE"] {
+        let name = format!("{mode}.db");
+        sql(
+            &primary,
+            &name,
+            &format!("PRAGMA journal_mode={mode}; CREATE TABLE t(v); INSERT INTO t VALUES(1)"),
+        );
+        assert_follows(&primary, &replica, &name, 1);
+    }
+    let script = r#"
+import sqlite3, sys
+wal = sqlite3.connect(sys.argv[1] + "/WAL.db", isolation_level=None, timeout=0.2)
+delete = sqlite3.connect(sys.argv[1] + "/DELETE.db", isolation_level=None, timeout=0.2)
+for line in sys.stdin:
+    for c in (wal, delete):
+        try:
+            c.execute("INSERT INTO t VALUES(2)")
+            print("written", flush=True)
+        except sqlite3.OperationalError as e:
+            print(e, flush=True)
+        print(c.execute("SELECT count(*) FROM t").fetchone()[0], flush=True)
+"#;
+    let mut client = Client::start(&mut python(&replica, script, &[]));
+    assert_eq!(client.ask(4), ["database is locked", "1", "attempt to write a readonly database", "1"]);
+    primary.stop();
+    replica.set_role(Role::Primary).reload();
+    replica.wait_for("the replica is primary", || replica.status()["role"]["name"] == "primary");
+    assert_eq!(client.ask(4), ["written", "2", "written", "2"]);
+    replica.assert_no_errors();
+}
+
+/// A program that answers a line with some.
+struct Client {
+    child: Child,
+    input: std::process::ChildStdin,
+    output: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
+}
+
+impl Client {
+    fn start(command: &mut Command) -> Client {
+        use std::io::BufRead;
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the program runs");
+        let input = child.stdin.take().expect("a pipe");
+        let output = std::io::BufReader::new(child.stdout.take().expect("a pipe")).lines();
+        Client { child, input, output }
+    }
+
+    fn ask(&mut self, lines: usize) -> Vec<String> {
+        use std::io::Write;
+        writeln!(self.input, "go").expect("the program reads");
+        self.lines(lines)
+    }
+
+    fn lines(&mut self, lines: usize) -> Vec<String> {
+        self.output.by_ref().take(lines).map(|line| line.expect("text")).collect()
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn nothing_reported_is_lost_when_the_application_is_killed() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "fuse"));
+    for (mode, hold) in [("WAL", "never"), ("DELETE", "never"), ("WAL", "always")] {
+        let name = format!("{mode}-{hold}.db");
+        primary.stop();
+        primary.set(&format!("preload.hold={hold}")).start();
+        let mut reported = 0;
+        for _ in 0..4 {
+            let mut client = Client::start(&mut python(&primary, WRITER, &[&name, mode, "OFF"]));
+            reported = client.lines(60).last().and_then(|l| l.parse().ok()).unwrap_or(reported);
+            // Killed by `drop`, in the middle of whatever it does.
+        }
+        let count = rows(&primary, &name);
+        assert!(count >= reported, "{name}: {count} rows, {reported} reported");
+        assert_follows(&primary, &replica, &name, count);
+    }
+    primary.assert_no_errors();
+}
+
+#[test]
+fn an_agent_that_is_killed_captures_what_was_committed_meanwhile() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "fuse"));
+    for mode in ["WAL", "DELETE"] {
+        let name = format!("{mode}.db");
+        let done = try_run(&mut python(&primary, WRITER, &[&name, mode, "NORMAL", "50"]));
+        assert!(done.is_ok(), "{done:?}");
+        primary.kill();
+        // Readers go on without an agent; writers wait for one.
+        assert_eq!(rows(&primary, &name), 50);
+        primary.start();
+        assert_follows(&primary, &replica, &name, 50);
+    }
+    primary.assert_no_errors();
+}
+
+#[test]
+fn without_an_agent_writes_end_with_an_error_after_a_while() {
+    let fleet = Fleet::new();
+    let primary = fleet.host("a", Role::Primary);
+    preload(&primary).start();
+    sql(&primary, "x.db", "CREATE TABLE t(v); INSERT INTO t VALUES(1)");
+    primary.stop();
+    let mut command = with_library(&primary, "sqlite3");
+    command.env("LITEFS_WAIT_MS", "300").arg(primary.path("x.db")).arg("INSERT INTO t VALUES(2)");
+    let error = try_run(&mut command).expect_err("there is no agent");
+    assert!(error.contains("no agent answers"), "{error}");
+    assert_eq!(sql(&primary, "x.db", "SELECT count(*) FROM t").trim(), "1");
+}
+
+#[test]
+fn threads_and_processes_write_one_database() {
+    let script = r#"
+import os, sqlite3, sys, threading
+path = sys.argv[1] + "/" + sys.argv[2]
+def work(n):
+    c = sqlite3.connect(path, isolation_level=None, timeout=60)
+    for i in range(n):
+        c.execute("INSERT INTO t(v) VALUES(?)", (os.urandom(50),))
+    c.close()
+for _ in range(3):
+    if os.fork() == 0:
+        threads = [threading.Thread(target=work, args=(25,)) for _ in range(4)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        os._exit(0)
+for _ in range(3):
+    _, status = os.wait()
+    assert status == 0, status
+"#;
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "fuse"));
+    for mode in ["WAL", "DELETE"] {
+        let name = format!("{mode}.db");
+        sql(&primary, &name, &format!("PRAGMA journal_mode={mode}; CREATE TABLE t(v)"));
+        let done = try_run(&mut python(&primary, script, &[&name]));
+        assert!(done.is_ok(), "{done:?}");
+        assert_follows(&primary, &replica, &name, 300);
+    }
+    primary.assert_no_errors();
+}
+
+#[test]
+fn what_is_done_without_the_library_is_noticed_and_captured() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "fuse"));
+    // Made, copied in, written in both modes, and removed, by programs that do not have the library.
+    for mode in ["WAL", "DELETE"] {
+        let name = format!("{mode}.db");
+        let path = primary.path(&name);
+        sqlite3(&path, &format!("PRAGMA journal_mode={mode}; CREATE TABLE t(v); INSERT INTO t VALUES(1)"));
+        primary.wait_for("the new database is captured", || primary.txid(&name) > 0);
+        assert_follows(&primary, &replica, &name, 1);
+        sqlite3(&path, "INSERT INTO t VALUES(2)");
+        replica.wait_sql(&name, "SELECT count(*) FROM t", "2");
+        assert_follows(&primary, &replica, &name, 2);
+    }
+    let copy = fleet.scratch().join("copy.db");
+    sqlite3(&copy, "CREATE TABLE t(v); INSERT INTO t VALUES(1),(2),(3)");
+    std::fs::copy(&copy, primary.path("copy.db")).expect("the directory is writable");
+    primary.wait_for("the copy is captured", || primary.txid("copy.db") > 0);
+    assert_follows(&primary, &replica, "copy.db", 3);
+    std::fs::remove_file(primary.path("copy.db")).expect("the file is there");
+    replica.wait_gone("copy.db");
+    primary.assert_no_errors();
+}
+
+#[test]
+fn dropping_and_renaming_replicate() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "fuse"));
+    sql(&primary, "x.db", "CREATE TABLE t(v); INSERT INTO t VALUES(1)");
+    assert_follows(&primary, &replica, "x.db", 1);
+    let done = try_run(&mut python(
+        &primary,
+        "import os, sys; os.rename(sys.argv[1] + '/x.db', sys.argv[1] + '/y.db')",
+        &[],
+    ));
+    assert!(done.is_ok(), "{done:?}");
+    replica.wait_gone("x.db");
+    assert_follows(&primary, &replica, "y.db", 1);
+    let done = try_run(&mut python(&primary, "import os, sys; os.unlink(sys.argv[1] + '/y.db')", &[]));
+    assert!(done.is_ok(), "{done:?}");
+    replica.wait_gone("y.db");
+    primary.assert_no_errors();
+}
+
+#[test]
+fn the_door_may_change_between_starts() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "fuse"));
+    sql(&primary, "x.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(v); INSERT INTO t VALUES(1)");
+    primary.stop();
+    primary.set("door=fuse").start();
+    assert_eq!(primary.status()["mount"]["door"], "fuse");
+    primary.sql("x.db", "INSERT INTO t VALUES(2)");
+    primary.stop();
+    primary.set("door=preload").start();
+    assert_eq!(primary.status()["mount"]["door"], "preload");
+    sql(&primary, "x.db", "INSERT INTO t VALUES(3)");
+    assert_follows(&primary, &replica, "x.db", 3);
+    primary.assert_no_errors();
+}
