@@ -268,9 +268,10 @@ macro_rules! pwrites {
             // SAFETY: the arguments are the caller's.
             let real = || unsafe { real::$name(fd, data, len, offset) };
             match table::file(fd) {
-                // SAFETY: the arguments are the caller's.
                 Some(file) if offset >= 0 => {
-                    commit::write(fd, file, unsafe { buffer(data, len) }, offset as u64, &real)
+                    // SAFETY: the arguments are the caller's.
+                    let bytes = unsafe { buffer(data, len) };
+                    commit::write(fd, file, bytes, offset as u64, &real)
                 }
                 _ => real(),
             }

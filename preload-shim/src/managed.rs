@@ -115,7 +115,7 @@ pub fn find(path: &CStr) -> Option<Managed> {
         return None;
     }
     let key = hash(dir);
-    let tick = sys::coarse_now_ns() / KEPT_NS & 0xffff;
+    let tick = (sys::coarse_now_ns() / KEPT_NS) & 0xffff;
     let place = &UNMANAGED[key as usize >> 20 & 1023];
     if place.load(Ordering::Relaxed) == (key & !0xffff | tick) {
         return None;
@@ -253,8 +253,5 @@ impl Clusters {
     }
 }
 
-const VARIABLE: &CStr = match CStr::from_bytes_with_nul(b"LITEFS_RUNTIME_DIR\0") {
-    Ok(name) => name,
-    Err(_) => unreachable!(),
-};
+const VARIABLE: &CStr = c"LITEFS_RUNTIME_DIR";
 const _: () = assert!(RUNTIME_DIR_VARIABLE.len() + 1 == VARIABLE.to_bytes_with_nul().len());

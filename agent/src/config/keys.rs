@@ -45,6 +45,19 @@ pub const KEYS: &[Key] = &[
         },
     },
     Key {
+        path: "door",
+        default: "\"auto\"",
+        doc: "How applications reach their databases: \"fuse\" mounts a file system at `mount.dir`; \"preload\" makes \
+              it a link to the plain files, for applications that run with `liblitefs.so` (`litefs exec`); \"auto\" \
+              is \"fuse\" where /dev/fuse can be opened.",
+        set: |config, value| {
+            let choices =
+                [("auto", DoorKind::Auto), ("fuse", DoorKind::Fuse), ("preload", DoorKind::Preload)];
+            config.door = choice(value, choices)?;
+            Ok(())
+        },
+    },
+    Key {
         path: "node.name",
         default: "the host name",
         doc: "Name of this host for others: in `.primary`, in status, and in the default of \
@@ -60,19 +73,6 @@ pub const KEYS: &[Key] = &[
         default: "\"/var/lib/litefs/<cluster>\"",
         doc: "Where the agent keeps databases, commit log and sidecars. Local disk; nobody else writes there.",
         set: |config, value| absolute_path(value.text()?).map(|path| config.data.dir = path),
-    },
-    Key {
-        path: "door",
-        default: "\"auto\"",
-        doc: "How applications reach their databases: \"fuse\" mounts a file system at `mount.dir`; \"preload\" makes \
-              it a link to the plain files, for applications that run with `liblitefs.so` (`litefs exec`); \"auto\" \
-              is \"fuse\" where /dev/fuse can be opened.",
-        set: |config, value| {
-            let choices =
-                [("auto", DoorKind::Auto), ("fuse", DoorKind::Fuse), ("preload", DoorKind::Preload)];
-            config.door = choice(value, choices)?;
-            Ok(())
-        },
     },
     Key {
         path: "mount.dir",

@@ -220,7 +220,7 @@ pub const WRITE_BYTES_MAX: u64 = 0xffff * UNIT;
 pub fn write_word(offset: u64, len: u64) -> Option<u64> {
     let whole = offset.is_multiple_of(UNIT) && len.is_multiple_of(UNIT);
     (whole && len > 0 && len <= WRITE_BYTES_MAX && offset / UNIT < 1 << 48)
-        .then(|| (offset / UNIT) << 16 | len / UNIT)
+        .then_some(((offset / UNIT) << 16) | (len / UNIT))
 }
 
 /// Offset and length of a word.
