@@ -172,6 +172,47 @@ fn methods_do_what_they_say() {
     }
 }
 
+/// The agent checkpoints beside applications that write, read and checkpoint themselves.
+#[test]
+fn checkpoints_in_the_middle_of_writes_change_nothing() {
+    let (fleet, bus) = (Fleet::new(), Bus::new());
+    let host = primary(&fleet, &bus);
+    let replica = fleet.replica("b", &host);
+    let connection = host.open("app.db");
+    exec(&connection, "PRAGMA journal_mode=WAL; PRAGMA wal_autocheckpoint=50; CREATE TABLE t(x, y);");
+    wait_for("the object", PATIENCE, || property(&bus, APP, "Txid").ok());
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let checkpoints = scope.spawn(|| {
+            let mut moved = 0;
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                match call(&bus, APP, &["Checkpoint"]) {
+                    Ok(_) => moved += 1,
+                    Err(error) => assert!(error.contains("is busy"), "{error}"),
+                }
+            }
+            moved
+        });
+        let reader = scope.spawn(|| {
+            let connection = host.open("app.db");
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                let sum: i64 = connection
+                    .query_row("SELECT count(*) - coalesce(max(x), 0) FROM t", [], |row| row.get(0))
+                    .unwrap();
+                assert_eq!(sum, 0, "a reader saw half a transaction");
+            }
+        });
+        for number in 1..=600 {
+            connection.execute("INSERT INTO t VALUES (?1, randomblob(3000))", [number]).unwrap();
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(checkpoints.join().unwrap() > 5);
+        reader.join().unwrap();
+    });
+    litefs_tests::assert_equal(&host, &replica, "app.db");
+    call(&bus, APP, &["Verify"]).unwrap();
+}
+
 #[test]
 fn a_reload_is_done_when_it_returns_and_mistakes_come_back() {
     let (fleet, bus) = (Fleet::new(), Bus::new());

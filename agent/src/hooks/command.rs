@@ -6,11 +6,12 @@ use nix::unistd::Pid;
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::{Child, Command};
+use tokio_util::sync::CancellationToken;
 
 /// Between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// A process group; ended when it is dropped with the future that waits for it.
+/// A process group; killed when it is dropped before its program has ended.
 struct Group(Option<Pid>);
 
 impl Group {
@@ -28,11 +29,12 @@ impl Drop for Group {
     }
 }
 
-/// Runs a program to its end, at most for `timeout`. Its output goes where the agent's goes. Dropping the future ends it.
+/// Runs a program to its end, at most for `timeout` and until `stop`. Its output goes where the agent's goes.
 pub async fn run(
     command: &[String],
     variables: &[(&'static str, String)],
     timeout: Duration,
+    stop: &CancellationToken,
 ) -> Result<(), HookError> {
     let (program, arguments) =
         command.split_first().expect("the configuration checks that there is a program");
@@ -45,11 +47,16 @@ pub async fn run(
         .spawn()
         .map_err(|source| HookError::Start { program: program.clone(), source })?;
     let mut group = Group(child.id().map(|id| Pid::from_raw(id as i32)));
-    let status = match tokio::time::timeout(timeout, child.wait()).await {
+    let ended = tokio::select! {
+        status = child.wait() => Ok(status),
+        () = tokio::time::sleep(timeout) => Err(HookError::Timeout(timeout)),
+        () = stop.cancelled() => Err(HookError::Stopped),
+    };
+    let status = match ended {
         Ok(status) => status.map_err(|source| HookError::Start { program: program.clone(), source })?,
-        Err(_) => {
+        Err(why) => {
             end(&mut child, &group).await;
-            return Err(HookError::Timeout(timeout));
+            return Err(why);
         }
     };
     // What it left running on purpose goes on.

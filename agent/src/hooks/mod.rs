@@ -12,7 +12,7 @@ mod unit;
 
 use crate::DatabaseName;
 use crate::config::{HookAction, HookConfig};
-use crate::status::api::DatabaseStatus;
+use crate::status::api::{DatabaseState, DatabaseStatus};
 use crate::status::changes::Subscription;
 use crate::status::dbus::BusView;
 use crate::status::messages;
@@ -60,8 +60,11 @@ pub enum HookError {
         status: std::process::ExitStatus,
     },
     /// It took too long.
-    #[error("it took longer than its timeout of {0:?} and was ended")]
+    #[error("it took longer than its timeout of {0:?}, and is not waited for any more")]
     Timeout(Duration),
+    /// The agent stops, or its hooks change.
+    #[error("it was ended because the agent stops or takes over other hooks")]
+    Stopped,
     /// systemd did not do it.
     #[error("systemd did not {verb} {unit}: {reason}")]
     Unit {
@@ -162,12 +165,7 @@ impl Hook {
             tokio::select! {
                 () = stop.cancelled() => return,
                 set = self.changes.next() => self.note(set.databases),
-                () = sleep_until(next) => {
-                    tokio::select! {
-                        () = stop.cancelled() => return,
-                        () = run_due(&self.config, &self.view, &self.memory, &self.environment, &mut self.waiting) => {}
-                    }
-                }
+                () = sleep_until(next) => self.run_due(&stop).await,
             }
         }
     }
@@ -213,78 +211,89 @@ async fn sleep_until(at: Option<Instant>) {
     }
 }
 
-/// Runs for what is due: a plain unit once for all, anything else for one database.
-async fn run_due(
-    config: &HookConfig,
-    view: &Arc<dyn BusView>,
-    memory: &Memory,
-    environment: &std::path::Path,
-    waiting: &mut BTreeMap<DatabaseName, Due>,
-) {
-    let now = Instant::now();
-    let mut due: Vec<(Instant, DatabaseName)> =
-        waiting.iter().filter(|(_, due)| due.at <= now).map(|(name, due)| (due.at, name.clone())).collect();
-    due.sort();
-    if !is_plain_unit(&config.action) {
-        due.truncate(1);
-    }
-    let names: Vec<DatabaseName> = due.into_iter().map(|(_, name)| name).collect();
-    let (reading, remembered, wanted) = (view.clone(), memory.clone(), names.clone());
-    let changes = tokio::task::spawn_blocking(move || {
-        let changes = wanted.into_iter().filter_map(|name| {
-            let status = reading.database(&name)?;
-            let change = Change { name, status };
-            (remembered.get(&change.name).as_deref() != Some(change.position().as_str())).then_some(change)
-        });
-        changes.collect::<Vec<_>>()
-    });
-    let changes = changes.await.unwrap_or_default();
-    let Some(newest) = changes.iter().max_by_key(|change| change.status.last_change_unix_ms).cloned() else {
-        // Another state of health, or a change that was undone by a snapshot: nothing new to see.
-        waiting.retain(|name, _| !names.contains(name));
-        return;
-    };
-    let variables = variables(config, &**view, &newest);
-    let run = async {
-        match &config.action {
-            HookAction::Command(command) => command::run(command, &variables, config.timeout).await,
-            HookAction::Unit { unit, verb } => {
-                let unit = unit::instance_of(unit, &newest.name);
-                unit::write_environment(environment, &variables).await?;
-                let job = unit::run(&unit, *verb);
-                tokio::time::timeout(config.timeout, job)
-                    .await
-                    .unwrap_or(Err(HookError::Timeout(config.timeout)))
-            }
+impl Hook {
+    /// Runs for what is due: a plain unit once for all, anything else for one database.
+    async fn run_due(&mut self, stop: &CancellationToken) {
+        let now = Instant::now();
+        let mut due: Vec<(Instant, &DatabaseName)> =
+            self.waiting.iter().filter(|(_, due)| due.at <= now).map(|(name, due)| (due.at, name)).collect();
+        due.sort();
+        if !is_plain_unit(&self.config.action) {
+            due.truncate(1);
         }
-    };
-    let done = run.await;
-    view.metrics().hook_ran(&config.name, done.is_ok());
-    let (hook, database, position) = (&config.name, &newest.name, newest.position());
-    match done {
-        Ok(()) => {
-            tracing::info!(hook, %database, position, "the hook ran");
-            for change in &changes {
-                if let Err(error) = memory.remember(&change.name, &change.position()) {
-                    tracing::warn!(hook, database = %change.name, %error, "cannot remember that the hook ran; it runs again after a restart");
+        let names: Vec<DatabaseName> = due.into_iter().map(|(_, name)| name.clone()).collect();
+        let changes = self.news(names.clone()).await;
+        let Some(newest) = changes.iter().max_by_key(|change| change.status.last_change_unix_ms) else {
+            self.waiting.retain(|name, _| !names.contains(name));
+            return;
+        };
+        let done = self.execute(newest, stop).await;
+        let (hook, database, position) = (&self.config.name, &newest.name, newest.position());
+        match done {
+            Ok(()) => {
+                self.view.metrics().hook_ran(hook, true);
+                tracing::info!(hook, %database, position, "the hook ran");
+                for change in &changes {
+                    if let Err(error) = self.memory.remember(&change.name, &change.position()) {
+                        let database = &change.name;
+                        tracing::warn!(
+                            hook, %database, %error,
+                            "cannot remember that the hook ran: it runs again after a restart"
+                        );
+                    }
                 }
+                self.waiting.retain(|name, _| !names.contains(name));
             }
-            waiting.retain(|name, _| !names.contains(name));
+            // Nothing is remembered: it runs after the next start.
+            Err(HookError::Stopped) => {}
+            Err(error) => {
+                self.view.metrics().hook_ran(hook, false);
+                let before =
+                    names.iter().filter_map(|name| self.waiting.get(name)).map(|due| due.failed).max();
+                let failed = before.unwrap_or(0) + 1;
+                let pause = RETRY_MIN.saturating_mul(1 << (failed - 1).min(16)).min(RETRY_MAX);
+                tracing::warn!(
+                    MESSAGE_ID = messages::HOOK_FAILED,
+                    hook,
+                    %database,
+                    position,
+                    "the hook failed: {error}; trying again in {} s",
+                    pause.as_secs()
+                );
+                let at = Instant::now() + pause;
+                self.waiting.extend(names.into_iter().map(|name| (name, Due { at, failed })));
+            }
         }
-        Err(error) => {
-            let failed = names.iter().filter_map(|name| waiting.get(name)).map(|due| due.failed).max();
-            let failed = failed.unwrap_or(0) + 1;
-            let pause = RETRY_MIN.saturating_mul(1 << (failed - 1).min(16)).min(RETRY_MAX);
-            tracing::warn!(
-                MESSAGE_ID = messages::HOOK_FAILED,
-                hook,
-                %database,
-                position,
-                "the hook failed: {error}; trying again in {} s",
-                pause.as_secs()
-            );
-            for name in names {
-                waiting.insert(name, Due { at: Instant::now() + pause, failed });
+    }
+
+    /// Those that are not at the position that the hook has run for. A database that stands aside is no news: it
+    /// cannot be opened, and changes when it is healed.
+    async fn news(&self, names: Vec<DatabaseName>) -> Vec<Change> {
+        let (view, memory) = (self.view.clone(), self.memory.clone());
+        let changes = tokio::task::spawn_blocking(move || {
+            let changes = names.into_iter().filter_map(|name| {
+                let status = view.database(&name).filter(|status| status.state == DatabaseState::Ok)?;
+                let change = Change { name, status };
+                (memory.get(&change.name) != Some(change.position())).then_some(change)
+            });
+            changes.collect()
+        });
+        changes.await.unwrap_or_default()
+    }
+
+    async fn execute(&self, change: &Change, stop: &CancellationToken) -> Result<(), HookError> {
+        let (timeout, variables) = (self.config.timeout, variables(&self.config, &*self.view, change));
+        match &self.config.action {
+            HookAction::Command(command) => command::run(command, &variables, timeout, stop).await,
+            HookAction::Unit { unit, verb } => {
+                let unit = unit::instance_of(unit, &change.name);
+                unit::write_environment(&self.environment, &variables).await?;
+                // systemd goes on with a job that nobody waits for any more.
+                tokio::select! {
+                    done = unit::run(&unit, *verb) => done,
+                    () = tokio::time::sleep(timeout) => Err(HookError::Timeout(timeout)),
+                    () = stop.cancelled() => Err(HookError::Stopped),
+                }
             }
         }
     }

@@ -182,6 +182,23 @@ async fn a_run_that_hangs_is_ended_with_all_its_processes() {
 }
 
 #[tokio::test]
+async fn a_database_that_stands_aside_runs_when_it_is_healed() {
+    let mut running = Running::new(|dir| hook(dir, ""));
+    running.until_runs(&["a.db 000000000000002a"]).await;
+    running.node.status.lock().databases[0].state = DatabaseState::Quarantined;
+    running.commit(43);
+    let mut other = running.node.status.lock().databases[0].clone();
+    (other.name, other.state) = ("b.db".into(), DatabaseState::Ok);
+    running.node.status.lock().databases.push(other);
+    running.node.feed.database(&DatabaseName::new("b.db").unwrap());
+    running.until_runs(&["a.db 000000000000002a", "b.db 000000000000002b"]).await;
+    running.node.status.lock().databases[0].state = DatabaseState::Ok;
+    running.commit(44);
+    running.until_runs(&["a.db 000000000000002a", "b.db 000000000000002b", "a.db 000000000000002c"]).await;
+    running.stop().await;
+}
+
+#[tokio::test]
 async fn stopping_ends_a_run() {
     let mut running = Running::new(|dir| hook(dir, "exec sleep 1000"));
     running.until("the run", || running.runs().len() == 1).await;

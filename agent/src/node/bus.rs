@@ -134,6 +134,10 @@ impl BusView for Node {
         self.follower_statuses()
     }
 
+    fn follower_names(&self) -> Vec<String> {
+        self.server.lock().as_ref().map(|server| server.follower_names()).unwrap_or_default()
+    }
+
     fn names(&self) -> Vec<DatabaseName> {
         // In order: the map that they come from is sorted.
         let known = self.shared.known();
@@ -171,7 +175,6 @@ impl BusView for Node {
     }
 
     fn verify(&self, name: &DatabaseName) -> Result<Pos, ViewError> {
-        self.known_database(name)?;
         // A copy is checked page by page against its position; it is gone with the descriptor.
         Ok(NodeView::export(self, name)?.position)
     }

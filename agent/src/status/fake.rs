@@ -184,6 +184,10 @@ impl BusView for FakeNode {
         self.status.lock().followers.clone()
     }
 
+    fn follower_names(&self) -> Vec<String> {
+        self.followers().into_iter().map(|follower| follower.name).collect()
+    }
+
     fn names(&self) -> Vec<DatabaseName> {
         self.status.lock().databases.iter().map(|db| DatabaseName::new(&db.name).unwrap()).collect()
     }

@@ -96,6 +96,11 @@ impl Server {
         self.sessions.list()
     }
 
+    /// Names of followers that are connected now.
+    pub fn follower_names(&self) -> Vec<String> {
+        self.sessions.names()
+    }
+
     /// Waits until all streams have ended, after the cancellation.
     pub async fn stopped(&self) {
         self.cancel.cancelled().await;

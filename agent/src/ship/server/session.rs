@@ -90,6 +90,10 @@ impl Sessions {
         self.0.lock().get(&follower).cloned()
     }
 
+    pub(super) fn names(&self) -> Vec<String> {
+        self.0.lock().values().map(|session| session.identity.node_name.clone()).collect()
+    }
+
     pub(super) fn list(&self) -> Vec<FollowerInfo> {
         let sessions: Vec<_> = self.0.lock().values().cloned().collect();
         sessions

@@ -254,8 +254,7 @@ impl ManagerObject {
     /// Names of the hosts that follow this one now; `ListFollowers` tells more.
     #[zbus(property)]
     fn followers(&self) -> Vec<String> {
-        let mut names: Vec<String> =
-            self.view.followers().into_iter().map(|follower| follower.name).collect();
+        let mut names = self.view.follower_names();
         names.sort();
         names
     }

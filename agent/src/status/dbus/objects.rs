@@ -1,6 +1,6 @@
 //! Which databases have an object on the bus.
 //!
-//! An object costs about 3 KiB and is part of every `GetManagedObjects`, so that not each of 100,000 databases can have
+//! An object costs about 14 KB and is part of every `GetManagedObjects`, so that not each of 100,000 databases can have
 //! one. The first [`AUTOMATIC_MAX`] have theirs from the start; others get one when somebody asks for it, and of those
 //! the [`REQUESTED_MAX`] newest are kept.
 
@@ -114,11 +114,14 @@ impl Objects {
         Ok(())
     }
 
-    /// Whether a database has an object, or would get one.
-    pub async fn concerns(&self, name: &DatabaseName) -> bool {
+    /// Those of the databases that have an object, or would get one.
+    pub async fn concerned<'a>(
+        &self,
+        names: impl Iterator<Item = &'a DatabaseName> + Send,
+    ) -> Vec<DatabaseName> {
         let exported = self.exported.lock().await;
-        exported.objects.contains_key(name)
-            || exported.objects.len() - exported.requested.len() < AUTOMATIC_MAX
+        let room = exported.objects.len() - exported.requested.len() < AUTOMATIC_MAX;
+        names.filter(|name| room || exported.objects.contains_key(*name)).cloned().collect()
     }
 }
 
@@ -159,7 +162,7 @@ pub(super) async fn values<I: Interface>(
     values.map_err(|error| zbus::Error::Failure(error.to_string()))
 }
 
-/// Tells in one signal which properties are not what was last told.
+/// Tells in one signal which properties are not what was last told. Those that are `hot` are not even read.
 pub(super) async fn tell<I: Interface>(
     connection: &Connection,
     object: &InterfaceRef<I>,
@@ -167,18 +170,26 @@ pub(super) async fn tell<I: Interface>(
     interface: &'static str,
     hot: &[&str],
 ) -> zbus::Result<()> {
-    let mut now = values(connection, object).await?;
-    now.retain(|property, value| !hot.contains(&property.as_str()) && told.get(property) != Some(value));
-    if now.is_empty() {
+    let emitter: &SignalEmitter<'_> = object.signal_emitter();
+    let mut news = Told::new();
+    {
+        let reading = object.get().await;
+        for (property, before) in told.iter().filter(|(property, _)| !hot.contains(&property.as_str())) {
+            let now = reading.get(property, connection.object_server(), connection, None, emitter).await;
+            if let Some(Ok(now)) = now
+                && now != *before
+            {
+                news.insert(property.clone(), now);
+            }
+        }
+    }
+    if news.is_empty() {
         return Ok(());
     }
-    let changed: HashMap<&str, Variant<'_>> = now
-        .iter()
-        .map(|(property, value)| Ok((property.as_str(), Variant::try_from(value)?)))
-        .collect::<zbus::Result<_>>()?;
+    let changed = news.iter().map(|(property, value)| Ok((property.as_str(), Variant::try_from(value)?)));
+    let changed: HashMap<&str, Variant<'_>> = changed.collect::<zbus::Result<_>>()?;
     let interface = zbus::names::InterfaceName::from_static_str(interface)?;
-    zbus::fdo::Properties::properties_changed(object.signal_emitter(), interface, changed, (&[]).into())
-        .await?;
-    told.extend(now);
+    zbus::fdo::Properties::properties_changed(emitter, interface, changed, (&[]).into()).await?;
+    told.extend(news);
     Ok(())
 }

@@ -7,7 +7,7 @@ use super::view::BusView;
 use crate::DatabaseName;
 use crate::status::api::{DatabaseState, DatabaseStatus, RoleStatus};
 use crate::status::changes::{ChangeSet, Happening, Subscription};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::MissedTickBehavior;
@@ -37,8 +37,10 @@ pub struct Service {
     manager: InterfaceRef<ManagerObject>,
     told: Told,
     role: RoleStatus,
-    /// Databases whose properties are to be told.
-    waiting: BTreeSet<DatabaseName>,
+    /// Databases whose properties are to be told, those that have waited longest first, ...
+    waiting: VecDeque<DatabaseName>,
+    /// ... and the same as a set.
+    waits: HashSet<DatabaseName>,
 }
 
 impl Service {
@@ -72,7 +74,8 @@ impl Service {
             manager,
             told,
             role,
-            waiting: BTreeSet::new(),
+            waiting: VecDeque::new(),
+            waits: HashSet::new(),
         })
     }
 
@@ -134,21 +137,28 @@ impl Service {
         self.role = role;
         tell(&self.connection, &self.manager, &mut self.told, MANAGER_INTERFACE, &HOT).await?;
 
-        // Those that waited have newer states by now.
-        let mut told = 0;
-        for (name, status) in statuses {
-            if told < OBJECTS_PER_ROUND || is_gone(&status) {
-                self.waiting.remove(&name);
-                self.objects.update(&self.connection, &name, status).await?;
-                told += 1;
-            } else if self.objects.concerns(&name).await {
-                self.waiting.insert(name);
+        self.tell_objects(statuses).await
+    }
+
+    /// Tells the properties of those that have waited longest. They may have changed again since they were read.
+    async fn tell_objects(&mut self, statuses: Vec<(DatabaseName, DatabaseStatus)>) -> zbus::Result<()> {
+        let (gone, there): (Vec<_>, Vec<_>) = statuses.into_iter().partition(|(_, status)| is_gone(status));
+        for (name, status) in gone {
+            self.objects.update(&self.connection, &name, status).await?;
+        }
+        for name in self.objects.concerned(there.iter().map(|(name, _)| name)).await {
+            if self.waits.insert(name.clone()) {
+                self.waiting.push_back(name);
             }
         }
-        let late: BTreeSet<DatabaseName> =
-            self.waiting.iter().take(OBJECTS_PER_ROUND.saturating_sub(told)).cloned().collect();
-        self.waiting.retain(|name| !late.contains(name));
-        for (name, status) in self.read(late).await? {
+        let now = self.waiting.len().min(OBJECTS_PER_ROUND);
+        let now: BTreeSet<DatabaseName> = self.waiting.drain(..now).collect();
+        self.waits.retain(|name| !now.contains(name));
+        let mut there: HashMap<DatabaseName, DatabaseStatus> = there.into_iter().collect();
+        let (known, unknown): (Vec<_>, Vec<_>) = now.into_iter().partition(|name| there.contains_key(name));
+        let read = self.read(unknown.into_iter().collect()).await?;
+        let known = known.into_iter().filter_map(|name| there.remove_entry(&name));
+        for (name, status) in known.chain(read) {
             self.objects.update(&self.connection, &name, status).await?;
         }
         Ok(())

@@ -338,6 +338,43 @@ async fn rounds_are_bounded_and_nothing_is_lost() {
     }
 }
 
+/// Those that change all the time do not keep others from being told.
+#[tokio::test]
+async fn nobody_waits_for_ever() {
+    let node = FakeNode::new();
+    {
+        let mut status = node.status.lock();
+        let one = status.databases[0].clone();
+        status.databases = (0..150)
+            .map(|number| {
+                let mut db = one.clone();
+                db.name = format!("db{number:03}");
+                db
+            })
+            .collect();
+    }
+    let (pair, _) = pair(node, true).await;
+    let last =
+        PropertiesProxy::new(&pair.client, "io.litefs.LiteFS1.db", "/io/litefs/LiteFS1/databases/db149");
+    let mut told = last.await.unwrap().receive_properties_changed().await.unwrap();
+    let node = pair.node.clone();
+    let busy = tokio::spawn(async move {
+        for txid in 43.. {
+            for number in 0..150 {
+                node.status.lock().databases[number].txid = Txid(txid);
+                // The last one changes once only.
+                if number < 149 || txid == 43 {
+                    node.feed.database(&DatabaseName::new(format!("db{number:03}")).unwrap());
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    let signal = tokio::time::timeout(Duration::from_secs(30), told.next()).await.expect("it is told");
+    assert!(signal.unwrap().args().unwrap().changed_properties.contains_key("Txid"));
+    busy.abort();
+}
+
 #[tokio::test]
 async fn a_replica_that_was_cut_off_is_degraded() {
     let node = FakeNode::new();

@@ -42,6 +42,9 @@ pub trait BusView: NodeView {
     /// Connected followers and how far they are.
     fn followers(&self) -> Vec<FollowerStatus>;
 
+    /// Names of connected followers. Blocks for a moment at most.
+    fn follower_names(&self) -> Vec<String>;
+
     /// Names of all databases, in order.
     fn names(&self) -> Vec<DatabaseName>;
 
