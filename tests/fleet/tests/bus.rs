@@ -101,7 +101,7 @@ fn units_are_reloaded_when_a_database_changes_and_polkit_decides() {
     a.run("systemctl is-active litefs@db");
     let explained = a.run("journalctl -x -u litefs@db MESSAGE_ID=2e7c72dc445f4cfcb160c4d532a172aa");
     assert!(explained.contains("LiteFS: the configuration was not taken over"), "{explained}");
-    assert!(explained.contains("unknown key nonsense"), "{explained}");
+    assert!(explained.contains("unknown key http.nonsense"), "{explained}");
     let role = a.run("journalctl -x -u litefs@db MESSAGE_ID=97599f13c5304e66b906fde5f7c54bf5");
     assert!(role.contains("LiteFS: this host is now primary"), "{role}");
     a.run("sed -i /nonsense/d /etc/litefs/db.toml && systemctl reload litefs@db");

@@ -6,7 +6,7 @@ use super::service::Service;
 use super::view::BusView;
 use crate::DatabaseName;
 use crate::status::RoleRequest;
-use crate::status::api::{DatabaseState, RoleName};
+use crate::status::api::{DatabaseState, DatabaseStatus, RoleName};
 use crate::status::changes::Happening;
 use crate::status::fake::{self, FakeNode};
 use futures_util::StreamExt;
@@ -79,6 +79,15 @@ impl Pair {
         self.node.status.lock().databases[0].txid = Txid(txid);
         self.node.feed.database(&DatabaseName::new("a.db").unwrap());
     }
+}
+
+/// A node with databases `db00000`, `db00001`, ...
+fn with_databases(count: usize) -> FakeNode {
+    let node = FakeNode::new();
+    let one = node.status.lock().databases[0].clone();
+    let databases = (0..count).map(|number| DatabaseStatus { name: format!("db{number:05}"), ..one.clone() });
+    node.status.lock().databases = databases.collect();
+    node
 }
 
 fn named(error: zbus::Error) -> (String, String) {
@@ -302,18 +311,7 @@ async fn more_databases_than_objects() {
 /// Many databases at once: nothing is lost, though not all are told in one round.
 #[tokio::test]
 async fn rounds_are_bounded_and_nothing_is_lost() {
-    let node = FakeNode::new();
-    {
-        let mut status = node.status.lock();
-        let one = status.databases[0].clone();
-        status.databases = (0..250)
-            .map(|number| {
-                let mut db = one.clone();
-                db.name = format!("db{number:03}");
-                db
-            })
-            .collect();
-    }
+    let node = with_databases(250);
     let (pair, _) = pair(node, true).await;
     let rule = zbus::MatchRule::builder()
         .msg_type(zbus::message::Type::Signal)
@@ -325,7 +323,7 @@ async fn rounds_are_bounded_and_nothing_is_lost() {
         db.txid = Txid(43);
     }
     for number in 0..250 {
-        pair.node.feed.database(&DatabaseName::new(format!("db{number:03}")).unwrap());
+        pair.node.feed.database(&DatabaseName::new(format!("db{number:05}")).unwrap());
     }
     let mut seen = std::collections::BTreeSet::new();
     while seen.len() < 250 {
@@ -341,21 +339,10 @@ async fn rounds_are_bounded_and_nothing_is_lost() {
 /// Those that change all the time do not keep others from being told.
 #[tokio::test]
 async fn nobody_waits_for_ever() {
-    let node = FakeNode::new();
-    {
-        let mut status = node.status.lock();
-        let one = status.databases[0].clone();
-        status.databases = (0..150)
-            .map(|number| {
-                let mut db = one.clone();
-                db.name = format!("db{number:03}");
-                db
-            })
-            .collect();
-    }
+    let node = with_databases(150);
     let (pair, _) = pair(node, true).await;
     let last =
-        PropertiesProxy::new(&pair.client, "io.litefs.LiteFS1.db", "/io/litefs/LiteFS1/databases/db149");
+        PropertiesProxy::new(&pair.client, "io.litefs.LiteFS1.db", "/io/litefs/LiteFS1/databases/db00149");
     let mut told = last.await.unwrap().receive_properties_changed().await.unwrap();
     let node = pair.node.clone();
     let busy = tokio::spawn(async move {
@@ -364,7 +351,7 @@ async fn nobody_waits_for_ever() {
                 node.status.lock().databases[number].txid = Txid(txid);
                 // The last one changes once only.
                 if number < 149 || txid == 43 {
-                    node.feed.database(&DatabaseName::new(format!("db{number:03}")).unwrap());
+                    node.feed.database(&DatabaseName::new(format!("db{number:05}")).unwrap());
                 }
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
