@@ -1,6 +1,7 @@
 //! Where the agent's messages go: text on a terminal, fields in the journal under systemd, JSON on request.
 
 use crate::config::{LogFormat, LogLevel, LogOutputConfig};
+use crate::systemd::journal::Journal;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
@@ -30,15 +31,12 @@ pub fn init(output: LogOutputConfig) -> Result<(), String> {
         format => format,
     };
     let layer = match format {
-        LogFormat::Journal => tracing_journald::layer()
+        LogFormat::Journal => Journal::connect(ForPeople)
             .map_err(|error| {
                 format!(
                     "cannot reach the journal: {error}; set log-output.format = \"human\" or start journald"
                 )
             })?
-            // A prefix would hide MESSAGE_ID and our own fields from `journalctl FIELD=`.
-            .with_field_prefix(None)
-            .with_syslog_identifier("litefs".to_owned())
             .boxed(),
         LogFormat::Json => fmt::layer().json().flatten_event(true).with_writer(io::stderr).boxed(),
         LogFormat::Human | LogFormat::Auto => {

@@ -303,6 +303,7 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
 
     tracing::info!("stopping");
     systemd::status::stopping();
+    systemd::targets::stop(&config.cluster).await;
     node.stop_hooks().await;
     lease.stop().await;
     node.drain_followers(DRAIN).await;

@@ -13,8 +13,9 @@ const HTTP: (&str, &str) = ("http", "http-listener");
 /// `FileDescriptorName=` of `litefs-control@.socket`, and the name in the store.
 const CONTROL: (&str, &str) = ("control", "control-listener");
 
-/// Who may connect to the control socket: the agent's user and group.
+/// Who may connect to the control socket: the agent's user, and this group where there is one.
 const CONTROL_MODE: u32 = 0o660;
+const CONTROL_GROUP: &str = "litefs";
 
 /// The port for followers, metrics and events.
 ///
@@ -51,7 +52,7 @@ pub async fn control(path: &Path) -> Result<Listener, BindError> {
         return Ok(listener);
     }
     if let Some(fd) = fds::take(CONTROL.1) {
-        // Its file is removed together with the runtime directory.
+        // Somebody may have removed its file.
         let there = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
         match Listener::unix_from(fd) {
             Ok(kept) if there && kept.address() == path.display().to_string() => return Ok(kept),
@@ -59,14 +60,21 @@ pub async fn control(path: &Path) -> Result<Listener, BindError> {
         }
     }
     let listener = Listener::bind_unix(path, CONTROL_MODE).await?;
+    if fds::is_service() {
+        let group = nix::unistd::Group::from_name(CONTROL_GROUP).ok().flatten();
+        if let Some(group) = group
+            && let Err(error) = nix::unistd::chown(path, None, Some(group.gid))
+        {
+            tracing::warn!(%error, "cannot give {} to the group {CONTROL_GROUP}", path.display());
+        }
+    }
     if let Listener::Unix(socket) = &listener {
         fds::store(CONTROL.1, socket.as_fd());
     }
     Ok(listener)
 }
 
-/// Removes the control socket's file when the agent stops, unless it is kept for the next one: then systemd removes it
-/// with the runtime directory.
+/// Removes the control socket's file when the agent stops, unless systemd keeps the socket for the next one.
 pub fn remove_control(path: &Path) {
     if !fds::is_service() {
         let _ = std::fs::remove_file(path);

@@ -7,10 +7,12 @@
 //! | [`status`]      | the line that `systemctl status` shows                                               |
 //! | [`watchdog`]    | tells systemd that the agent makes progress, as long as it does                      |
 //! | [`targets`]     | units that run only on the primary, or only on a replica                             |
+//! | [`journal`]     | messages                                                                            |
 //! | [`credentials`] | secrets                                                                              |
 
 pub mod credentials;
 pub mod fds;
+pub mod journal;
 pub mod listeners;
 pub mod status;
 pub mod targets;
