@@ -46,6 +46,7 @@ pub struct Host {
     port: Port,
     settings: Mutex<Vec<String>>,
     environment: Mutex<Vec<(String, String)>>,
+    binary: Mutex<PathBuf>,
     agent: Arc<Mutex<Option<Child>>>,
     expected_errors: Mutex<Vec<String>>,
     /// Dropped to call off the watchdog.
@@ -93,6 +94,7 @@ impl Fleet {
             port: Port::reserve(),
             settings: Mutex::default(),
             environment: Mutex::default(),
+            binary: Mutex::new(litefs().to_owned()),
             agent,
             expected_errors: Mutex::default(),
             _watch: watch,
@@ -216,7 +218,7 @@ impl Host {
 
     /// The command that runs the agent, for tests that start it in their own way.
     pub fn agent_command(&self) -> Command {
-        let mut command = Command::new(litefs());
+        let mut command = Command::new(&*lock(&self.binary));
         command.arg("agent").arg("--config").arg(self.config_file());
         command.envs(lock(&self.environment).iter().cloned());
         let own = [
@@ -226,6 +228,8 @@ impl Host {
             format!("socket.path={}", self.socket().display()),
             format!("http.listen=127.0.0.1:{}", self.port.number),
             format!("http.advertise-url={}", self.url()),
+            // A killed agent is gone, unless a test is about the next one.
+            "mount.takeover-wait=0s".to_owned(),
             "log-output.format=human".to_owned(),
         ];
         for setting in own.iter().chain(lock(&self.settings).iter()) {
@@ -316,6 +320,22 @@ impl Host {
             std::thread::sleep(Duration::from_millis(2));
         }
         true
+    }
+
+    /// Has the agent leave its mount to the next one (SIGUSR2), and waits until it has ended.
+    #[track_caller]
+    pub fn leave(&self) -> &Host {
+        self.signal(Signal::SIGUSR2);
+        let mut agent = lock(&self.agent).take().expect("the agent was started");
+        let status = wait_for("the agent leaves", PATIENCE, || agent.try_wait().expect("it is our child"));
+        assert!(status.success(), "the agent of {} left with {status}", self.name);
+        self
+    }
+
+    /// Runs another binary from the next start on.
+    pub fn use_binary(&self, path: &Path) -> &Host {
+        *lock(&self.binary) = path.to_owned();
+        self
     }
 
     /// Stops and starts.

@@ -35,6 +35,7 @@ use connection::WalConnection;
 use database_lock::DatabaseLock;
 use files::{Files, Patience};
 use sqlite_file::header::DatabaseHeader;
+use sqlite_file::locks::{LockKind, RESERVED, conflicting_holder};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -218,6 +219,19 @@ impl Applier {
         let Some(lock) = lock else { return Ok(None) };
         let played = rollback_journal::play_back(files, &database)?;
         Ok(played.then(|| DeadTransaction { files: Arc::clone(files), _lock: lock }))
+    }
+
+    /// Takes back what an applier that died has written in place, and leaves an empty journal: a reader that is about to
+    /// look whether it is hot must find one. `false`: somebody is writing, so it is a journal in use.
+    pub fn roll_back_under_readers(&self) -> Result<bool, ApplyError> {
+        let files = &self.files;
+        let Some(database) = files.open_database()? else { return Ok(true) };
+        let writer = conflicting_holder(&database, LockKind::Write, RESERVED);
+        if writer.map_err(files.io("look at the locks of", &files.database))?.is_some() {
+            return Ok(false);
+        }
+        rollback_journal::play_back_and_empty(files, &database)?;
+        Ok(true)
     }
 
     /// Removes the database. Those who still read it after the bound keep the file that they have open, as on the

@@ -132,6 +132,15 @@ pub(super) fn recover(files: &Files, database: &File) -> Result<(), ApplyError> 
     if play_back(files, database)? { files.remove(&files.journal) } else { Ok(()) }
 }
 
+/// Plays a left-over journal back if it is hot, and empties it.
+pub(super) fn play_back_and_empty(files: &Files, database: &File) -> Result<(), ApplyError> {
+    if play_back(files, database)? {
+        let journal = File::options().write(true).open(&files.journal);
+        journal.and_then(|file| file.set_len(0)).map_err(files.io("empty", &files.journal))?;
+    }
+    Ok(())
+}
+
 /// Plays a left-over journal back if it is hot. The caller holds EXCLUSIVE. `false`: there is none.
 pub(super) fn play_back(files: &Files, database: &File) -> Result<bool, ApplyError> {
     let file = match File::open(&files.journal) {

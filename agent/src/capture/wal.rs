@@ -7,6 +7,9 @@
 //! the headers of a spilled transaction after its commit frame, while the pages are final (walRewriteChecksums).
 
 pub mod published;
+mod reattach;
+
+pub use reattach::{Known, Newest};
 
 use super::{CaptureError, Commit, Logged, log_transaction};
 use crate::database::{Database, State};
@@ -42,6 +45,8 @@ pub struct WalCapture {
     last: Option<LastCommit>,
     /// Pages of such transactions: the next transaction has to put them back.
     reverted: BTreeSet<u32>,
+    /// There are such pages, and only the log's last record says which.
+    reverted_unknown: bool,
 }
 
 /// What is needed to take back the last captured transaction.
@@ -71,7 +76,8 @@ enum Stale {
 struct Arriving {
     /// Offset of its header.
     at: u64,
-    /// What arrived and is not in the file: the start of a header, or everything of a commit frame.
+    /// What arrived and is not in the file as it is: the start of a header, or everything of a commit frame. The file has
+    /// it with the header veiled, for an agent that comes after this one.
     held: Vec<u8>,
     /// Bytes that arrived.
     filled: u64,
@@ -82,6 +88,18 @@ struct Generation {
     page_size: u32,
     salt1: u32,
     salt2: u32,
+}
+
+impl Generation {
+    /// Whether a frame header has the salts of this generation.
+    fn owns(&self, header: &[u8; FRAME_HEADER_BYTES as usize]) -> bool {
+        header[8..12] == self.salt1.to_be_bytes() && header[12..16] == self.salt2.to_be_bytes()
+    }
+}
+
+/// Makes bytes of a frame header unrecognisable, or recognisable again: with other salts it is no frame for SQLite.
+fn veil(bytes: &mut [u8]) {
+    bytes.iter_mut().for_each(|b| *b = !*b);
 }
 
 impl WalCapture {
@@ -237,6 +255,14 @@ pub fn written(
         take_back_last(st, file).map_err(io)?;
         return continued(db, st, file, frame_bytes, data);
     }
+    if let Some(frame) = arrived_before(&st.wal, file, offset).map_err(io)? {
+        if let Some(number) = frame.held.first_chunk::<4>().filter(|_| frame.filled >= FRAME_HEADER_BYTES) {
+            st.wal.pending.split_off(&frame.at);
+            st.wal.pending.insert(frame.at, u32::from_be_bytes(*number));
+        }
+        st.wal.arriving = Some(frame);
+        return continued(db, st, file, frame_bytes, data);
+    }
     // A rewrite of header checksums up to the last commit, or of pages that a spilled transaction changed again.
     let known = end <= st.wal.committed_end
         || offset >= st.wal.committed_end && end <= st.wal.pending_end(frame_bytes);
@@ -245,6 +271,49 @@ pub fn written(
         return Ok(None);
     }
     not_followed(db, st, file, offset, data)
+}
+
+/// Whether a write that is asked again was done before: the file has it, and it is committed.
+pub fn already_written(st: &State, file: &File, offset: u64, data: &[u8]) -> std::io::Result<bool> {
+    if offset + data.len() as u64 > st.wal.committed_end {
+        return Ok(false);
+    }
+    let mut there = vec![0; data.len()];
+    file.read_exact_at(&mut there, offset)?;
+    Ok(there == data)
+}
+
+/// A frame after the last commit whose beginning arrived while another agent ran, if `offset` goes on with one that has to
+/// be held.
+fn arrived_before(wal: &WalCapture, file: &File, offset: u64) -> std::io::Result<Option<Arriving>> {
+    let Some(generation) = wal.generation.filter(|_| offset > wal.committed_end) else { return Ok(None) };
+    let filled = (offset - HEADER_BYTES) % frame_bytes(generation.page_size);
+    let at = offset - filled;
+    if filled == 0 || at < wal.committed_end || file.metadata()?.len() < offset {
+        return Ok(None);
+    }
+    let mut held = vec![0; filled as usize];
+    file.read_exact_at(&mut held, at)?;
+    match held.first_chunk_mut::<{ FRAME_HEADER_BYTES as usize }>() {
+        None => veil(&mut held),
+        Some(header) => {
+            if generation.owns(header) {
+                if header[4..8] == [0; 4] || !wal.pending.contains_key(&at) {
+                    return Ok(None);
+                }
+                // A commit in the place of an unpublished one, whose header was let through as a rewrite.
+                let mut veiled = *header;
+                veil(&mut veiled);
+                file.write_all_at(&veiled, at)?;
+            } else {
+                veil(header);
+                if !generation.owns(header) {
+                    return Ok(None);
+                }
+            }
+        }
+    }
+    Ok(Some(Arriving { at, held, filled }))
 }
 
 /// The last captured transaction was never published: its place is taken by one whose first header was written just
@@ -266,7 +335,9 @@ fn take_back_last(st: &mut State, file: &File) -> std::io::Result<()> {
     let commits = header[4..8] != [0; 4];
     if commits {
         // Kept back like any commit frame.
-        file.write_all_at(&[0; FRAME_HEADER_BYTES as usize], last.start)?;
+        let mut veiled = header.clone();
+        veil(&mut veiled);
+        file.write_all_at(&veiled, last.start)?;
     } else {
         header.clear();
     }
@@ -334,6 +405,8 @@ fn take_piece(
     if before >= FRAME_HEADER_BYTES && frame.held.is_empty() {
         file.write_all_at(piece, frame.at + before).map_err(io)?;
     } else {
+        // Now, so that afterwards a full disk cannot keep the frame out of the file.
+        write_veiled(file, &frame, before, piece).map_err(io)?;
         frame.held.extend_from_slice(piece);
         if before < FRAME_HEADER_BYTES && frame.filled >= FRAME_HEADER_BYTES {
             let word = |at: usize| {
@@ -361,6 +434,21 @@ fn take_piece(
         st.wal.arriving = Some(frame);
     }
     Ok(None)
+}
+
+/// Writes a piece so that it is no valid frame, but can be read back.
+fn write_veiled(file: &File, frame: &Arriving, before: u64, piece: &[u8]) -> std::io::Result<()> {
+    let of_header = (FRAME_HEADER_BYTES.saturating_sub(before) as usize).min(piece.len());
+    let (header, page) = piece.split_at(of_header);
+    if !header.is_empty() {
+        let mut veiled = header.to_vec();
+        veil(&mut veiled);
+        file.write_all_at(&veiled, frame.at + before)?;
+    }
+    if !page.is_empty() {
+        file.write_all_at(page, frame.at + before + of_header as u64)?;
+    }
+    Ok(())
 }
 
 /// A write that is not how SQLite writes: the file is read instead, when the writer syncs, closes or writes again.
@@ -437,11 +525,7 @@ fn commit(
             }
         },
     };
-    // With its header still zeros, which is no frame: afterwards a full disk cannot keep the frame out of the file.
-    let mut unfinished = vec![0; FRAME_HEADER_BYTES as usize];
-    unfinished.extend_from_slice(page);
-    let written = file.write_all_at(&unfinished, at).map_err(|e| db.wal_error(e));
-    let logged = written.and_then(|()| log_transaction(db, st, &commit, &mut read));
+    let logged = log_transaction(db, st, &commit, &mut read);
     st.wal.committed = committed;
     let logged = logged?;
     // The log has the transaction. If this write fails the file lacks it until recovery puts it back, so the

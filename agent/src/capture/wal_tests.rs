@@ -34,13 +34,18 @@ impl Case {
         for dir in [&dirs.files, &dirs.checksums, &dirs.staging] {
             std::fs::create_dir_all(dir).unwrap();
         }
-        let log = CommitLog::open(&dirs.log, Options::default()).unwrap();
-        let shared = Shared::new(Arc::new(log), dirs, 1, Epoch(1));
-        shared.set_role(Epoch(1), true);
-        let db = shared.database_or_new(&DatabaseName::new("a.db").unwrap());
+        let db = Self::node(dirs);
         let file =
             File::options().read(true).write(true).create(true).truncate(true).open(&db.paths().wal).unwrap();
         (db, file)
+    }
+
+    fn node(dirs: Dirs) -> Arc<Database> {
+        let options = Options { segment_bytes: 1 << 20, inline_bytes_max: 1 << 18, ..Options::default() };
+        let log = CommitLog::open(&dirs.log, options).unwrap();
+        let shared = Shared::new(Arc::new(log), dirs, 1, Epoch(1));
+        shared.set_role(Epoch(1), true);
+        shared.database_or_new(&DatabaseName::new("a.db").unwrap())
     }
 
     /// What SQLite writes: the header, then each frame's header and page.
@@ -114,7 +119,7 @@ fn a_refused_commit_stays_refused_until_the_frame_is_written_anew() {
 }
 
 #[test]
-fn a_kept_back_frame_is_seen_by_readers_and_not_in_the_file() {
+fn a_kept_back_frame_is_seen_by_readers_and_no_frame_in_the_file() {
     let case = Case::new(4096);
     let (db, file) = case.primary();
     let calls = case.calls();
@@ -123,7 +128,9 @@ fn a_kept_back_frame_is_seen_by_readers_and_not_in_the_file() {
         written(&db, &mut db.state(), &file, *offset, data).unwrap();
     }
     let (at, header) = calls[commit];
-    assert_eq!(file.metadata().unwrap().len(), at);
+    let mut in_the_file = [0; 24];
+    file.read_exact_at(&mut in_the_file, at).unwrap();
+    assert_ne!(in_the_file[8..16], header[8..16], "with these salts it would be a frame");
     let st = db.state();
     assert_eq!(st.wal.visible_len(at), at + 24);
     let mut seen = [0; 40];
@@ -193,6 +200,42 @@ fn a_transaction_in_the_place_of_an_unpublished_one_takes_it_back() {
     feed(&base, 0);
     feed(&unpublished, base.len());
     feed(&published, base.len());
+    let taken_back = primary.state().position;
+    drop((primary, file));
+
+    // The same, with another agent after each of the writes that take the place.
+    let frame = frame_bytes(4096) as usize;
+    let replacing: Vec<(u64, &[u8])> = (base.len()..published.len())
+        .step_by(frame)
+        .flat_map(|at| {
+            let page = pieces(at as u64 + 24, &published[at + 24..at + frame], 4096);
+            std::iter::once((at as u64, &published[at..at + 24])).chain(page)
+        })
+        .collect();
+    for died_at in 0..replacing.len() {
+        let case = Case { dir: tempfile::tempdir().unwrap(), wal: published.clone(), page_size: 4096 };
+        let (mut primary, mut file) = case.primary();
+        std::fs::copy(&one, &primary.paths().database).unwrap();
+        for (i, (offset, data)) in replacing.iter().enumerate() {
+            if i == 0 {
+                let before = Case { dir: tempfile::tempdir().unwrap(), wal: base.clone(), page_size: 4096 };
+                let unpublished =
+                    Case { dir: tempfile::tempdir().unwrap(), wal: unpublished.clone(), page_size: 4096 };
+                let earlier = before
+                    .calls()
+                    .into_iter()
+                    .chain(unpublished.calls().into_iter().skip(before.calls().len()));
+                for (offset, data) in earlier {
+                    written(&primary, &mut primary.state(), &file, offset, data).unwrap();
+                }
+            }
+            written(&primary, &mut primary.state(), &file, *offset, data).unwrap();
+            if i == died_at {
+                (primary, file) = next_agent(&case, primary, file);
+            }
+        }
+        assert_eq!(primary.state().position, taken_back, "write {died_at}");
+    }
 
     other.execute_batch("pragma wal_checkpoint(truncate)").unwrap();
     let expected = std::fs::read(&two).unwrap();
@@ -200,7 +243,93 @@ fn a_transaction_in_the_place_of_an_unpublished_one_takes_it_back() {
         .chunks_exact(4096)
         .zip(1..)
         .fold(ltx::Checksum::EMPTY, |sum, (page, pgno)| sum.xor(ltx::page_checksum(pgno, page)));
-    let st = primary.state();
-    assert_eq!(st.page_count as usize, expected.len() / 4096);
-    assert_eq!(st.position.checksum, sum);
+    assert_eq!(taken_back.checksum, sum);
+}
+
+/// Another agent takes up the database; the applications have noticed nothing.
+fn next_agent(case: &Case, db: Arc<Database>, file: File) -> (Arc<Database>, File) {
+    let wal = db.paths().wal.clone();
+    db.shared().log.close();
+    drop((db, file));
+    let db = Case::node(Dirs::new(case.dir.path().join("data"), case.dir.path().join("mount")));
+    db.reattach().unwrap();
+    (db, File::options().read(true).write(true).open(wal).unwrap())
+}
+
+/// A write whose answer the application never got.
+fn ask_again(db: &Database, file: &File, offset: u64, data: &[u8]) {
+    let mut st = db.state();
+    if !already_written(&st, file, offset, data).unwrap() {
+        written(db, &mut st, file, offset, data).unwrap();
+    }
+}
+
+#[test]
+fn an_agent_that_dies_at_any_write_is_followed_by_one_that_knows_what_it_knew() {
+    for (page_size, cut) in [(512, 13), (4096, 4096), (4096, 1 << 20)] {
+        let case = Case::new(page_size);
+        let (db, file) = case.primary();
+        std::fs::write(&db.paths().database, []).unwrap();
+        let calls: Vec<(u64, &[u8])> = case
+            .calls()
+            .into_iter()
+            .flat_map(|(offset, data)| pieces(offset, data, if offset == 0 { 1 << 20 } else { cut }))
+            .collect();
+        for (offset, data) in &calls {
+            written(&db, &mut db.state(), &file, *offset, data).unwrap();
+        }
+        let expected = {
+            let st = db.state();
+            (st.position, st.page_count)
+        };
+        db.shared().log.close();
+        drop((db, file));
+
+        // Each write is the last one of an agent: answered, or done and not answered.
+        let step = (calls.len() / 8).max(1) | 1;
+        for died_at in (0..calls.len()).step_by(step) {
+            for answered in [true, false] {
+                let case = Case { dir: tempfile::tempdir().unwrap(), wal: case.wal.clone(), page_size };
+                let (mut db, mut file) = case.primary();
+                std::fs::write(&db.paths().database, []).unwrap();
+                for (i, (offset, data)) in calls.iter().enumerate() {
+                    written(&db, &mut db.state(), &file, *offset, data).unwrap();
+                    if i == died_at {
+                        (db, file) = next_agent(&case, db, file);
+                        if !answered {
+                            ask_again(&db, &file, *offset, data);
+                        }
+                    }
+                }
+                let what = format!("page size {page_size}, cut {cut}, write {died_at}, answered {answered}");
+                assert_eq!(std::fs::read(&db.paths().wal).unwrap(), case.wal, "{what}");
+                let st = db.state();
+                assert_eq!((st.position, st.page_count), expected, "{what}");
+                assert!(st.wal.reverted.is_empty(), "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_agent_that_dies_after_it_logged_a_commit_and_before_it_wrote_the_frame_is_followed_by_one_that_writes_it()
+ {
+    let case = Case::new(4096);
+    let (mut db, mut file) = case.primary();
+    std::fs::write(&db.paths().database, []).unwrap();
+    let calls = case.calls();
+    for (offset, data) in &calls {
+        written(&db, &mut db.state(), &file, *offset, data).unwrap();
+    }
+    let position = db.state().position;
+    let (at, header) = calls[calls.len() - 2];
+    let mut veiled = header.to_vec();
+    veil(&mut veiled);
+    file.write_all_at(&veiled, at).unwrap();
+    (db, file) = next_agent(&case, db, file);
+    assert_eq!(std::fs::read(&db.paths().wal).unwrap(), case.wal);
+    let (offset, page) = calls[calls.len() - 1];
+    ask_again(&db, &file, offset, page);
+    assert_eq!(db.state().position, position);
+    assert_eq!(std::fs::read(&db.paths().wal).unwrap(), case.wal);
 }

@@ -113,6 +113,14 @@ pub const KEYS: &[Key] = &[
         },
     },
     Key {
+        path: "mount.takeover-wait",
+        default: "\"30s\"",
+        doc: "When the agent dies, applications wait this long for the next one, which goes on where it was, before \
+              they get errors; \"0s\": not at all. Needs Linux 6.9. Under systemd the service's own restart \
+              settings decide how long, unless this is \"0s\".",
+        set: |config, value| value.duration(Duration::ZERO).map(|time| config.mount.takeover_wait = time),
+    },
+    Key {
         path: "http.listen",
         default: "\"127.0.0.1:20202\"",
         doc: "Address and port for followers, metrics and events. The default is reachable from this host \

@@ -99,6 +99,9 @@ pub struct MountConfig {
     pub passthrough: Passthrough,
     /// Threads that answer the kernel; 0: as many as suit the CPUs.
     pub threads: usize,
+    /// How long applications wait for another agent when this one dies.
+    #[serde(serialize_with = "duration")]
+    pub takeover_wait: Duration,
 }
 
 /// `[http]`
@@ -393,6 +396,7 @@ impl Config {
             mount: MountConfig {
                 dir: Path::new("/srv/litefs").join(cluster),
                 passthrough: Passthrough::Auto,
+                takeover_wait: Duration::from_secs(30),
                 threads: 0,
             },
             http: HttpConfig {

@@ -3,7 +3,8 @@
 //! Layout (all integers little-endian): one 4096-byte header, then a `u64` per page, page 1 first; 0 means "no such
 //! page" (page checksums always have bit 63 set, see the LTX specification). The header states a *mark*: a position
 //! up to which the database files and these entries were made durable together. Entries may be newer than the mark
-//! after a crash; replaying the log from the mark sets them right, because a record carries whole pages.
+//! after a crash; replaying the log from the mark sets them right, because a record carries whole pages. The header also
+//! has, for an agent that takes up databases in use, up to where a replica has applied; nothing makes that durable.
 
 use crate::DatabaseName;
 use ltx::{Checksum, Pos, Txid};
@@ -21,6 +22,12 @@ const STEP_BYTES: u64 = 64 * 1024;
 const UNLOGGED_OFFSET: usize = 32;
 const NAME_OFFSET: usize = 80;
 const CRC_OFFSET: usize = HEADER_BYTES as usize - 4;
+/// Two places for the applied position, used in turn, so that one is whole whenever its writer is killed. The header's
+/// checksum takes them for zeros.
+const APPLIED_OFFSETS: [usize; 2] = [3968, 4016];
+/// Sequence number, TXID, checksum, page size and count, and the sum of these with a constant.
+const APPLIED_BYTES: usize = 40;
+const APPLIED_SALT: u64 = 0x6c66_735f_6170_706c;
 
 /// What a sidecar is known to be durable up to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -185,13 +192,49 @@ impl Checksums {
         all_logged: bool,
     ) -> Result<(), ChecksumsError> {
         let io = |e| io_error(&self.path, e);
+        let applied = self.applied().unwrap_or(mark);
         self.map.flush().map_err(io)?;
         let mut header = encode_header(name, &mark);
         header[UNLOGGED_OFFSET] = if all_logged { 0 } else { self.map[UNLOGGED_OFFSET] };
         self.file.write_all_at(&header, 0).map_err(io)?;
         self.file.sync_data().map_err(io)?;
         self.mark = mark;
+        self.set_applied(applied);
         Ok(())
+    }
+
+    /// Notes how far the files are, for an agent that comes after this one while applications go on.
+    pub fn set_applied(&mut self, applied: Mark) {
+        let newest = self.applied_at().map_or(0, |(sequence, _)| sequence);
+        let sequence = newest + 1;
+        let shape = u64::from(applied.page_size) << 32 | u64::from(applied.page_count);
+        let words = [sequence, applied.position.txid.0, applied.position.checksum.0, shape];
+        let at = APPLIED_OFFSETS[(sequence % 2) as usize];
+        let sum = words.iter().fold(APPLIED_SALT, |sum, word| sum.rotate_left(9) ^ word);
+        for (i, word) in words.iter().chain([&sum]).enumerate() {
+            self.map[at + 8 * i..at + 8 * i + 8].copy_from_slice(&word.to_le_bytes());
+        }
+    }
+
+    /// How far the files were when that was last noted; `None` where it was not.
+    pub fn applied(&self) -> Option<Mark> {
+        self.applied_at().map(|(_, applied)| applied)
+    }
+
+    fn applied_at(&self) -> Option<(u64, Mark)> {
+        let read = |at: usize| {
+            let word = |i: usize| {
+                let bytes = self.map[at + 8 * i..at + 8 * i + 8].try_into().ok()?;
+                Some(u64::from_le_bytes(bytes))
+            };
+            let words = [word(0)?, word(1)?, word(2)?, word(3)?];
+            let sum = words.iter().fold(APPLIED_SALT, |sum, word| sum.rotate_left(9) ^ word);
+            let [sequence, txid, checksum, shape] = words;
+            let position = Pos { txid: Txid(txid), checksum: Checksum(checksum) };
+            let mark = Mark { position, page_size: (shape >> 32) as u32, page_count: shape as u32 };
+            (word(4)? == sum && sequence > 0).then_some((sequence, mark))
+        };
+        APPLIED_OFFSETS.into_iter().filter_map(read).max_by_key(|(sequence, _)| *sequence)
     }
 }
 
@@ -235,9 +278,12 @@ fn encode_header(name: &DatabaseName, mark: &Mark) -> [u8; HEADER_BYTES as usize
 }
 
 fn header_crc(header: &[u8; HEADER_BYTES as usize]) -> u32 {
-    let mut covered = *header;
-    covered[UNLOGGED_OFFSET] = 0;
-    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &covered[..CRC_OFFSET]) as u32
+    let mut header = *header;
+    header[UNLOGGED_OFFSET] = 0;
+    for at in APPLIED_OFFSETS {
+        header[at..at + APPLIED_BYTES].fill(0);
+    }
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &header[..CRC_OFFSET]) as u32
 }
 
 fn decode_header(
@@ -296,6 +342,28 @@ mod tests {
         sums.truncate(1);
         assert_eq!((sums.get(1), sums.get(20_000)), (Some(sum(5)), None));
         assert_eq!(sums.get(u32::MAX), None);
+    }
+
+    #[test]
+    fn the_applied_position_is_the_last_one_that_was_noted_as_a_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.sum");
+        let name = DatabaseName::new("x").unwrap();
+        let mut sums = Checksums::create(&path, &name).unwrap();
+        sums.reserve(7).unwrap();
+        assert_eq!(sums.applied(), None);
+        let at =
+            |n| Mark { position: Pos { txid: Txid(n), checksum: sum(n) }, page_size: 512, page_count: 7 };
+        sums.persist(&name, at(3), true).unwrap();
+        for n in [9, 4, 5] {
+            sums.set_applied(at(n));
+        }
+        drop(sums);
+        let mut sums = Checksums::open(&path).unwrap();
+        assert_eq!((sums.mark(), sums.applied()), (at(3), Some(at(5))));
+        let (newest, _) = sums.applied_at().unwrap();
+        sums.map[APPLIED_OFFSETS[(newest % 2) as usize] + 20] ^= 1;
+        assert_eq!(sums.applied(), Some(at(4)), "the one before");
     }
 
     #[test]

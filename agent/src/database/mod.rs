@@ -10,6 +10,7 @@ pub mod import;
 pub mod install;
 mod lost_log;
 pub mod pages;
+pub mod reattach;
 pub mod receive;
 pub mod recovery;
 pub mod shared;

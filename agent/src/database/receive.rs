@@ -238,6 +238,10 @@ impl Database {
                     };
                     st.set_wal_mode(shape.wal_mode);
                     st.wal.mark_written_from_log();
+                    let applied = st.applied;
+                    if let Ok(sums) = st.open_checksums(self) {
+                        sums.set_applied(applied);
+                    }
                 }
                 self.shared.counters.applies.fetch_add(count as u64, Ordering::Relaxed);
                 self.shared.pending_done(&self.name);

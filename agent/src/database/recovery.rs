@@ -158,7 +158,7 @@ impl Database {
     }
 
     /// Whether a rollback-mode file was written after its last capture, as without a journal.
-    fn written_after(&self, last: &RecordInfo) -> bool {
+    pub(super) fn written_after(&self, last: &RecordInfo) -> bool {
         let Ok(file) = File::open(&self.paths.database) else { return false };
         let mut first = [0; sqlite_file::header::HEADER_BYTES];
         let rollback = file.read_exact_at(&mut first, 0).is_ok()
@@ -169,7 +169,11 @@ impl Database {
 
     /// First transaction of the log that the files may lack. A snapshot may have led to a history of its own, with
     /// lower numbers than the mark has: then the mark says nothing, and the files begin anew with it.
-    fn replay_from(&self, last: Option<&RecordInfo>, mark: Mark) -> Result<Option<Txid>, RecoveryError> {
+    pub(super) fn replay_from(
+        &self,
+        last: Option<&RecordInfo>,
+        mark: Mark,
+    ) -> Result<Option<Txid>, RecoveryError> {
         let Some(last) = last else { return Ok(None) };
         if mark_of(last).position == mark.position {
             return Ok(None);
@@ -192,7 +196,11 @@ impl Database {
 
     /// The files are newer than the log, which has lost records (it says where). They are whole at the mark: the
     /// history begins anew there, and followers that are elsewhere get a snapshot.
-    fn continue_after_lost_records(&self, last: &RecordInfo, mark: Mark) -> Result<(), RecoveryError> {
+    pub(super) fn continue_after_lost_records(
+        &self,
+        last: &RecordInfo,
+        mark: Mark,
+    ) -> Result<(), RecoveryError> {
         tracing::error!(
             database = %self.name,
             files = %mark.position,
@@ -246,7 +254,7 @@ impl Database {
     }
 
     /// Opens the sidecar; one that is missing or damaged is rebuilt from the file once the log has been replayed.
-    fn open_or_reset_checksums(
+    pub(super) fn open_or_reset_checksums(
         &self,
         st: &mut State,
         last: Option<&RecordInfo>,

@@ -28,6 +28,8 @@ pub struct Dirs {
     pub checksums: PathBuf,
     /// Files on their way: snapshots, imports, large transactions.
     pub staging: PathBuf,
+    /// Names of files that were removed while they were open.
+    pub orphans: PathBuf,
     /// What this node had alone when it was made to follow.
     pub diverged: PathBuf,
     /// The commit log.
@@ -43,11 +45,17 @@ impl Dirs {
             files: data.join("files"),
             checksums: data.join("checksums"),
             staging: data.join("staging"),
+            orphans: data.join("orphans"),
             diverged: data.join("diverged"),
             log: data.join("log"),
             data,
             mount,
         }
+    }
+
+    /// The name of a file that was removed while it was open, by its inode.
+    pub fn orphan(&self, inode: u64) -> PathBuf {
+        self.orphans.join(inode.to_string())
     }
 }
 

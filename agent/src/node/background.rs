@@ -2,6 +2,7 @@
 //! and letting go of what is idle.
 
 use super::Node;
+use super::discovery::Start;
 use crate::DatabaseName;
 use crate::capture::unix_ms;
 use crate::database::{Database, Shared};
@@ -29,11 +30,19 @@ const CHECKPOINT_FRAMES: usize = 1000;
 
 /// Removes what a crash left in the staging directory. Recovery has used the staged snapshots it needs; those of a
 /// database that is set aside stay.
-pub fn remove_leftovers(shared: &Shared) -> anyhow::Result<()> {
+pub fn remove_leftovers(shared: &Shared, start: Start) -> anyhow::Result<()> {
+    if start != Start::Live {
+        for entry in std::fs::read_dir(&shared.dirs.orphans)? {
+            let path = entry?.path();
+            std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
     for entry in std::fs::read_dir(&shared.dirs.staging)? {
         let entry = entry?;
         let name = entry.file_name();
         let temporary = ["transaction-", "copy-", "rename-", "import-", "export-"];
+        // Programs that copy a database in go on.
+        let temporary = temporary.into_iter().filter(|t| start != Start::Live || *t != "copy-");
         let done_with = |snapshot: &str| {
             // Without a TXID it is one that a follower is still receiving.
             let Some((name, _)) = snapshot.rsplit_once('@') else { return false };
@@ -41,7 +50,7 @@ pub fn remove_leftovers(shared: &Shared) -> anyhow::Result<()> {
             db.is_none_or(|db| db.state().quarantine_reason().is_none())
         };
         let left = |n: &str| {
-            temporary.iter().any(|t| n.starts_with(t)) || n.strip_suffix(".snapshot").is_some_and(done_with)
+            temporary.clone().any(|t| n.starts_with(t)) || n.strip_suffix(".snapshot").is_some_and(done_with)
         };
         if name.to_str().is_some_and(left) {
             std::fs::remove_file(entry.path())

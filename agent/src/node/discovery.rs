@@ -12,6 +12,15 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
+/// In what state a node is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// Applications have outlived the last agent: nothing in the files may change.
+    Live,
+    /// Nobody has anything open, or what they have open is the business of a mount that is gone.
+    Alone(LastStop),
+}
+
 /// What was found.
 #[derive(Debug, Default)]
 pub struct Discovered {
@@ -24,7 +33,7 @@ pub struct Discovered {
 }
 
 /// Recovers every database that the log, a sidecar or a backing file names. One that cannot be recovered is set aside.
-pub fn discover(shared: &Arc<Shared>, last_stop: LastStop) -> io::Result<Discovered> {
+pub fn discover(shared: &Arc<Shared>, start: Start) -> io::Result<Discovered> {
     let mut names: BTreeSet<DatabaseName> = shared.log.databases().into_iter().collect();
     for entry in std::fs::read_dir(&shared.dirs.checksums)? {
         let path = entry?.path();
@@ -36,6 +45,13 @@ pub fn discover(shared: &Arc<Shared>, last_stop: LastStop) -> io::Result<Discove
         }
     }
     let mut found = Discovered::default();
+    let last_stop = match start {
+        Start::Live => {
+            take_up(shared, &names)?;
+            return Ok(Discovered { databases: names.len(), ..found });
+        }
+        Start::Alone(last_stop) => last_stop,
+    };
     for name in &names {
         let db = shared.database_or_new(name);
         match db.recover(last_stop) {
@@ -68,6 +84,20 @@ pub fn discover(shared: &Arc<Shared>, last_stop: LastStop) -> io::Result<Discove
         }
     }
     Ok(found)
+}
+
+/// Takes up databases that may be in use, and files that may become databases.
+fn take_up(shared: &Arc<Shared>, names: &BTreeSet<DatabaseName>) -> io::Result<()> {
+    let mut files = Vec::new();
+    main_files(&shared.dirs.files, Path::new(""), &mut files)?;
+    files.retain(|name| !names.contains(name) && has_sqlite_header(&shared.dirs.files.join(name)));
+    for name in names.iter().chain(&files) {
+        let db = shared.database_or_new(name);
+        if let Err(error) = db.reattach() {
+            db.state().quarantine(&db, error.to_string());
+        }
+    }
+    Ok(())
 }
 
 /// What could only be done once the role is known: on the primary, what the log does not know becomes transactions.

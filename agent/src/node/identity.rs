@@ -6,6 +6,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -53,7 +55,7 @@ pub enum LastStop {
 pub struct Identity {
     dir: PathBuf,
     /// Held as long as the agent runs.
-    _lock: Flock<File>,
+    lock: Flock<File>,
     /// This node; made up once, at the first start.
     pub node_id: u64,
     /// Newest epoch this node has seen.
@@ -71,12 +73,18 @@ impl Identity {
         };
         std::fs::create_dir_all(dir).map_err(io_at(dir))?;
         let path = dir.join("lock");
-        let file =
-            OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(io_at(&path))?;
-        let lock = lock_within(file, LOCK_PATIENCE).map_err(|e| match e {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(io_at(&path))?;
+        let lock = lock_within(file).map_err(|e| match e {
             Errno::EWOULDBLOCK => IdentityError::InUse(dir.to_owned()),
             e => IdentityError::Io { path: path.clone(), source: e.into() },
         })?;
+        note_holder(&lock).map_err(io_at(&path))?;
         let parse = |name: &str, expected, radix| -> Result<Option<u64>, IdentityError> {
             let path = dir.join(name);
             let Some(text) = read_if_there(&path).map_err(io_at(&path))? else { return Ok(None) };
@@ -102,7 +110,12 @@ impl Identity {
             Some(before) if before == boot => LastStop::Killed,
             Some(_) => LastStop::PowerFailed,
         };
-        Ok(Identity { dir: dir.to_owned(), _lock: lock, node_id, epoch, last_stop })
+        Ok(Identity { dir: dir.to_owned(), lock, node_id, epoch, last_stop })
+    }
+
+    /// The lock on the directory.
+    pub fn lock(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
     }
 
     /// Remembers an epoch, durably, before anything is done in it.
@@ -117,18 +130,46 @@ impl Identity {
     }
 }
 
-/// An agent that was killed is gone only when its guard has aborted its mount.
+/// Another agent may be about to end.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// An agent that was killed is gone only when its guard has let it go, or has aborted its mount.
+const GUARD_PATIENCE: Duration = Duration::from_secs(15);
 
-fn lock_within(mut file: File, patience: Duration) -> Result<Flock<File>, Errno> {
-    let deadline = Instant::now() + patience;
+fn lock_within(mut file: File) -> Result<Flock<File>, Errno> {
+    let begun = Instant::now();
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),
-            Err((back, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = back,
+            Err((back, Errno::EWOULDBLOCK)) => {
+                let patience = if holder_is_dead(&back) { GUARD_PATIENCE } else { LOCK_PATIENCE };
+                if begun.elapsed() > patience {
+                    return Err(Errno::EWOULDBLOCK);
+                }
+                file = back;
+            }
             Err((_, e)) => return Err(e),
         }
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Says in the lock file who has the lock.
+fn note_holder(mut lock: &File) -> io::Result<()> {
+    lock.set_len(0)?;
+    lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0)?;
+    lock.flush()
+}
+
+/// Whether the process that noted itself has ended, or is ending: then its guard has the lock.
+fn holder_is_dead(lock: &File) -> bool {
+    let mut text = [0; 16];
+    let len = lock.read_at(&mut text, 0).unwrap_or(0);
+    let pid = std::str::from_utf8(&text[..len]).ok().and_then(|t| t.trim().parse::<u32>().ok());
+    let Some(pid) = pid else { return false };
+    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        // The state follows the name, which is in parentheses and may have some itself.
+        Ok(stat) => stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X'])),
+        Err(e) => e.kind() == io::ErrorKind::NotFound,
     }
 }
 

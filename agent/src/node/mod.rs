@@ -13,6 +13,7 @@ mod lease_driver;
 mod role;
 mod sink;
 mod source;
+mod takeover;
 mod view;
 
 pub use identity::{Identity, IdentityError, LastStop};
@@ -31,13 +32,14 @@ use crate::status::events::{Event, EventBus, RoleData};
 use crate::status::{Metrics, ViewError, api::RoleName, dbus, messages};
 use crate::systemd::{self, listeners};
 use anyhow::Context;
-use fuse_session::Guard;
+use discovery::Start;
 use lease_driver::LeaseHandle;
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use takeover::MountHold;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -75,6 +77,7 @@ pub struct Node {
     followed: Mutex<HashMap<(u64, crate::DatabaseName), ltx::Txid>>,
     server: Mutex<Option<Arc<Server>>>,
     door: Mutex<Option<Door>>,
+    hold: Arc<MountHold>,
     pub(crate) events: EventBus,
     pub(crate) feed: ChangeFeed,
     reloads: bus::Reloads,
@@ -93,7 +96,6 @@ impl std::fmt::Debug for Node {
 
 /// Runs the agent until it is told to stop.
 pub fn run(config: Config) -> anyhow::Result<()> {
-    // On the main thread and before any other: see the guard.
     let identity = Identity::open(&config.data.dir)?;
     let mut config = config;
     config.door = match config.door {
@@ -104,27 +106,25 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         }
         chosen => chosen,
     };
-    let guard = match config.door {
-        DoorKind::Preload => None,
-        _ => Some(Guard::start(&config.mount.dir).context("cannot start the mount's guard")?),
-    };
+    let (hold, guard) = MountHold::begin(&config, &identity)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(64)
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let result = runtime.block_on(serve_until_stopped(config, identity));
+    let hold = Arc::new(hold);
+    let result = runtime.block_on(serve_until_stopped(config, identity, hold.clone()));
     runtime.shutdown_timeout(Duration::from_secs(1));
-    drop(guard);
+    hold.end(guard);
     result
 }
 
 impl Node {
     /// Opens the data directory and recovers what is in it. Nothing is served yet.
-    pub fn open(config: Config, identity: Identity) -> anyhow::Result<Arc<Node>> {
+    pub fn open(config: Config, identity: Identity, hold: Arc<MountHold>) -> anyhow::Result<Arc<Node>> {
         let dirs = Dirs::new(config.data.dir.clone(), config.mount.dir.clone());
-        for dir in [&dirs.files, &dirs.checksums, &dirs.staging, &dirs.diverged, &dirs.log] {
+        for dir in [&dirs.files, &dirs.checksums, &dirs.staging, &dirs.orphans, &dirs.diverged, &dirs.log] {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         }
         let options = LogOptions {
@@ -145,9 +145,9 @@ impl Node {
         }
         let epoch = identity.epoch;
         let shared = Shared::new(Arc::new(log), dirs, identity.node_id, epoch);
-        let found =
-            discovery::discover(&shared, identity.last_stop).context("cannot read the data directory")?;
-        background::remove_leftovers(&shared)?;
+        let start = if hold.is_taken_over() { Start::Live } else { Start::Alone(identity.last_stop) };
+        let found = discovery::discover(&shared, start).context("cannot read the data directory")?;
+        background::remove_leftovers(&shared, start)?;
         tracing::info!(databases = found.databases, epoch = epoch.0, "databases are ready");
         Ok(Arc::new(Node {
             shared,
@@ -162,6 +162,7 @@ impl Node {
             followed: Mutex::default(),
             server: Mutex::default(),
             door: Mutex::default(),
+            hold,
             events: EventBus::default(),
             feed: ChangeFeed::default(),
             reloads: bus::Reloads::default(),
@@ -189,22 +190,42 @@ impl Node {
             };
             Door::Preload(preload::Door::open(self.shared.clone(), &options)?)
         } else {
-            preload::Door::leave(dir, &runtime_dir, files)
-                .with_context(|| format!("cannot mount over {}", dir.display()))?;
+            if !self.hold.is_taken_over() {
+                preload::Door::leave(dir, &runtime_dir, files)
+                    .with_context(|| format!("cannot mount over {}", dir.display()))?;
+            }
+            let connection = self.hold.connection()?;
             let options = fuse::Options {
                 mount: dir.clone(),
                 source: config.cluster.clone(),
                 passthrough: config.mount.passthrough == Passthrough::Auto,
                 threads: (config.mount.threads > 0).then_some(config.mount.threads),
             };
-            Door::Fuse(fuse::Door::open(self.shared.clone(), self.clone(), &options)?)
+            Door::Fuse(fuse::Door::open(self.shared.clone(), self.clone(), &options, connection)?)
         };
         if let Some(invalidator) = door.invalidator() {
             self.shared.set_invalidator(invalidator);
         }
+        if self.hold.is_taken_over() {
+            tracing::info!(mount = %dir.display(), "took over the mount of the last agent");
+        }
         tracing::info!(dir = %dir.display(), door = door.kind(), passthrough = door.passes_through(), "applications may come");
         *self.door.lock() = Some(door);
+        self.hold.is_served();
+        if self.hold.is_taken_over() {
+            self.finish_applying();
+        }
         Ok(())
+    }
+
+    /// What the last agent was applying when it died. Through the mount, which is served now.
+    fn finish_applying(&self) {
+        for db in self.shared.known() {
+            if let Err(error) = db.roll_back_dead_apply() {
+                tracing::warn!(database = %db.name(), %error, "cannot take back what the last agent applied in part");
+            }
+            db.apply_again_later();
+        }
     }
 
     /// Takes the mount away.
@@ -232,12 +253,13 @@ impl Node {
     }
 }
 
-async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Result<()> {
+async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<MountHold>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
+    let mut leave = signal(SignalKind::user_defined2())?;
     let opening = config.clone();
-    let node = tokio::task::spawn_blocking(move || Node::open(opening, identity)).await??;
+    let node = tokio::task::spawn_blocking(move || Node::open(opening, identity, hold)).await??;
 
     let stop = CancellationToken::new();
     let mut server_options = ServerOptions::new(config.node.name.clone(), config.cluster.clone());
@@ -282,7 +304,13 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     let mut door_check = tokio::time::interval(Duration::from_millis(500));
     let outcome = loop {
         tokio::select! {
-            _ = terminate.recv() => break Ok(()),
+            _ = terminate.recv() => {
+                if tokio::task::spawn_blocking(takeover::is_restarting).await? {
+                    leave_mount();
+                }
+                break Ok(());
+            }
+            _ = leave.recv() => leave_mount(),
             _ = interrupt.recv() => break Ok(()),
             _ = hangup.recv() => {
                 // What is wrong has been logged.
@@ -327,6 +355,13 @@ async fn serve_until_stopped(config: Config, identity: Identity) -> anyhow::Resu
     tokio::task::spawn_blocking(move || stopping.close_files()).await?;
     listeners::remove_control(&config.socket.path);
     outcome
+}
+
+/// Ends this process at once, whatever it is doing, and leaves everything to the next one, as after SIGKILL: what is
+/// acknowledged is in the log, and what is not answered is asked again.
+fn leave_mount() -> ! {
+    tracing::info!("leaving the mount to the next agent");
+    std::process::exit(0);
 }
 
 /// Waits until the node's role is known. A lease that does not answer does not keep readers away.

@@ -1,29 +1,39 @@
-//! The FUSE session: mounting, serving, and noticing a mount that its server has left behind.
+//! The FUSE session: mounting, serving, going on with a mount whose server has died, and ending one that nobody goes on
+//! with.
 //!
 //! This is the only crate that names `fuser`; the door uses the re-exports in [`fuse`]. The mount is made with
 //! mount(2) directly, because no helper program is needed by a privileged agent and the `/dev/fuse` descriptor
 //! stays ours.
 
+mod backing;
+mod connection;
 mod guard;
+mod handles;
 mod mount;
+mod successor;
 
-pub use guard::Guard;
+pub use backing::{Backing, Backings};
+pub use connection::{Connection, RESENT};
+pub use guard::{AfterDeath, Guard, GuardOptions};
+pub use handles::{HandleTable, OpenHandle};
 pub use mount::{MountError, MountState, mount_state, open_device, unmount};
+pub use successor::{Inherited, claim};
 
 /// The names of the FUSE protocol that a file system needs.
 pub mod fuse {
     pub use fuser::{
-        AccessFlags, BackingId, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-        Generation, INodeNo, InitFlags, KernelConfig, LockOwner, Notifier, OpenAccMode, OpenFlags,
-        RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
-        ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+        AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+        INodeNo, InitFlags, KernelConfig, LockOwner, Notifier, OpenAccMode, OpenFlags, RenameFlags,
+        ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+        ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
     };
 }
 
 use fuser::{Config, Filesystem, Session as FuserSession, SessionACL};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 /// A mounted file system that is being served.
@@ -35,24 +45,28 @@ pub struct Session {
 }
 
 impl Session {
-    /// Mounts `fs` at `dir` and serves it with `threads` threads, which all read the one descriptor: a request
-    /// read through a cloned descriptor could not be served again by a successor.
+    /// Serves `fs` at `dir` with `threads` threads, which all read the one descriptor: a request read through a cloned
+    /// descriptor could not be served again by a successor. A new connection is mounted; one that was taken over is gone
+    /// on with, beginning with what its last server left unanswered.
     pub fn start<FS: Filesystem + 'static>(
         fs: FS,
+        connection: &Connection,
         dir: &Path,
         source: &str,
         threads: usize,
     ) -> Result<Session, MountError> {
-        let device = open_device()?;
-        mount::mount(&device, dir, source)?;
-        Self::serve(fs, device, dir, threads).inspect_err(|_| {
+        if connection.is_taken_over() {
+            return Self::serve(fs, connection, dir, threads);
+        }
+        mount::mount(&connection.device, dir, source)?;
+        Self::serve(fs, connection, dir, threads).inspect_err(|_| {
             let _ = unmount(dir);
         })
     }
 
     fn serve<FS: Filesystem + 'static>(
         fs: FS,
-        device: OwnedFd,
+        connection: &Connection,
         dir: &Path,
         threads: usize,
     ) -> Result<Session, MountError> {
@@ -60,7 +74,19 @@ impl Session {
         config.acl = SessionACL::All;
         config.n_threads = Some(threads.max(1));
         let handshake = |source| MountError::Handshake { dir: dir.to_owned(), source };
+        let (kernel, device) = connection::handshake_pair().map_err(handshake)?;
+        let request = connection.init_request(dir)?;
+        nix::unistd::write(&kernel, &request).map_err(|e| handshake(e.into()))?;
         let session = FuserSession::from_fd(fs, device, SessionACL::All, config).map_err(handshake)?;
+        let mut reply = vec![0; request.len() + 4096];
+        let len = nix::unistd::read(&kernel, &mut reply).map_err(|e| handshake(e.into()))?;
+        if !connection.is_taken_over() {
+            nix::unistd::write(&connection.device, &reply[..len]).map_err(|e| handshake(e.into()))?;
+        }
+        connection::replace(session.as_fd(), &connection.device).map_err(handshake)?;
+        if connection.is_taken_over() {
+            connection.resend().map_err(handshake)?;
+        }
         let notifier = session.notifier();
         let server = std::thread::Builder::new()
             .name("fuse".into())
@@ -97,5 +123,12 @@ impl Session {
             }
         }
         Ok(())
+    }
+}
+
+impl Connection {
+    /// Registers backing files with this connection.
+    pub fn backings(&self) -> Backings {
+        Backings { device: Arc::clone(&self.device) }
     }
 }

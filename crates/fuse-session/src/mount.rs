@@ -49,6 +49,9 @@ pub enum MountError {
         /// Reason.
         source: io::Error,
     },
+    /// The table of open files cannot be made, or is not one of this version.
+    #[error("the table of open files: {0}")]
+    Table(#[source] io::Error),
     /// The mount table could not be read.
     #[error("cannot read /proc/self/mountinfo: {0}")]
     MountTable(#[source] io::Error),
@@ -116,6 +119,12 @@ pub fn mount_state(dir: &Path) -> Result<MountState, MountError> {
         Err(Errno::ENOTCONN | Errno::ECONNABORTED) => Ok(MountState::Stale),
         _ => Ok(MountState::Served),
     }
+}
+
+/// Whether our file system is mounted at `dir`. Does not ask its server.
+pub(crate) fn is_ours(dir: &Path) -> Result<bool, MountError> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").map_err(MountError::MountTable)?;
+    Ok(top_mount_type(&table, dir).as_deref() == Some(FS_TYPE))
 }
 
 /// Type of the last mount at `dir` in a mountinfo table (proc(5)): later lines lie over earlier ones.

@@ -9,6 +9,7 @@ use crate::capture::{CaptureError, rollback, wal};
 use crate::database::{Database, State};
 use crate::log::Lsn;
 use crate::status::messages;
+use fuse_session::HandleTable;
 use fuse_session::fuse::{Errno, INodeNo, Notifier, ReplyEmpty};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
@@ -17,7 +18,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, OnceLock};
 
@@ -49,6 +50,10 @@ pub struct OpenFile {
     pub adopt: bool,
     /// Something was written through this handle.
     pub written: AtomicBool,
+    /// Its number, and the table that tells the next server of the mount about it.
+    pub number: u64,
+    /// See `number`.
+    pub table: Arc<HandleTable>,
 }
 
 /// An open handle.
@@ -69,18 +74,46 @@ pub enum Handle {
     },
 }
 
+/// Set in the numbers of handles of which the next server of the mount needs to know nothing.
+pub const PLAIN_BIT: u64 = 1 << 62;
+
+/// How a file is open, for the next server of the mount.
+pub mod flags {
+    /// Always set.
+    pub const OPEN: u32 = 1;
+    /// Opened by the agent.
+    pub const INTERNAL: u32 = 1 << 1;
+    /// Looked at when it is closed.
+    pub const ADOPT: u32 = 1 << 2;
+    /// Something was written.
+    pub const WRITTEN: u32 = 1 << 3;
+    /// A copy on its way over a database.
+    pub const STAGED: u32 = 1 << 4;
+}
+
 /// Open handles by number.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Handles {
-    next: AtomicU64,
+    /// What outlives this process.
+    pub table: Arc<HandleTable>,
     open: RwLock<HashMap<u64, Arc<Handle>>>,
 }
 
 impl Handles {
-    /// Keeps a handle; returns its number.
-    pub fn add(&self, handle: Handle) -> u64 {
-        let number = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+    /// No open handles in this process yet.
+    pub fn new(table: Arc<HandleTable>) -> Self {
+        Handles { table, open: RwLock::default() }
+    }
+
+    /// Keeps a handle under the number that the table gave.
+    pub fn insert(&self, number: u64, handle: Handle) {
         self.open.write().insert(number, Arc::new(handle));
+    }
+
+    /// Keeps a handle that has no place in the table; returns its number.
+    pub fn add_plain(&self, handle: Handle) -> u64 {
+        let number = PLAIN_BIT | self.table.next_number();
+        self.insert(number, handle);
         number
     }
 
@@ -91,6 +124,9 @@ impl Handles {
 
     /// Forgets a handle.
     pub fn remove(&self, number: u64) -> Option<Arc<Handle>> {
+        if number & PLAIN_BIT == 0 {
+            self.table.remove(number);
+        }
         self.open.write().remove(&number)
     }
 }
@@ -155,11 +191,14 @@ impl OpenFile {
         Ok(data)
     }
 
-    /// Writes; where this ends a transaction, says when it may be answered.
-    pub fn write(&self, offset: u64, data: &[u8]) -> Result<Answer, i32> {
+    /// Writes; where this ends a transaction, says when it may be answered. `again`: the request was read by another
+    /// server, which may have done it.
+    pub fn write(&self, offset: u64, data: &[u8], again: bool) -> Result<Answer, i32> {
         let plain =
             |file: &File| file.write_all_at(data, offset).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
-        self.written.store(true, Ordering::Relaxed);
+        if !self.written.swap(true, Ordering::Relaxed) {
+            self.table.set_flags(self.number, flags::WRITTEN);
+        }
         let Some(db) = &self.db else { return plain(&self.file).map(|()| Answer::Now) };
         if self.internal {
             plain(&self.file)?;
@@ -177,6 +216,12 @@ impl OpenFile {
             db.shared().check_writable().map_err(|e| errno_of(db, "write", &e))?;
             st.wal.mark_written_by_others();
             return plain(&self.file).map(|()| Answer::Now);
+        }
+        if again
+            && self.kind == Kind::Wal
+            && wal::already_written(&st, &self.file, offset, data).is_ok_and(|done| done)
+        {
+            return Ok(Answer::Now);
         }
         let result = match self.kind {
             Kind::Wal => wal::written(db, &mut st, &self.file, offset, data).map(|_| Answer::Now),

@@ -2,9 +2,10 @@
 //! [`super::files`].
 
 use super::Threads;
-use super::files::{self, Answer, Handle, Handles, Invalidator, OpenFile, answer_empty};
+use super::files::{self, Answer, Handle, Handles, Invalidator, OpenFile, PLAIN_BIT, answer_empty, flags};
 use super::inodes::{Inode, Inodes, Node, OpenState, ROOT, SPECIAL_BIT, Special};
 use super::names::{Kind, POSITION_SUFFIX, classify};
+use super::predecessor::Predecessor;
 use super::rename::{Tree, errno};
 use super::special::RoleView;
 use super::staged::StagedWrite;
@@ -13,6 +14,7 @@ use crate::DatabaseName;
 use crate::capture::CaptureError;
 use crate::database::Shared;
 use fuse_session::fuse::*;
+use fuse_session::{Backing, Backings, Connection, OpenHandle, RESENT};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use std::cell::Cell;
@@ -37,10 +39,13 @@ const WRITE_BYTES_MAX: u32 = 1024 * 1024;
 /// The file system behind the mount.
 #[derive(Debug)]
 pub struct LitefsFilesystem {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     view: ViewDebug,
-    tree: Tree,
-    handles: Handles,
+    pub(super) tree: Tree,
+    pub(super) handles: Handles,
+    pub(super) backings: Backings,
+    /// What another process knew that served this mount before.
+    pub(super) predecessor: Option<Predecessor>,
     want_passthrough: bool,
     passthrough: Arc<AtomicBool>,
     invalidator: Arc<Invalidator>,
@@ -67,6 +72,7 @@ impl LitefsFilesystem {
         want_passthrough: bool,
         passthrough: Arc<AtomicBool>,
         threads: Threads,
+        connection: &Connection,
     ) -> io::Result<Self> {
         let inodes = Arc::new(Inodes::default());
         let invalidator = Arc::new(Invalidator::default());
@@ -81,18 +87,47 @@ impl LitefsFilesystem {
                 }
             })?;
         }
-        Ok(LitefsFilesystem {
+        std::fs::create_dir_all(&shared.dirs.orphans)?;
+        let fs = LitefsFilesystem {
             tree: Tree { shared: shared.clone(), inodes, root },
             shared,
             view: ViewDebug(view),
-            handles: Handles::default(),
+            handles: Handles::new(connection.handles.clone()),
+            backings: connection.backings(),
+            predecessor: connection.is_taken_over().then(Predecessor::default),
             want_passthrough,
             passthrough,
             invalidator,
             workers: Workers::start()?,
             threads,
             settled: AtomicUsize::new(0),
-        })
+        };
+        fs.go_on();
+        Ok(fs)
+    }
+
+    /// An open handle. Of directories and special files another server of the mount has left none, and needs to leave none.
+    fn plain_handle(&self, inode: INodeNo, handle: FileHandle) -> Option<Arc<Handle>> {
+        let known = self.handles.get(handle.0);
+        if known.is_some() || self.predecessor.is_none() || handle.0 & PLAIN_BIT == 0 {
+            return known;
+        }
+        let made = match self.inode(inode.0).ok()?.node() {
+            Node::Directory => Handle::Directory { inode: inode.0, entries: OnceLock::new() },
+            Node::Special(special) => Handle::Special(special),
+            Node::File(..) => return None,
+        };
+        self.handles.insert(handle.0, made);
+        self.handles.get(handle.0)
+    }
+
+    /// An inode the kernel knows.
+    fn inode(&self, number: u64) -> Result<Arc<Inode>, Errno> {
+        if let Some(inode) = self.tree.inodes.get(number) {
+            return Ok(inode);
+        }
+        let known = self.predecessor.as_ref().and_then(|predecessor| predecessor.find(&self.tree, number));
+        known.ok_or(Errno::ENOENT)
     }
 
     /// What makes the kernel forget names.
@@ -124,7 +159,7 @@ impl LitefsFilesystem {
 
     /// A directory's entries: inode, is a directory, name.
     fn list(&self, number: u64) -> Result<Vec<(u64, bool, OsString)>, Errno> {
-        let inode = self.tree.inodes.get(number).ok_or(Errno::ENOENT)?;
+        let inode = self.inode(number)?;
         let dir = inode.path();
         let mut entries = vec![(number, true, OsString::from(".")), (ROOT, true, OsString::from(".."))];
         for entry in std::fs::read_dir(self.backing(&dir)).map_err(errno)? {
@@ -150,7 +185,7 @@ impl LitefsFilesystem {
     }
 
     fn child(&self, parent: INodeNo, name: &OsStr) -> Result<PathBuf, Errno> {
-        let dir = self.tree.inodes.get(parent.0).ok_or(Errno::ENOENT)?;
+        let dir = self.inode(parent.0)?;
         match dir.node() {
             Node::Directory => Ok(dir.path().join(name)),
             _ => Err(Errno::ENOTDIR),
@@ -158,7 +193,7 @@ impl LitefsFilesystem {
     }
 
     /// The special file at a path, where there is one now.
-    fn special_at(&self, path: &Path) -> Option<Special> {
+    pub(super) fn special_at(&self, path: &Path) -> Option<Special> {
         match path.to_str()? {
             ".primary" => Some(Special::Primary),
             ".lag" => Some(Special::Lag),
@@ -172,9 +207,7 @@ impl LitefsFilesystem {
     fn find(&self, path: &Path) -> Result<(Arc<Inode>, FileAttr), Errno> {
         if let Some(special) = self.special_at(path) {
             let content = special.content(&*self.view.0).ok_or(Errno::ENOENT)?;
-            let mut hasher = DefaultHasher::new();
-            path.hash(&mut hasher);
-            let number = SPECIAL_BIT | (hasher.finish() & (SPECIAL_BIT - 1));
+            let number = special_number(path);
             let attr = special_attr(number, &special, content.len() as u64);
             return Ok((self.tree.inodes.looked_up(number, path, || Node::Special(special)), attr));
         }
@@ -186,6 +219,9 @@ impl LitefsFilesystem {
 
     fn attr(&self, inode: &Inode, meta: &Metadata) -> FileAttr {
         let mut attr = attr_of(inode.number, meta);
+        if inode.open.lock().orphan {
+            attr.nlink = attr.nlink.saturating_sub(1);
+        }
         if let Node::File(Kind::Wal, Some(db)) = inode.node() {
             let mut st = db.state();
             attr.size = st.wal.visible_len(attr.size);
@@ -206,9 +242,15 @@ impl LitefsFilesystem {
         flags: i32,
         internal: bool,
         created: bool,
-        backing_id: &dyn Fn(&File) -> io::Result<BackingId>,
-    ) -> Result<(u64, FopenFlags, Option<Arc<BackingId>>), Errno> {
+        request: u64,
+    ) -> Result<Opened, Errno> {
         let Node::File(kind, db) = inode.node() else { return Err(Errno::EISDIR) };
+        if request & RESENT != 0
+            && let Some(number) = self.handles.table.opened_by(request & !RESENT)
+            && let Some(opened) = self.opened_before(number)
+        {
+            return Ok(opened);
+        }
         let writes = flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0;
         // SQLite opens databases for reading and writing, and never truncates them at open.
         let plain_program =
@@ -256,74 +298,108 @@ impl LitefsFilesystem {
             && if open.handles > 0 { open.backing.is_some() } else { suits };
         let backing = match (&open.backing, passes) {
             (Some(id), true) => Some(id.clone()),
-            (None, true) => Some(Arc::new(backing_id(&file).map_err(|e| {
+            (None, true) => Some(Arc::new(self.backings.register(&file).map_err(|e| {
                 tracing::error!(path = %inode.path().display(), error = %e, "cannot register a backing file");
                 Errno::EIO
             })?)),
             _ => None,
         };
 
-        let mut fopen = FopenFlags::empty();
-        let mut adopts = false;
-        let handle = if replaces {
-            let db = db.clone().ok_or(Errno::EIO)?;
-            // The kernel must not keep what is written: the database is as it was until the copy is complete.
-            fopen |= FopenFlags::FOPEN_DIRECT_IO;
-            Handle::Staged(Arc::new(StagedWrite::new(db).map_err(errno)?))
+        let adopts = !replaces
+            && kind == Kind::Main
+            && !tracked
+            && (plain_program || (created && flags & libc::O_EXCL != 0));
+        let truncated = flags & libc::O_TRUNC != 0;
+        let mut table_flags = files::flags::OPEN;
+        for (set, flag) in [
+            (internal, flags::INTERNAL),
+            (adopts, flags::ADOPT),
+            (truncated, flags::WRITTEN),
+            (replaces, flags::STAGED),
+        ] {
+            table_flags |= if set { flag } else { 0 };
+        }
+        let number = self.handles.table.add(OpenHandle {
+            inode: inode.number,
+            request: request & !RESENT,
+            backing: backing.as_ref().map_or(0, |backing| backing.id()),
+            flags: table_flags,
+        });
+        let number = number.ok_or(Errno::ENFILE)?;
+        let made = if replaces {
+            db.clone().ok_or(Errno::EIO).and_then(|db| {
+                StagedWrite::new(db, number).map(|copy| Handle::Staged(Arc::new(copy))).map_err(errno)
+            })
         } else {
-            let adopt =
-                kind == Kind::Main && !tracked && (plain_program || (created && flags & libc::O_EXCL != 0));
-            adopts = adopt;
-            // A flush of the agent's own handles would be a request of a dying process to itself.
-            if internal || !adopt && kind != Kind::Wal {
-                fopen |= FopenFlags::FOPEN_NOFLUSH;
-            }
-            if kind == Kind::Journal {
-                // Read only to roll back: the kernel's cache would cut its writes and save nothing.
-                fopen |= FopenFlags::FOPEN_DIRECT_IO;
-            } else if backing.is_none() {
-                fopen |= FopenFlags::FOPEN_KEEP_CACHE;
-            }
-            if flags & libc::O_TRUNC != 0 && !created {
-                file.set_len(0).map_err(errno)?;
-            }
-            Handle::File(OpenFile {
-                inode: inode.clone(),
-                kind,
-                db: db.clone(),
-                file: file.clone(),
-                internal,
-                passthrough: backing.is_some(),
-                adopt,
-                written: AtomicBool::new(flags & libc::O_TRUNC != 0),
+            let cut = if truncated && !created { file.set_len(0).map_err(errno) } else { Ok(()) };
+            cut.map(|()| {
+                Handle::File(OpenFile {
+                    inode: inode.clone(),
+                    kind,
+                    db: db.clone(),
+                    file: file.clone(),
+                    internal,
+                    passthrough: backing.is_some(),
+                    adopt: adopts,
+                    written: AtomicBool::new(truncated),
+                    number,
+                    table: self.handles.table.clone(),
+                })
             })
         };
+        let handle = made.inspect_err(|_| self.handles.table.remove(number))?;
+        let fopen = fopen_flags(&handle, backing.is_some());
         open.handles += 1;
         open.file = Some(file.clone());
         open.backing.clone_from(&backing);
         drop(open);
+        self.count_opened(&handle);
         if let (Kind::Main, Some(db)) = (kind, &db) {
             let mut st = db.state();
-            st.copiers += u32::from(adopts);
-            st.handles += u32::from(!internal && !replaces);
-            st.passthrough_handles += u32::from(backing.is_some() && !replaces);
             if st.passthrough_handles == 1 && backing.is_some() {
                 let _ = st.remember_stamp(db);
             }
             st.set_database_file(Some(file));
         }
-        if let (Kind::Journal, Some(db), false) = (kind, &db, internal) {
+        self.handles.insert(number, handle);
+        Ok((number, fopen, backing))
+    }
+
+    /// Counts an open handle in its database's state.
+    pub(super) fn count_opened(&self, handle: &Handle) {
+        if let Handle::File(OpenFile {
+            kind: Kind::Main, db: Some(db), adopt, internal, passthrough, ..
+        }) = handle
+        {
+            let mut st = db.state();
+            st.copiers += u32::from(*adopt);
+            st.handles += u32::from(!internal);
+            st.passthrough_handles += u32::from(*passthrough);
+        }
+        if let Handle::File(OpenFile { kind: Kind::Journal, db: Some(db), internal: false, .. }) = handle {
             let mut st = db.state();
             st.journal_handles += 1;
             st.journal_left = false;
         }
-        Ok((self.handles.add(handle), fopen, backing))
+    }
+
+    /// What the answer to an open was, or should have been, that another server has carried out.
+    fn opened_before(&self, number: u64) -> Option<Opened> {
+        let handle = self.handles.get(number)?;
+        let backing = match &*handle {
+            Handle::File(file) if file.passthrough => file.inode.open.lock().backing.clone(),
+            _ => None,
+        };
+        Some((number, fopen_flags(&handle, backing.is_some()), backing))
     }
 
     fn close_file(&self, inode: &Inode, file: Option<&OpenFile>) {
         let mut open = inode.open.lock();
         open.handles = open.handles.saturating_sub(1);
         if open.handles == 0 {
+            if open.orphan {
+                let _ = std::fs::remove_file(self.shared.dirs.orphan(inode.number));
+            }
             *open = OpenState::default();
         }
         drop(open);
@@ -345,10 +421,18 @@ impl LitefsFilesystem {
         }
     }
 
-    fn unlink_file(&self, path: &Path, internal: bool, reply: ReplyEmpty) {
-        let backing = self.backing(path);
-        let remove = move || std::fs::remove_file(&backing).map_err(errno);
+    fn unlink_file(&self, path: &Path, internal: bool, again: bool, reply: ReplyEmpty) {
         let (kind, base) = classify(path);
+        let (tree, removed) = (self.tree.clone(), path.to_owned());
+        let remove = move || {
+            if kind != Kind::Journal {
+                tree.keep_if_open(&removed);
+            }
+            match std::fs::remove_file(tree.backing(&removed)) {
+                Err(e) if again && e.kind() == io::ErrorKind::NotFound => Ok(()),
+                other => other.map_err(errno),
+            }
+        };
         let db = DatabaseName::new(&base).ok().and_then(|name| self.shared.database(&name));
         let Some(db) = db.filter(|_| !internal) else { return finish(remove(), reply) };
         if !self.shared.is_writable() && !matches!(kind, Kind::Wal | Kind::Shm) {
@@ -396,6 +480,37 @@ impl LitefsFilesystem {
     }
 }
 
+/// Number of a handle, how the kernel shall treat it, and its backing file.
+type Opened = (u64, FopenFlags, Option<Arc<Backing>>);
+
+fn fopen_flags(handle: &Handle, passthrough: bool) -> FopenFlags {
+    let mut fopen = FopenFlags::empty();
+    match handle {
+        // The kernel must not keep what is written: the database is as it was until the copy is complete.
+        Handle::Staged(_) => fopen |= FopenFlags::FOPEN_DIRECT_IO,
+        Handle::File(file) => {
+            // A flush of the agent's own handles would be a request of a dying process to itself.
+            if file.internal || !file.adopt && file.kind != Kind::Wal {
+                fopen |= FopenFlags::FOPEN_NOFLUSH;
+            }
+            if file.kind == Kind::Journal {
+                // Read only to roll back: the kernel's cache would cut its writes and save nothing.
+                fopen |= FopenFlags::FOPEN_DIRECT_IO;
+            } else if !passthrough {
+                fopen |= FopenFlags::FOPEN_KEEP_CACHE;
+            }
+        }
+        Handle::Special(_) => fopen |= FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH,
+        Handle::Directory { .. } => {}
+    }
+    fopen
+}
+
+/// Whether another server has read this request before, and may have carried it out.
+fn again(req: &Request) -> bool {
+    req.unique().0 & RESENT != 0
+}
+
 fn finish(result: Result<(), Errno>, reply: ReplyEmpty) {
     match result {
         Ok(()) => reply.ok(),
@@ -440,6 +555,13 @@ fn attr_of(number: u64, m: &Metadata) -> FileAttr {
         flags: 0,
         blksize: 4096,
     }
+}
+
+/// Inode number of a special file.
+pub(super) fn special_number(path: &Path) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    path.hash(&mut hasher);
+    SPECIAL_BIT | (hasher.finish() & (SPECIAL_BIT - 1))
 }
 
 fn special_attr(number: u64, special: &Special, size: u64) -> FileAttr {
@@ -511,7 +633,7 @@ impl Filesystem for LitefsFilesystem {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
-        let Some(inode) = self.tree.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
+        let Ok(inode) = self.inode(ino.0) else { return reply.error(Errno::ENOENT) };
         if let Node::Special(special) = inode.node() {
             return match special.content(&*self.view.0) {
                 Some(content) => reply.attr(&FORGET, &special_attr(ino.0, &special, content.len() as u64)),
@@ -548,7 +670,7 @@ impl Filesystem for LitefsFilesystem {
         _flags: Option<fuse_session::fuse::BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let Some(inode) = self.tree.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
+        let Ok(inode) = self.inode(ino.0) else { return reply.error(Errno::ENOENT) };
         let internal = is_internal(req);
         let node = inode.node();
         let companion = matches!(node, Node::File(Kind::Wal | Kind::Shm, _));
@@ -604,7 +726,10 @@ impl Filesystem for LitefsFilesystem {
                 return Err(Errno::EEXIST);
             }
             let backing = self.backing(&path);
-            std::fs::DirBuilder::new().mode(mode).create(&backing).map_err(errno)?;
+            match std::fs::DirBuilder::new().mode(mode).create(&backing) {
+                Err(e) if again(req) && e.kind() == io::ErrorKind::AlreadyExists => {}
+                other => other.map_err(errno)?,
+            }
             std::os::unix::fs::chown(&backing, Some(req.uid()), Some(req.gid())).map_err(errno)?;
             self.find(&path)
         })();
@@ -619,7 +744,10 @@ impl Filesystem for LitefsFilesystem {
             if !self.may_write(is_internal(req)) {
                 return Err(Errno::EROFS);
             }
-            std::fs::remove_dir(self.backing(&path)).map_err(errno)
+            match std::fs::remove_dir(self.backing(&path)) {
+                Err(e) if again(req) && e.kind() == io::ErrorKind::NotFound => Ok(()),
+                other => other.map_err(errno),
+            }
         });
         finish(removed, reply);
     }
@@ -630,7 +758,7 @@ impl Filesystem for LitefsFilesystem {
                 // It goes with its database; rm -r must not fail on it.
                 Some(Special::Position(_)) => reply.ok(),
                 Some(_) => reply.error(Errno::EPERM),
-                None => self.unlink_file(&path, is_internal(req), reply),
+                None => self.unlink_file(&path, is_internal(req), again(req), reply),
             },
             Err(e) => reply.error(e),
         }
@@ -660,21 +788,39 @@ impl Filesystem for LitefsFilesystem {
         if flags.contains(RenameFlags::RENAME_EXCHANGE) {
             return reply.error(Errno::EINVAL);
         }
+        if again(req) && !self.backing(&from).exists() && self.backing(&to).exists() {
+            return reply.ok();
+        }
         let (tree, no_replace) = (self.tree.clone(), flags.contains(RenameFlags::RENAME_NOREPLACE));
         self.workers.sync(move || finish(tree.rename(&from, &to, no_replace), reply));
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let Some(inode) = self.tree.inodes.get(ino.0) else { return reply.error(Errno::ENOENT) };
+        let Ok(inode) = self.inode(ino.0) else { return reply.error(Errno::ENOENT) };
         if let Node::Special(special) = inode.node() {
             if flags.acc_mode() != OpenAccMode::O_RDONLY {
                 return reply.error(Errno::EACCES);
             }
-            let handle = self.handles.add(Handle::Special(special));
-            return reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH);
+            let handle = Handle::Special(special);
+            let fopen = fopen_flags(&handle, false);
+            return reply.opened(FileHandle(self.handles.add_plain(handle)), fopen);
         }
-        match self.open_file(&inode, flags.0, is_internal(req), false, &|f| reply.open_backing(f)) {
-            Ok((fh, fopen, Some(id))) => reply.opened_passthrough(FileHandle(fh), fopen, &id),
+        let internal = is_internal(req);
+        if !internal
+            && let Node::File(Kind::Journal, Some(db)) = inode.node()
+            && db.has_journal_of_dead_apply()
+        {
+            // SQLite opens it again when it is told that it was interrupted, and then finds it empty.
+            let end = move || {
+                if let Err(error) = db.roll_back_dead_apply() {
+                    tracing::warn!(database = %db.name(), %error, "cannot take back what a dead agent applied in part");
+                }
+                reply.error(Errno::EINTR);
+            };
+            return self.workers.through_mount(end);
+        }
+        match self.open_file(&inode, flags.0, internal, false, req.unique().0) {
+            Ok((fh, fopen, Some(backing))) => backing.opened(reply, FileHandle(fh), fopen),
             Ok((fh, fopen, None)) => reply.opened(FileHandle(fh), fopen),
             Err(e) => reply.error(e),
         }
@@ -704,7 +850,7 @@ impl Filesystem for LitefsFilesystem {
             let file = OpenOptions::new()
                 .read(true)
                 .write(true)
-                .create_new(flags & libc::O_EXCL != 0)
+                .create_new(flags & libc::O_EXCL != 0 && !again(req))
                 .create(true)
                 .truncate(false)
                 .mode(mode)
@@ -722,12 +868,12 @@ impl Filesystem for LitefsFilesystem {
                 st.wal.reset();
                 st.wal_cached_end = 0;
             }
-            let opened = self.open_file(&inode, flags, internal, true, &|f| reply.open_backing(f))?;
+            let opened = self.open_file(&inode, flags, internal, true, req.unique().0)?;
             Ok((attr, opened))
         })();
         match made {
-            Ok((attr, (fh, fopen, Some(id)))) => {
-                reply.created_passthrough(&KEEP, &attr, Generation(0), FileHandle(fh), fopen, &id);
+            Ok((attr, (fh, fopen, Some(backing)))) => {
+                backing.created(reply, &KEEP, &attr, FileHandle(fh), fopen);
             }
             Ok((attr, (fh, fopen, None))) => {
                 reply.created(&KEEP, &attr, Generation(0), FileHandle(fh), fopen)
@@ -739,7 +885,7 @@ impl Filesystem for LitefsFilesystem {
     fn read(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         offset: u64,
         size: u32,
@@ -747,7 +893,7 @@ impl Filesystem for LitefsFilesystem {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        match self.handles.get(fh.0).as_deref() {
+        match self.plain_handle(ino, fh).as_deref() {
             Some(Handle::File(file)) => match file.read(offset, size) {
                 Ok(data) => reply.data(&data),
                 Err(e) => reply.error(errno(e)),
@@ -763,7 +909,7 @@ impl Filesystem for LitefsFilesystem {
 
     fn write(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -776,7 +922,7 @@ impl Filesystem for LitefsFilesystem {
         self.settle_thread();
         let handle = self.handles.get(fh.0);
         let written = match handle.as_deref() {
-            Some(Handle::File(file)) => match file.write(offset, data) {
+            Some(Handle::File(file)) => match file.write(offset, data, again(req)) {
                 Ok(Answer::WhenDurable(end)) => {
                     let (file, data) = (file.file.clone(), data.to_vec());
                     let done =
@@ -847,12 +993,12 @@ impl Filesystem for LitefsFilesystem {
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         // SQLite opens directories only to sync them: they are listed when they are read.
-        let handle = self.handles.add(Handle::Directory { inode: ino.0, entries: OnceLock::new() });
+        let handle = self.handles.add_plain(Handle::Directory { inode: ino.0, entries: OnceLock::new() });
         reply.opened(FileHandle(handle), FopenFlags::empty());
     }
 
-    fn readdir(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let handle = self.handles.get(fh.0);
+    fn readdir(&self, _req: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let handle = self.plain_handle(ino, fh);
         let Some(Handle::Directory { inode, entries }) = handle.as_deref() else {
             return reply.error(Errno::EBADF);
         };
@@ -885,7 +1031,7 @@ impl Filesystem for LitefsFilesystem {
     }
 
     fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        let synced = self.tree.inodes.get(ino.0).ok_or(Errno::ENOENT).and_then(|inode| {
+        let synced = self.inode(ino.0).and_then(|inode| {
             File::open(self.backing(&inode.path())).and_then(|dir| dir.sync_all()).map_err(errno)
         });
         finish(synced, reply);

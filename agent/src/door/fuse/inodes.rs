@@ -6,7 +6,7 @@
 
 use super::names::Kind;
 use crate::database::Database;
-use fuse_session::fuse::BackingId;
+use fuse_session::Backing;
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::fs::File;
@@ -62,7 +62,9 @@ pub struct OpenState {
     /// The backing file, while any handle is open.
     pub file: Option<Arc<File>>,
     /// The backing id, while the handles are passed through.
-    pub backing: Option<Arc<BackingId>>,
+    pub backing: Option<Arc<Backing>>,
+    /// The file was removed while it was open; it has a name of its own until it is closed.
+    pub orphan: bool,
 }
 
 impl Inode {
@@ -122,6 +124,12 @@ impl Inodes {
         let inode = Inode::new(number, path, node(), 1);
         all.insert(number, inode.clone());
         inode
+    }
+
+    /// An inode that the kernel knows from another server of this mount.
+    pub fn known_before(&self, number: u64, path: &Path, node: Node) -> Arc<Inode> {
+        let mut all = self.by_number.write();
+        all.entry(number).or_insert_with(|| Inode::new(number, path, node, 1)).clone()
     }
 
     /// The kernel dropped `count` references.

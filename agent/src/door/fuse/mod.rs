@@ -15,6 +15,7 @@ mod files;
 mod filesystem;
 mod inodes;
 mod names;
+mod predecessor;
 mod rename;
 mod special;
 mod staged;
@@ -23,7 +24,7 @@ mod workers;
 pub use special::RoleView;
 
 use crate::database::{Database, Shared};
-use fuse_session::{MountError, MountState, Session, mount_state, unmount};
+use fuse_session::{Connection, MountError, MountState, Session, mount_state, unmount};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -106,31 +107,19 @@ pub struct Door {
 }
 
 impl Door {
-    /// Mounts the cluster's directory. A mount that a dead agent left behind is taken away first.
-    pub fn open(shared: Arc<Shared>, view: Arc<dyn RoleView>, options: &Options) -> Result<Door, DoorError> {
+    /// Mounts the cluster's directory, or goes on with the mount of an agent that has died. One that it left behind and
+    /// nobody can go on with is taken away first.
+    pub fn open(
+        shared: Arc<Shared>,
+        view: Arc<dyn RoleView>,
+        options: &Options,
+        connection: &Connection,
+    ) -> Result<Door, DoorError> {
         let dir = &options.mount;
-        match mount_state(dir)? {
-            MountState::Free => {}
-            MountState::Stale => {
-                tracing::warn!(mount = %dir.display(), "taking away the mount that a dead agent left behind");
-                unmount(dir)?;
-            }
-            MountState::Served => {
-                return Err(DoorError::InUse {
-                    dir: dir.clone(),
-                    fs_type: "litefs (served by another agent)".into(),
-                });
-            }
-            MountState::Other(fs_type) => return Err(DoorError::InUse { dir: dir.clone(), fs_type }),
+        if !connection.is_taken_over() {
+            Self::prepare(dir)?;
         }
         let directory = |source| DoorError::Directory { dir: dir.clone(), source };
-        if dir.exists() && !dir.is_dir() {
-            return Err(DoorError::NotADirectory { dir: dir.clone() });
-        }
-        std::fs::create_dir_all(dir).map_err(directory)?;
-        if std::fs::read_dir(dir).map_err(directory)?.next().is_some() {
-            return Err(DoorError::NotEmpty { dir: dir.clone() });
-        }
         let passthrough = Arc::new(std::sync::atomic::AtomicBool::new(false));
         let threads = Threads::choose(options.threads);
         let fs = filesystem::LitefsFilesystem::new(
@@ -139,12 +128,40 @@ impl Door {
             options.passthrough,
             passthrough.clone(),
             threads,
+            connection,
         )
         .map_err(directory)?;
         let invalidator = fs.invalidator();
-        let session = Session::start(fs, dir, &options.source, threads.count)?;
+        let session = Session::start(fs, connection, dir, &options.source, threads.count)?;
         invalidator.set_notifier(session.notifier());
         Ok(Door { session, invalidator, passthrough })
+    }
+
+    /// Makes sure that the directory can be mounted over.
+    fn prepare(dir: &Path) -> Result<(), DoorError> {
+        match mount_state(dir)? {
+            MountState::Free => {}
+            MountState::Stale => {
+                tracing::warn!(mount = %dir.display(), "taking away the mount that a dead agent left behind");
+                unmount(dir)?;
+            }
+            MountState::Served => {
+                return Err(DoorError::InUse {
+                    dir: dir.to_owned(),
+                    fs_type: "litefs (served by another agent)".into(),
+                });
+            }
+            MountState::Other(fs_type) => return Err(DoorError::InUse { dir: dir.to_owned(), fs_type }),
+        }
+        let directory = |source| DoorError::Directory { dir: dir.to_owned(), source };
+        if dir.exists() && !dir.is_dir() {
+            return Err(DoorError::NotADirectory { dir: dir.to_owned() });
+        }
+        std::fs::create_dir_all(dir).map_err(directory)?;
+        if std::fs::read_dir(dir).map_err(directory)?.next().is_some() {
+            return Err(DoorError::NotEmpty { dir: dir.to_owned() });
+        }
+        Ok(())
     }
 
     /// Whether the kernel passes database files through.

@@ -9,6 +9,7 @@ use crate::capture::CaptureError;
 use crate::database::{Database, Shared};
 use fuse_session::fuse::Errno;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -124,7 +125,26 @@ impl Tree {
         self.shared.forget_name(db);
     }
 
+    /// A file that is about to lose its name gets another one while it is open, so that the next server of the mount finds
+    /// it too.
+    pub fn keep_if_open(&self, path: &Path) {
+        let backing = self.backing(path);
+        let Some(inode) = backing.symlink_metadata().ok().and_then(|m| self.inodes.get(m.ino())) else {
+            return;
+        };
+        let mut open = inode.open.lock();
+        if open.handles > 0 && !open.orphan {
+            match std::fs::hard_link(&backing, self.shared.dirs.orphan(inode.number)) {
+                Ok(()) => open.orphan = true,
+                Err(error) => {
+                    tracing::warn!(path = %backing.display(), %error, "a removed file would not survive the agent");
+                }
+            }
+        }
+    }
+
     fn rename_backing(&self, from: &Path, to: &Path) -> Result<(), Errno> {
+        self.keep_if_open(to);
         std::fs::rename(self.backing(from), self.backing(to)).map_err(errno)?;
         self.inodes.renamed(from, to, |path| self.node_for(path, false));
         Ok(())

@@ -6,15 +6,15 @@ use parking_lot::Mutex;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tempfile::TempPath;
 
 /// A copy being written.
 #[derive(Debug)]
 pub struct StagedWrite {
     db: Arc<Database>,
     file: File,
-    path: TempPath,
+    path: PathBuf,
     progress: Mutex<Progress>,
 }
 
@@ -28,12 +28,23 @@ struct Progress {
 }
 
 impl StagedWrite {
-    /// Starts an empty copy beside the database.
-    pub fn new(db: Arc<Database>) -> io::Result<Self> {
-        let staged =
-            tempfile::Builder::new().prefix("copy-").suffix(".db").tempfile_in(&db.shared().dirs.staging)?;
-        let (file, path) = staged.into_parts();
+    /// Starts an empty copy beside the database, for the handle with this number.
+    pub fn new(db: Arc<Database>, number: u64) -> io::Result<Self> {
+        let path = Self::path_of(&db.shared().dirs.staging, number);
+        let file = File::options().read(true).write(true).create_new(true).open(&path)?;
         Ok(StagedWrite { db, file, path, progress: Mutex::default() })
+    }
+
+    /// The copy that another server of the mount began.
+    pub fn go_on(db: Arc<Database>, number: u64, written: bool) -> io::Result<Self> {
+        let path = Self::path_of(&db.shared().dirs.staging, number);
+        let file = File::options().read(true).write(true).open(&path)?;
+        Ok(StagedWrite { db, file, path, progress: Mutex::new(Progress { written, outcome: None }) })
+    }
+
+    /// Where the copy of a handle is.
+    pub fn path_of(staging: &Path, number: u64) -> PathBuf {
+        staging.join(format!("copy-{number:016x}.db"))
     }
 
     /// Writes to the copy.
@@ -67,5 +78,12 @@ impl StagedWrite {
         });
         self.progress.lock().outcome = Some(outcome);
         if outcome == 0 { Ok(()) } else { Err(outcome) }
+    }
+}
+
+impl Drop for StagedWrite {
+    fn drop(&mut self) {
+        // An import may have made it the database's file.
+        let _ = std::fs::remove_file(&self.path);
     }
 }
