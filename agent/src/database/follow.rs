@@ -1,5 +1,6 @@
 //! Following what applications commit without the agent seeing their writes: the preload door's side of a database.
 
+use super::recovery::WAL_IS_FROM_THE_LOG;
 use super::{Database, State};
 use crate::capture::wal::published::{self, HeldCommit};
 use crate::capture::{CaptureError, Logged, wal};
@@ -52,6 +53,18 @@ impl Database {
         };
         let Some(wal) = &followed.wal else { return Ok(None) };
         published::capture_published(self, st, wal, &index)
+    }
+
+    /// What the last agent knew of the WAL says nothing of commits after it: all that is published is looked at again. What
+    /// the log has makes no transaction.
+    pub fn follow_from_the_start(&self) {
+        let applied = self.shared.log.last(&self.name).is_some_and(|r| r.wal == Some(WAL_IS_FROM_THE_LOG));
+        let mut st = self.state();
+        st.wal.reset();
+        st.followed = Followed::default();
+        if applied {
+            st.wal.mark_written_from_log();
+        }
     }
 
     /// A commit is held: captures it.

@@ -51,6 +51,13 @@ pub struct Recovered {
     pub kept_file: bool,
 }
 
+/// Newest frames of committed pages that the log does not have.
+struct FramesAhead {
+    newest: BTreeMap<u32, u32>,
+    page_size: u32,
+    page_count: u32,
+}
+
 impl Database {
     /// Recovers the files and sets the state.
     pub fn recover(&self, last_stop: LastStop) -> Result<Recovered, RecoveryError> {
@@ -96,7 +103,8 @@ impl Database {
         done.kept_file = noted && last_stop == LastStop::Killed && self.file_has_all(last.as_ref())?;
         let journal = self.recover_journal(&mut done)?;
         let known_end = known_wal_end(last.as_ref());
-        let wal = self.recover_wal(&known_end, &mut done)?;
+        let ahead = self.frames_ahead(last.as_ref(), &known_end)?;
+        let wal = self.recover_wal(&known_end, ahead.is_none(), &mut done)?;
         if let Some(first) = replay_from {
             self.replay(&mut st, first, mark, target, &mut done)?;
         }
@@ -104,8 +112,12 @@ impl Database {
         done.compare |= last_stop != LastStop::Clean && written_later;
         if behind || journal || wal || !intact {
             remove_if_there(&self.paths.shm)?;
+            done.compare |= ahead.is_some();
             self.finish(&mut st, target, intact, &done)?;
             tracing::info!(database = %self.name, position = %st.position, ?done, "database recovered");
+        }
+        if let Some(ahead) = &ahead {
+            self.add_frames_ahead(ahead)?;
         }
         if !(behind || journal || wal) && intact && mark.page_count > 0 {
             self.check_file_size(mark)?;
@@ -339,6 +351,7 @@ impl Database {
     pub(super) fn recover_wal(
         &self,
         known_end: &dyn Fn((u32, u32)) -> u64,
+        remove: bool,
         done: &mut Recovered,
     ) -> Result<bool, RecoveryError> {
         let Some(wal) = open_if_there(&self.paths.wal)? else { return Ok(false) };
@@ -378,6 +391,9 @@ impl Database {
             Ok(None) | Err(WalError::Invalid(_) | WalError::Version(_)) => {}
             Err(WalError::Io(e)) => return Err(failed(e)),
         }
+        if !remove {
+            done.dropped_frames = 0;
+        }
         if done.dropped_frames > 0 {
             tracing::warn!(
                 database = %self.name,
@@ -386,8 +402,68 @@ impl Database {
             );
             done.compare = true;
         }
-        remove_if_there(&self.paths.wal)?;
+        if remove {
+            remove_if_there(&self.paths.wal)?;
+        }
         Ok(had_frames)
+    }
+
+    /// Commits in the WAL that the log does not have although they were reported: the door did not see them written.
+    fn frames_ahead(
+        &self,
+        last: Option<&RecordInfo>,
+        known_end: &dyn Fn((u32, u32)) -> u64,
+    ) -> Result<Option<FramesAhead>, RecoveryError> {
+        let applied = last.is_some_and(|r| r.wal == Some(WAL_IS_FROM_THE_LOG));
+        if applied || !self.shared.wals_may_be_ahead() {
+            return Ok(None);
+        }
+        let Some(wal) = open_if_there(&self.paths.wal)? else { return Ok(None) };
+        let mut ahead = FramesAhead { newest: BTreeMap::new(), page_size: 0, page_count: 0 };
+        match Scanner::open(&wal) {
+            Ok(Some(mut scan)) => {
+                ahead.page_size = scan.header().page_size;
+                let end = known_end((scan.header().salts.first(), scan.header().salts.second()));
+                let mut open = Vec::new();
+                while let Some(frame) = scan.next_frame().map_err(failed)? {
+                    open.push((frame.pgno, frame.number));
+                    if frame.commit > 0 {
+                        if frame_offset(frame.number + 1, ahead.page_size) > end {
+                            ahead.page_count = frame.commit;
+                            ahead.newest.extend(open.drain(..));
+                        }
+                        open.clear();
+                    }
+                }
+            }
+            Ok(None) | Err(WalError::Invalid(_) | WalError::Version(_)) => {}
+            Err(WalError::Io(e)) => return Err(failed(e)),
+        }
+        Ok((ahead.page_count > 0).then_some(ahead))
+    }
+
+    /// Moves them to the file, which has all that the log has; then the WAL goes.
+    fn add_frames_ahead(&self, ahead: &FramesAhead) -> Result<(), RecoveryError> {
+        let (Some(wal), Some(database)) =
+            (open_if_there(&self.paths.wal)?, open_if_there(&self.paths.database)?)
+        else {
+            return Ok(());
+        };
+        tracing::warn!(
+            database = %self.name,
+            pages = ahead.newest.len(),
+            "the WAL has commits that had not reached the log: they are kept"
+        );
+        let mut page = vec![0; ahead.page_size as usize];
+        for (pgno, number) in ahead.newest.iter().filter(|(pgno, _)| **pgno <= ahead.page_count) {
+            let offset = frame_offset(*number, ahead.page_size) + FRAME_HEADER_BYTES as u64;
+            wal.read_exact_at(&mut page, offset).map_err(failed)?;
+            let at = u64::from(pgno - 1) * u64::from(ahead.page_size);
+            database.write_all_at(&page, at).map_err(failed)?;
+        }
+        database.set_len(u64::from(ahead.page_count) * u64::from(ahead.page_size)).map_err(failed)?;
+        database.sync_all().map_err(failed)?;
+        remove_if_there(&self.paths.wal)
     }
 
     /// Step 3.

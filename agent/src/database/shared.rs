@@ -107,6 +107,8 @@ pub struct Shared {
     writable: AtomicBool,
     /// Writes to WALs are not seen by the door.
     follows_wals: AtomicBool,
+    /// The last agent's door was such a one: WALs may have commits that the log does not.
+    wals_may_be_ahead: AtomicBool,
     /// Nanoseconds of the lease's clock at which writing has to stop.
     write_until: AtomicU64,
     changes: broadcast::Sender<DatabaseName>,
@@ -137,6 +139,7 @@ impl Shared {
             epoch: AtomicU64::new(epoch.0),
             writable: AtomicBool::new(false),
             follows_wals: AtomicBool::new(false),
+            wals_may_be_ahead: AtomicBool::new(false),
             role_hook: OnceLock::new(),
             write_until: AtomicU64::new(u64::MAX),
             changes: broadcast::channel(CHANGES_BACKLOG).0,
@@ -167,6 +170,16 @@ impl Shared {
     pub fn follow_wals(&self, hook: impl Fn(RoleStep) + Send + Sync + 'static) {
         self.follows_wals.store(true, Ordering::Release);
         let _ = self.role_hook.set(Box::new(hook));
+    }
+
+    /// The last agent followed WALs: what they have and the log does not was committed nevertheless.
+    pub fn expect_wals_ahead(&self) {
+        self.wals_may_be_ahead.store(true, Ordering::Release);
+    }
+
+    /// Whether WALs may have commits that the log does not.
+    pub fn wals_may_be_ahead(&self) -> bool {
+        self.wals_may_be_ahead.load(Ordering::Acquire)
     }
 
     /// Whether the door sees no writes to WALs.

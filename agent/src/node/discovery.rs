@@ -93,8 +93,10 @@ fn take_up(shared: &Arc<Shared>, names: &BTreeSet<DatabaseName>) -> io::Result<(
     files.retain(|name| !names.contains(name) && has_sqlite_header(&shared.dirs.files.join(name)));
     for name in names.iter().chain(&files) {
         let db = shared.database_or_new(name);
-        if let Err(error) = db.reattach() {
-            db.state().quarantine(&db, error.to_string());
+        match db.reattach() {
+            Ok(()) if shared.wals_may_be_ahead() => db.follow_from_the_start(),
+            Ok(()) => {}
+            Err(error) => db.state().quarantine(&db, error.to_string()),
         }
     }
     Ok(())

@@ -123,6 +123,19 @@ impl Identity {
         replace_file(&self.dir.join("epoch"), &format!("{}\n", epoch.0))
     }
 
+    /// Whether the last agent let applications write to the plain files, so that they may have outlived it and been ahead
+    /// of it.
+    pub fn had_plain_files(&self) -> Result<bool, IdentityError> {
+        let path = self.dir.join("door");
+        let text = read_if_there(&path).map_err(|source| IdentityError::Io { path, source })?;
+        Ok(text.is_some_and(|text| text.trim() == "preload"))
+    }
+
+    /// Remembers the door, before applications can come.
+    pub fn store_door(&self, kind: &str) -> Result<(), IdentityError> {
+        replace_file(&self.dir.join("door"), &format!("{kind}\n"))
+    }
+
     /// The agent stops, with everything marked durable.
     pub fn stopped_cleanly(&self) -> Result<(), IdentityError> {
         let path = self.dir.join("running");

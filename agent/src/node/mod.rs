@@ -145,7 +145,16 @@ impl Node {
         }
         let epoch = identity.epoch;
         let shared = Shared::new(Arc::new(log), dirs, identity.node_id, epoch);
-        let start = if hold.is_taken_over() { Start::Live } else { Start::Alone(identity.last_stop) };
+        let plain = identity.had_plain_files()?;
+        if plain {
+            shared.expect_wals_ahead();
+        }
+        let start = match identity.last_stop {
+            _ if hold.is_taken_over() => Start::Live,
+            LastStop::PowerFailed => Start::Alone(LastStop::PowerFailed),
+            _ if plain => Start::Live,
+            last_stop => Start::Alone(last_stop),
+        };
         let found = discovery::discover(&shared, start).context("cannot read the data directory")?;
         background::remove_leftovers(&shared, start)?;
         tracing::info!(databases = found.databases, epoch = epoch.0, "databases are ready");
@@ -191,6 +200,14 @@ impl Node {
             Door::Preload(preload::Door::open(self.shared.clone(), &options)?)
         } else {
             if !self.hold.is_taken_over() {
+                if self.shared.wals_may_be_ahead()
+                    && let Some(name) = preload::in_use(&self.shared)
+                {
+                    anyhow::bail!(
+                        "applications still have {name} open through the preload library: stop them first, or keep \
+                         door = \"preload\""
+                    );
+                }
                 preload::Door::leave(dir, &runtime_dir, files)
                     .with_context(|| format!("cannot mount over {}", dir.display()))?;
             }
@@ -203,6 +220,7 @@ impl Node {
             };
             Door::Fuse(fuse::Door::open(self.shared.clone(), self.clone(), &options, connection)?)
         };
+        self.identity.store_door(door.kind())?;
         if let Some(invalidator) = door.invalidator() {
             self.shared.set_invalidator(invalidator);
         }

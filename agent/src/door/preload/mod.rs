@@ -86,6 +86,7 @@ struct Connections {
 #[derive(Debug)]
 pub struct Door {
     listener: Listener,
+    connections: Arc<Connections>,
 }
 
 impl Door {
@@ -96,19 +97,22 @@ impl Door {
             Arc::new(Connections { shared: shared.clone(), all: Mutex::default(), hold: options.hold });
         let told = connections.clone();
         shared.follow_wals(move |step| told.role_step(step));
+        // What was committed while no agent ran.
+        shared.known().iter().for_each(requests::follow);
         let socket = options.runtime_dir.join(SOCKET);
-        let listener =
-            Listener::start(&socket, connections).map_err(|source| DoorError::Io { path: socket, source })?;
+        let listener = Listener::start(&socket, connections.clone())
+            .map_err(|source| DoorError::Io { path: socket, source })?;
         let registration = options.runtime_dir.join(REGISTRATION);
         let io = |source| DoorError::Io { path: registration.clone(), source };
         let files = std::fs::metadata(&shared.dirs.files).map_err(io)?;
         let text = Registration { version: VERSION, device: files.dev(), inode: files.ino() }.to_string();
         replace(&registration, &text).map_err(io)?;
-        Ok(Door { listener })
+        Ok(Door { listener, connections })
     }
 
     /// Ends it. The directory stays: readers go on, and writers wait for the next agent.
     pub fn close(self) {
+        self.connections.end_writes();
         self.listener.stop();
     }
 
@@ -123,6 +127,21 @@ impl Door {
         }
         Ok(())
     }
+}
+
+/// A database that some process has open on the plain files.
+pub fn in_use(shared: &Shared) -> Option<crate::DatabaseName> {
+    use sqlite_file::locks::{LockKind, PENDING, SHARED, WAL_DMS, conflicting_holder};
+    let held = |path: &Path, range| {
+        std::fs::File::open(path)
+            .and_then(|file| conflicting_holder(&file, LockKind::Write, range))
+            .is_ok_and(|holder| holder.is_some())
+    };
+    let in_use = shared.known().into_iter().find(|db| {
+        let paths = db.paths();
+        held(&paths.database, SHARED) || held(&paths.database, PENDING) || held(&paths.shm, WAL_DMS)
+    });
+    in_use.map(|db| db.name().clone())
 }
 
 /// Makes `dir` a link to the files.
