@@ -63,7 +63,8 @@ impl FrameWriter<'_> {
 
 impl WalConnection {
     /// Appends transactions up to one that needs another way, which is returned; publishes all of them at once.
-    /// After an error nothing is published. `None`: the WAL is about another page size, nothing was read.
+    /// After an error nothing is published. `None`: the page size changes and the WAL cannot begin anew, because
+    /// somebody reads what is in it; nothing was read.
     pub fn append(
         &mut self,
         first: TransactionHeader,
@@ -71,13 +72,18 @@ impl WalConnection {
         shape: DatabaseShape,
         patience: &Patience,
     ) -> Result<Option<(DatabaseShape, Option<TransactionHeader>)>, ApplyError> {
+        let resizes = shape.page_size != first.page_size;
+        if resizes {
+            // The frames of a WAL have one size.
+            self.checkpoint()?;
+        }
         let _writer = self.write_lock(patience)?;
         let published = self.header_for_writing(patience)?;
-        if published.max_frame > 0 && published.page_size != first.page_size {
-            return Ok(None);
-        }
         self.cut_tail(&published)?;
         let published = self.restart_if_possible(published)?;
+        if published.max_frame > 0 && (resizes || published.page_size != first.page_size) {
+            return Ok(None);
+        }
         let result = self.append_after(published, first, source, shape);
         if result.is_err() {
             // Commit frames that were never published must not come back with the next recovery.
@@ -135,13 +141,14 @@ impl WalConnection {
             pages: Vec::new(),
         };
         let mut next = Some(first);
+        let mut must_be_whole = shape.page_size != first.page_size;
         // The last page of a transaction carries the commit, so each page waits until the next one is there.
         let (mut waiting, mut page) = (Vec::new(), Vec::new());
         while let Some(transaction) = next {
             if transaction.commit == 0 || transaction.page_size != first.page_size {
                 break;
             }
-            let mut last = 0;
+            let (mut last, mut count) = (0, 0);
             while let Some(pgno) = files.next_page(source, &transaction, last, &mut page)? {
                 if pgno == 1 {
                     shape.wal_mode = super::is_wal(&page);
@@ -151,6 +158,15 @@ impl WalConnection {
                 }
                 std::mem::swap(&mut waiting, &mut page);
                 last = pgno;
+                count += 1;
+            }
+            if std::mem::take(&mut must_be_whole) {
+                files.check_whole(&transaction, count)?;
+                // A connection that meets another page size first takes the number of pages from the file's size.
+                let bytes = u64::from(transaction.commit) * u64::from(transaction.page_size);
+                let now = self.database.metadata().map_err(files.io("inspect", &files.database))?.len();
+                self.database.set_len(bytes.max(now)).map_err(files.io("extend", &files.database))?;
+                shape.page_size = transaction.page_size;
             }
             if last == 0 && transaction.commit != shape.page_count {
                 // Only the size changes, and a commit needs a frame: page 1 as it is.

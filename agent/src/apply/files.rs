@@ -156,6 +156,16 @@ impl Files {
         Ok(Some(pgno))
     }
 
+    /// Errors when a transaction of `count` pages is not a whole database.
+    pub fn check_whole(&self, transaction: &TransactionHeader, count: u32) -> Result<(), ApplyError> {
+        let whole =
+            transaction.commit - u32::from(transaction.commit >= ltx::lock_page(transaction.page_size));
+        if count == whole {
+            return Ok(());
+        }
+        Err(self.invalid(format!("it has {count} of the {whole} pages of a new database")))
+    }
+
     fn record_error(&self, source: ltx::Error) -> ApplyError {
         ApplyError::Record { database: self.name.clone(), source }
     }

@@ -7,7 +7,7 @@ use super::database_lock::DatabaseLock;
 use super::files::{self, Files};
 use super::rollback_journal::{self, RollbackJournal};
 use super::{ApplyError, DatabaseShape, TransactionHeader, TransactionSource};
-use sqlite_file::header::{DatabaseHeader, HEADER_BYTES, lock_page};
+use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -91,12 +91,8 @@ impl<'a> InPlace<'a> {
                 }
                 self.put(pgno, &page, transaction.page_size)?;
             }
-            let whole =
-                transaction.commit - u32::from(transaction.commit >= lock_page(transaction.page_size));
-            if std::mem::take(&mut must_be_whole) && count != whole {
-                return Err(self
-                    .files
-                    .invalid(format!("it has {count} of the {whole} pages of a new database")));
+            if std::mem::take(&mut must_be_whole) {
+                self.files.check_whole(&transaction, count)?;
             }
             shape.page_size = transaction.page_size;
             shape.page_count = transaction.commit;

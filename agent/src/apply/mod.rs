@@ -145,10 +145,12 @@ impl Applier {
         patience: &Patience,
     ) -> Result<(DatabaseShape, Option<TransactionHeader>), ApplyError> {
         let files = Arc::clone(&self.files);
-        let goes_on = shape.page_count > 0 && shape.page_size == first.page_size;
-        if goes_on && (shape.wal_mode || connection::exists(&files, &files.wal)?) {
-            // In rollback mode a WAL is there only because readers of before the switch still use it.
-            let in_place = !shape.wal_mode || (self.in_place_when_unused && self.connection.is_none());
+        if shape.page_count > 0 && (shape.wal_mode || connection::exists(&files, &files.wal)?) {
+            // In rollback mode a WAL is there only because readers of before the switch still use it, and only for
+            // them does another page size go through it.
+            let resizes = shape.page_size != first.page_size;
+            let in_place =
+                resizes || !shape.wal_mode || (self.in_place_when_unused && self.connection.is_none());
             if in_place && let Some(exclusive) = self.try_exclusive(None, None)? {
                 return exclusive.run(&files, first, txns, shape);
             }

@@ -135,29 +135,39 @@ fn the_journal_mode_switches_both_ways_with_readers_attached() {
 }
 
 #[test]
-fn a_page_size_change_waits_for_wal_readers_to_go() {
-    let mut primary = Primary::new(1024, "wal");
-    let mut replica = Replica::new();
-    replica.apply(&[primary.exec(CREATE), primary.insert(50, 300)]);
-    let mut reader = Sqlite::open(&replica.path);
-    reader.digest();
-    let files = [
-        primary.insert(5, 5),
-        primary.exec("pragma journal_mode=delete"),
-        primary.exec("pragma page_size=4096; vacuum"),
-        primary.exec("pragma journal_mode=wal"),
-    ];
-    let shape = replica.shape;
-    let error = replica.try_apply(&files, Duration::from_millis(20)).unwrap_err();
-    assert!(matches!(error, ApplyError::Busy { .. }), "{error}");
-    assert_eq!(replica.shape, shape);
-    assert_eq!(reader.ask("pragma integrity_check;"), "ok");
-    drop(reader);
-    replica.apply(&files);
-    replica.assert_equals(&primary.image);
-    replica.apply(&[primary.insert(5, 5)]);
-    assert_eq!(Sqlite::open(&replica.path).digest(), digest_of(&primary.db));
-    replica.assert_file_equals(&primary.image);
+fn a_page_size_change_waits_for_reading_transactions_and_idle_connections_see_it() {
+    for (before, after, rows) in [(1024, 4096, 50), (4096, 512, 50), (512, 65536, 400), (65536, 1024, 400)] {
+        let mut primary = Primary::new(before, "wal");
+        let mut replica = Replica::new();
+        replica.apply(&[primary.exec(CREATE), primary.insert(rows, 300)]);
+        let mut idle = Sqlite::open(&replica.path);
+        let mut reading = Sqlite::open(&replica.path);
+        idle.digest();
+        let seen = reading.ask(&format!("begin; {DIGEST}"));
+        let files = [
+            primary.insert(5, 5),
+            primary.exec("pragma journal_mode=delete"),
+            primary.exec(&format!("pragma page_size={after}; vacuum")),
+            primary.insert(rows, 100),
+            primary.exec("pragma journal_mode=wal"),
+        ];
+        let error = replica.try_apply(&files, Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(error, ApplyError::Busy { .. }), "{error}");
+        assert_eq!(reading.digest(), seen);
+        assert_eq!(reading.ask("commit; pragma integrity_check;"), "ok");
+        replica.apply(&files);
+        replica.assert_equals(&primary.image);
+        for reader in [&mut idle, &mut reading] {
+            assert_eq!(reader.digest(), digest_of(&primary.db), "{before} -> {after}");
+            assert_eq!(reader.ask("pragma integrity_check;"), "ok");
+            assert_eq!(reader.ask("pragma page_size;"), after.to_string());
+        }
+        replica.apply(&[primary.insert(5, 5)]);
+        assert_eq!(idle.digest(), digest_of(&primary.db));
+        drop((idle, reading));
+        assert_eq!(Sqlite::open(&replica.path).digest(), digest_of(&primary.db));
+        replica.assert_file_equals(&primary.image);
+    }
 }
 
 #[test]
