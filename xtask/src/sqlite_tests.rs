@@ -34,7 +34,7 @@ pub struct Options {
     /// Names of test files, without `.test`; about a hundred when none is given
     files: Vec<String>,
     /// Seconds that one file may take
-    #[arg(long, default_value_t = 120, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     limit: u64,
 }
 
