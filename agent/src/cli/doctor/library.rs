@@ -10,8 +10,11 @@ pub const FILE: &str = "liblitefs.so";
 /// Names it when it is elsewhere.
 pub const VARIABLE: &str = "LITEFS_SHIM";
 
-/// Where packages put it.
-const INSTALLED: &str = "/usr/lib/litefs/liblitefs.so";
+/// Where packages put it: Debian's, and others'.
+fn installed() -> [PathBuf; 2] {
+    let debian = format!("/usr/lib/{}-linux-gnu", std::env::consts::ARCH);
+    [debian.as_str(), "/usr/lib64"].map(|dir| Path::new(dir).join(FILE))
+}
 
 /// Finds the shim and checks that the loader will take it: one that it cannot load it leaves out, with a line on
 /// stderr that nobody may read.
@@ -24,12 +27,16 @@ pub fn find() -> Result<PathBuf, String> {
     }
     let own = std::env::current_exe().ok();
     let beside = own.as_deref().and_then(Path::parent).map(|dir| dir.join(FILE));
-    for path in beside.into_iter().chain([INSTALLED.into()]) {
+    for path in beside.into_iter().chain(installed()) {
         if path.exists() {
             return usable(&path);
         }
     }
-    Err(format!("{INSTALLED} is not there; install the package that brings it, or name it with {VARIABLE}"))
+    let [debian, others] = installed();
+    let (debian, others) = (debian.display(), others.display());
+    Err(format!(
+        "neither {debian} nor {others} is there; install the package liblitefs, or name it with {VARIABLE}"
+    ))
 }
 
 fn usable(path: &Path) -> Result<PathBuf, String> {
