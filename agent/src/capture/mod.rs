@@ -60,6 +60,12 @@ pub enum CaptureError {
          (SQLite then checkpoints), do not remove the WAL by hand"
     )]
     WalIsNeeded,
+    /// This node was promoted while readers held up what it had received.
+    #[error(
+        "the newest transactions received are not in the database file yet, because readers hold them up: commit again \
+         when these have ended"
+    )]
+    NotAllApplied,
     /// What was committed is no SQLite database.
     #[error("not an SQLite database: {0}")]
     NotADatabase(&'static str),
@@ -72,7 +78,7 @@ impl CaptureError {
         let io = |e: &io::Error| e.raw_os_error().unwrap_or(libc::EIO);
         match self {
             CaptureError::NotPrimary => libc::EROFS,
-            CaptureError::WalIsNeeded => libc::EBUSY,
+            CaptureError::WalIsNeeded | CaptureError::NotAllApplied => libc::EBUSY,
             CaptureError::RefusedBefore { errno } => *errno,
             CaptureError::Io { source, .. } => io(source),
             CaptureError::Log(LogError::NoSpace { .. }) => libc::ENOSPC,
@@ -118,6 +124,10 @@ pub fn log_transaction(
 ) -> Result<Option<Logged>, CaptureError> {
     db.shared.check_writable()?;
     st.check_health()?;
+    // What is in the files lacks these transactions: a commit on top of it would not be their successor.
+    if st.applied.position != st.position {
+        return Err(CaptureError::NotAllApplied);
+    }
     let new_size = commit.page_size != st.page_size && st.page_count > 0;
     let kept = if new_size { 0 } else { st.page_count.min(commit.page_count) };
     let before = st.position;

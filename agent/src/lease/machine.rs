@@ -103,6 +103,11 @@ pub enum Event {
     },
     /// This candidate may become primary although it is stale.
     Force,
+    /// The node could not do what [`Action::Lead`] of this term said, and takes no writes.
+    CannotLead {
+        /// The term.
+        epoch: Epoch,
+    },
     /// The agent stops: let go of the lease.
     Stop,
     /// Letting go ended.
@@ -366,6 +371,12 @@ impl RoleMachine {
                 self.forced = true;
                 self.retry_at = None;
                 self.look(now, &mut out);
+            }
+            Event::CannotLead { epoch } => {
+                if self.holds() == Some(epoch) {
+                    self.retry_at = Some(now + self.timing.retry);
+                    self.give_up(epoch, &mut out);
+                }
             }
             Event::Stop => self.stop(&mut out),
             Event::Released => {
@@ -705,6 +716,19 @@ impl RoleMachine {
             self.lead(agreed, version, epoch, out);
             self.look(now, out);
         }
+    }
+
+    /// Leads no more, so that another may.
+    fn give_up(&mut self, epoch: Epoch, out: &mut Vec<Action>) {
+        if let State::Leading(Leading { handing: Some(_), .. }) = self.state {
+            out.push(Action::LetWritersGoOn);
+            out.push(Action::HandedOver(Err("this node cannot lead".into())));
+        }
+        self.state = State::Following;
+        self.following = None;
+        out.push(Action::StopWrites);
+        out.push(Action::Release { epoch });
+        out.push(Action::Follow(None));
     }
 
     fn stop(&mut self, out: &mut Vec<Action>) {

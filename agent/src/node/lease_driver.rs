@@ -69,6 +69,11 @@ impl LeaseHandle {
         done.await.unwrap_or_else(|_| Err("the agent stops".into()))
     }
 
+    /// The node could not begin this term.
+    pub fn cannot_lead(&self, epoch: Epoch) {
+        let _ = self.inputs.send(Input::Event(Event::CannotLead { epoch }));
+    }
+
     /// Agrees to take over from the primary `from`, or not.
     pub async fn prepare(&self, from: u64) -> bool {
         let (reply, agreed) = oneshot::channel();

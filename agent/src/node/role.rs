@@ -215,7 +215,12 @@ pub(super) async fn transitions(
                         let _ = tokio::task::spawn_blocking(move || detaching.detach_all()).await;
                     }
                     Ok(false) => {}
-                    Err(error) => tracing::error!(%error, epoch = epoch.0, "this node cannot become primary"),
+                    Err(error) => {
+                        tracing::error!(%error, epoch = epoch.0, "this node cannot become primary");
+                        if let Some(lease) = node.lease.get() {
+                            lease.cannot_lead(epoch);
+                        }
+                    }
                 }
             }
             Transition::Follow(peer) => {
