@@ -4,7 +4,7 @@
 //!
 //! | module       | what it does                                                                      |
 //! |--------------|-----------------------------------------------------------------------------------|
-//! | [`door`]     | how applications reach their databases (FUSE), and where a commit is seen          |
+//! | [`door`]     | how applications reach their databases (FUSE, preload), and where a commit is seen |
 //! | [`capture`]  | from a commit to an LTX record, for WAL and rollback journals                      |
 //! | [`database`] | one database: its files, page checksums, recovery, imports, snapshots              |
 //! | [`log`]      | the commit log: one fsync for the commits of all databases, positions, retention   |
