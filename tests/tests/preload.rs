@@ -384,3 +384,28 @@ fn the_door_may_change_between_starts() {
     assert_follows(&primary, &replica, "x.db", 3);
     primary.assert_no_errors();
 }
+
+#[test]
+fn processes_that_end_are_let_go() {
+    let fleet = Fleet::new();
+    let primary = fleet.host("a", Role::Primary);
+    preload(&primary).start();
+    let threads = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", primary.pid())).expect("the agent runs");
+        let names = tasks.flatten().filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        names.filter(|name| name.starts_with("preload-") && name.trim() != "preload-listen").count()
+    };
+    let mut clients: Vec<Client> = ["WAL", "DELETE"]
+        .map(|mode| Client::start(&mut python(&primary, STEPS, &[&format!("{mode}.db"), mode])))
+        .into();
+    for client in &mut clients {
+        assert_eq!(client.tell("5"), "5");
+    }
+    assert_eq!(threads(), 2);
+    drop(clients);
+    primary.wait_for("no thread serves a process that is gone", || threads() == 0);
+    for name in ["WAL.db", "DELETE.db"] {
+        let database = primary.database(name).expect("it is known");
+        assert_eq!(database["open_handles"], 0, "{database}");
+    }
+}

@@ -83,12 +83,8 @@ fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections,
             PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
             PollFd::new(listening.as_fd(), PollFlags::POLLIN),
         ];
-        // A process says nothing after its hello: only its end is of interest.
-        fds.extend(
-            served
-                .iter()
-                .map(|s| PollFd::new(s.socket.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))),
-        );
+        // A process says nothing after its hello; its end is told without being asked for (POLLHUP).
+        fds.extend(served.iter().map(|s| PollFd::new(s.socket.as_fd(), PollFlags::empty())));
         if let Err(error) = poll(&mut fds, timeout)
             && error != nix::errno::Errno::EINTR
         {
