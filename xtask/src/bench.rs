@@ -95,6 +95,9 @@ pub fn run(options: Options) -> Result<()> {
             target.join("release/litefs")
         }
     };
+    if options.door.iter().any(|door| door.needs_library()) && std::env::var_os("LITEFS_SHIM").is_none() {
+        run::run(&mut cargo(&["build", "--profile", "shim", "--package", "preload-shim"]))?;
+    }
     process::handle_interrupts()?;
     let parent = options.dir.as_ref().unwrap_or(&target);
     let dir = tempfile::Builder::new().prefix("bench-").tempdir_in(parent)?;
@@ -118,7 +121,7 @@ fn measure(options: &Options, litefs: &Path, dir: &Path, report: &mut Report) ->
     let script = dir.join("driver.py");
     fs::write(&script, include_str!("bench/driver.py"))?;
     let extent = options.extent();
-    let versions = Driver::start(&script, None)?.ask(&json!({"do": "version"}))?;
+    let versions = Driver::start(&script)?.ask(&json!({"do": "version"}))?;
     for (name, fact) in machine::facts(dir, &versions, litefs)? {
         report.line(&format!("{name:<12} {fact}"));
     }

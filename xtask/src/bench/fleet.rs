@@ -39,7 +39,8 @@ impl Side {
         let status = primary.wait_until_ready()?;
         let mut replica = Agent::start(litefs, door, &dir, "replica", Some(&primary))?;
         replica.wait_until_ready()?;
-        let (ours, on_replica) = (Driver::start(script, Some(door))?, Driver::start(script, Some(door))?);
+        let (ours, on_replica) =
+            (Driver::start_through(script, door, &dir)?, Driver::start_through(script, door, &dir)?);
         Ok((Side { ours, on_replica, replica, primary }, status))
     }
 
@@ -76,8 +77,8 @@ impl Fleet {
             report.line(&format!("{:<12} {}", door.name(), status["mount"]));
         }
         Ok(Fleet {
-            native: Driver::start(script, None)?,
-            native_reader: Driver::start(script, None)?,
+            native: Driver::start(script)?,
+            native_reader: Driver::start(script)?,
             native_dir,
             sides,
             quiet,

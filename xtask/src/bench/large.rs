@@ -34,7 +34,7 @@ pub fn measure(
     fs::create_dir_all(&dir)?;
     progress(&format!("making a database of {} MiB", extent.large_bytes >> 20));
     let source = dir.join(NAME);
-    let mut driver = Driver::start(script, None)?;
+    let mut driver = Driver::start(script)?;
     driver.tell(&json!({"do": "create_large", "path": source, "bytes": extent.large_bytes}))?;
     let bytes = number(&driver.answer(PATIENCE)?["bytes"])?;
 
@@ -136,7 +136,7 @@ impl Side {
 
     /// An application commits for a while, and the replica takes it.
     fn commit(&mut self, script: &Path, extent: &Extent) -> Result<()> {
-        let mut driver = Driver::start(script, Some(self.door))?;
+        let mut driver = Driver::start_through(script, self.door, &self.dir)?;
         let path = self.primary.path(NAME);
         driver.ask(&json!({"do": "open", "name": NAME, "path": path, "synchronous": "normal"}))?;
         driver.ask(&json!({"do": "commits", "name": NAME, "seconds": extent.seconds}))?;

@@ -7,6 +7,7 @@ use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction};
 use nix::unistd::Pid;
 use serde_json::Value;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
@@ -197,6 +198,14 @@ impl Drop for Agent {
     }
 }
 
+/// The preload library: `$LITEFS_SHIM`, or the one that was built for this run.
+pub fn library() -> Result<PathBuf> {
+    match std::env::var_os("LITEFS_SHIM") {
+        Some(path) => Ok(path.into()),
+        None => Ok(super::target_directory()?.join("shim/liblitefs.so")),
+    }
+}
+
 /// A running application: `driver.py`.
 pub struct Driver {
     child: Child,
@@ -205,11 +214,20 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Starts the program at `script`: for plain files, or to go through a door.
-    pub fn start(script: &Path, door: Option<Door>) -> Result<Driver> {
+    /// Starts the program at `script` for plain files.
+    pub fn start(script: &Path) -> Result<Driver> {
+        Self::start_with(script, Vec::new())
+    }
+
+    /// Starts it to go through a door of the agents in directories below `hosts`.
+    pub fn start_through(script: &Path, door: Door, hosts: &Path) -> Result<Driver> {
+        Self::start_with(script, door.environment(hosts, &library()?))
+    }
+
+    fn start_with(script: &Path, environment: Vec<(OsString, OsString)>) -> Result<Driver> {
         let mut command = Command::new("python3");
         command.arg(script).stdin(Stdio::piped()).stdout(Stdio::piped());
-        command.envs(door.map(Door::environment).unwrap_or_default());
+        command.envs(environment);
         let mut child = spawn(&mut command)?;
         let (commands, output) = (child.stdin.take(), child.stdout.take());
         let commands = commands.context("no input of the driver")?;

@@ -27,7 +27,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long the end of a term waits for commits that have begun.
@@ -80,6 +80,8 @@ struct Connections {
     shared: Arc<Shared>,
     all: Mutex<Vec<Arc<Connection>>>,
     hold: bool,
+    /// What applications were told last.
+    writable: AtomicBool,
 }
 
 /// The open door.
@@ -93,8 +95,12 @@ impl Door {
     /// Makes the directory, and listens.
     pub fn open(shared: Arc<Shared>, options: &Options) -> Result<Door, DoorError> {
         link(&options.dir, &shared.dirs.files)?;
-        let connections =
-            Arc::new(Connections { shared: shared.clone(), all: Mutex::default(), hold: options.hold });
+        let connections = Arc::new(Connections {
+            shared: shared.clone(),
+            all: Mutex::default(),
+            hold: options.hold,
+            writable: AtomicBool::new(shared.is_writable()),
+        });
         let told = connections.clone();
         shared.follow_wals(move |step| told.role_step(step));
         // What was committed while no agent ran.
@@ -213,7 +219,8 @@ impl Connections {
     fn role_step(&self, step: RoleStep) {
         match step {
             RoleStep::Changed => {
-                if self.shared.is_writable() {
+                let writable = self.shared.is_writable();
+                if !self.writable.swap(writable, Ordering::AcqRel) && writable {
                     self.read_applied_wals();
                 }
                 self.all.lock().iter().for_each(|connection| self.tell(connection));
