@@ -396,7 +396,7 @@ impl Config {
             mount: MountConfig {
                 dir: Path::new("/srv/litefs").join(cluster),
                 passthrough: Passthrough::Auto,
-                takeover_wait: Duration::from_secs(30),
+                takeover_wait: Duration::ZERO,
                 threads: 0,
             },
             http: HttpConfig {
