@@ -223,10 +223,9 @@ impl LitefsFilesystem {
             attr.nlink = attr.nlink.saturating_sub(1);
         }
         if let Node::File(Kind::Wal, Some(db)) = inode.node() {
-            let mut st = db.state();
-            attr.size = st.wal.visible_len(attr.size);
-            // The kernel drops the pages after the end that it was given in advance; the next commit gives them again.
-            st.wal_cached_end = st.wal_cached_end.min(attr.size);
+            // Never less than the kernel has: it would drop pages that a writer has filled and is about to send.
+            let st = db.state();
+            attr.size = st.wal.visible_len(attr.size.max(st.wal_cached_end));
         }
         attr
     }
