@@ -14,6 +14,7 @@ use super::{Database, State};
 use crate::apply::ApplyError;
 use crate::capture::ChecksumOrEmpty;
 use crate::capture::wal::{Known, Newest};
+use crate::door::fuse::CACHE_AHEAD_BYTES;
 use crate::log::{RecordInfo, RecordKind};
 use ltx::{Checksum, Txid};
 use std::collections::BTreeSet;
@@ -171,6 +172,12 @@ impl Database {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) => return Err(RecoveryError(format!("cannot open {}: {e}", self.paths.wal.display()))),
         };
+        // The kernel's cache may have pages ahead of the file. A file that were shorter now would have it cut them, and
+        // zero what a write that waits to be asked again has in them.
+        let len = file.metadata().map_err(failed)?.len();
+        if len > 0 {
+            st.wal_cached_end = len.next_multiple_of(4096) + CACHE_AHEAD_BYTES;
+        }
         let (known, captured) = self.known_of_wal(last)?;
         let mut wal = std::mem::take(&mut st.wal);
         let reattached = match &known {

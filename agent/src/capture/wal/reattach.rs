@@ -5,7 +5,7 @@
 //! ([`super::veil`]): it is unveiled if the log has its transaction, otherwise its writer, who got no answer, is still
 //! waiting and its write is asked again.
 
-use super::{FRAME_HEADER_BYTES, HEADER_BYTES, LastCommit, Stale, WalCapture, veil};
+use super::{Arriving, FRAME_HEADER_BYTES, HEADER_BYTES, LastCommit, Stale, WalCapture, veil};
 use crate::log::WalEnd;
 use ltx::{Checksum, page_checksum};
 use sqlite_file::wal::{WalError, WalHeader, frame_bytes};
@@ -145,7 +145,16 @@ impl WalCapture {
         let Some(generation) = self.generation else { return Ok(()) };
         let step = frame_bytes(generation.page_size);
         let mut at = self.committed_end.max(HEADER_BYTES);
-        while let Some(frame) = self.frame_start(file, at)?.filter(|frame| !frame.veiled) {
+        while let Some(frame) = self.frame_start(file, at)? {
+            if frame.veiled {
+                // Readers must see the header that was written.
+                let mut held = vec![0; FRAME_HEADER_BYTES as usize];
+                file.read_exact_at(&mut held, at)?;
+                veil(&mut held);
+                self.pending.insert(at, frame.pgno);
+                self.arriving = Some(Arriving { at, held, filled: FRAME_HEADER_BYTES });
+                break;
+            }
             self.pending.insert(at, frame.pgno);
             at += step;
         }

@@ -27,7 +27,7 @@ const CACHE_PAGE_BYTES: u64 = 4096;
 /// The cache ahead of the WAL's end is filled up when less than this is left (a 64 KiB page and its header)...
 const CACHE_AHEAD_MIN_BYTES: u64 = 128 * 1024;
 /// ... to this much.
-const CACHE_AHEAD_BYTES: u64 = 512 * 1024;
+pub(crate) const CACHE_AHEAD_BYTES: u64 = 512 * 1024;
 /// Length of the zeros that end a journal in PERSIST mode: its header's fields (file format, section 3).
 const JOURNAL_HEADER_BYTES: usize = 28;
 

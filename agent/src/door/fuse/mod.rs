@@ -21,6 +21,7 @@ mod special;
 mod staged;
 mod workers;
 
+pub(crate) use files::CACHE_AHEAD_BYTES;
 pub use special::RoleView;
 
 use crate::database::{Database, Shared};
