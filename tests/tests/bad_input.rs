@@ -213,6 +213,7 @@ fn an_agent_whose_mount_is_taken_away_ends_with_an_error() {
 fn a_host_without_dev_fuse_says_so() {
     let fleet = Fleet::new();
     let host = fleet.host("a", Role::Primary);
+    host.set("door=fuse");
     // A mount namespace of its own, in which /dev has nothing but what other parts of the agent need.
     let script = "cd \"$0\" && touch urandom null && mount --bind /dev/urandom urandom && \
                   mount --bind /dev/null null && mount --rbind . /dev && cd / && exec \"$@\"";

@@ -101,6 +101,15 @@ pub const KEYS: &[Key] = &[
         },
     },
     Key {
+        path: "mount.takeover-wait",
+        default: "\"0s\"",
+        doc: "When the agent dies, applications behind FUSE wait this long for the next one, which goes on where it \
+              was, before they get errors; \"0s\": not at all. Experimental: a write that was under way may fail \
+              after a takeover. Needs Linux 6.9. Under systemd the service's own restart settings decide how long, \
+              unless this is \"0s\".",
+        set: |config, value| value.duration(Duration::ZERO).map(|time| config.mount.takeover_wait = time),
+    },
+    Key {
         path: "preload.hold",
         default: "\"auto\"",
         doc: "Behind the preload door, whether a commit in WAL mode waits until the commit log has it, before anyone can \
@@ -111,15 +120,6 @@ pub const KEYS: &[Key] = &[
             config.preload.hold = choice(value, choices)?;
             Ok(())
         },
-    },
-    Key {
-        path: "mount.takeover-wait",
-        default: "\"0s\"",
-        doc: "When the agent dies, applications behind FUSE wait this long for the next one, which goes on where it \
-              was, before they get errors; \"0s\": not at all. Experimental: a write that was under way may fail \
-              after a takeover. Needs Linux 6.9. Under systemd the service's own restart settings decide how long, \
-              unless this is \"0s\".",
-        set: |config, value| value.duration(Duration::ZERO).map(|time| config.mount.takeover_wait = time),
     },
     Key {
         path: "http.listen",

@@ -105,7 +105,7 @@ fn a_primary_is_fenced_before_the_ttl_ends_when_the_store_hangs() {
     // An answer counts from when the question was sent: this one comes too late to help.
     let late = Event::Renewed { sent: at(3500), outcome: Some(Some(9)) };
     assert!(
-        matches!(m.handle(at(12_000), late)[..], [Action::Lead { until, .. }] if until == Some(at(12_500)))
+        matches!(m.handle(at(12_000), late)[..], [Action::Lead { until, .. }, ..] if until == Some(at(12_500)))
     );
     assert_eq!(m.leads(at(12_500)), None);
 }

@@ -37,7 +37,7 @@ fn nothing_is_left_behind() {
     let pid = {
         let fleet = Fleet::new(1);
         // As seen from outside: the host's only `sleep` of this length.
-        fleet[0].run("systemd-run --unit=sleep sleep 7654321");
+        fleet[0].run("systemd-run --unit=sleep --service-type=exec sleep 7654321");
         find_process("7654321").expect("the process is visible from outside")
     };
     assert!(!Path::new("/proc").join(&pid).exists(), "a process of a host that is gone still runs");

@@ -50,7 +50,7 @@ fn install_enable_write_read() {
     b.wait_for(
         "systemctl status litefs@db | grep 'Status: \"replica of host-a, epoch 1, .* ms behind; 1 database'",
     );
-    a.run("journalctl -u litefs@db LITEFS_CLUSTER=db | grep mounted");
+    a.run("journalctl -u litefs@db LITEFS_CLUSTER=db | grep 'applications may come'");
     a.run("litefs status && litefs list");
     b.run("litefs status");
 
