@@ -141,7 +141,7 @@ fn assert_taken_over(host: &Host, times: usize) {
 const DATABASES: [(&str, &str); 2] = [("wal.db", "WAL"), ("delete.db", "DELETE")];
 
 #[test]
-#[ignore = "known defect: after a takeover a write that was under way may fail (page number 0 at a WAL commit)"]
+#[ignore = "experimental: failed now and then before the WAL kept its length over a takeover; has to prove itself"]
 fn applications_on_the_primary_go_on_while_its_agent_is_killed_again_and_again() {
     let fleet = Fleet::new();
     let primary = fleet.host("a", Role::Primary);
@@ -227,7 +227,7 @@ fn upgraded(dir: &Path, times: usize) -> PathBuf {
 }
 
 #[test]
-#[ignore = "known defect: after a takeover a write that was under way may fail (page number 0 at a WAL commit)"]
+#[ignore = "experimental: failed now and then before the WAL kept its length over a takeover; has to prove itself"]
 fn an_agent_that_is_told_to_leave_its_mount_is_followed_by_another_binary() {
     let fleet = Fleet::new();
     let primary = fleet.host("a", Role::Primary);
