@@ -281,6 +281,13 @@ pub fn is_up(cluster: usize) -> bool {
     CONNECTION[cluster].is_up()
 }
 
+/// Whether there was an agent until a moment ago: what it said last counts for as long as an application would wait.
+pub fn was_there(cluster: usize) -> bool {
+    let connection = &CONNECTION[cluster];
+    let lost = connection.lost_ns.load(Ordering::Relaxed);
+    connection.page().is_some() && lost != 0 && sys::now_ns().saturating_sub(lost) < wait_ms() * 1_000_000
+}
+
 /// The application takes a descriptor of this library for itself.
 pub fn give_up(fd: i32) {
     for connection in &CONNECTION {

@@ -395,8 +395,12 @@ fn lock_shm(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) ->
     if kind == libc::F_WRLCK && of_writer {
         // Without a valid wal-index this is somebody who reads, and has to make it first.
         if has_valid_index(fd) {
-            // Commits are announced to an agent, so there has to be one.
-            if agent::attach(database, agent::wait_ms()).is_err() {
+            // Commits are announced to an agent, so there has to be one, or to have been one until a moment ago: its
+            // successor finds them.
+            if agent::attach(database, 0).is_err()
+                && !agent::was_there(database.cluster())
+                && agent::attach(database, agent::wait_ms()).is_err()
+            {
                 return fail(libc::EIO);
             }
             if !agent::may_write(database.cluster()) {

@@ -230,7 +230,6 @@ for line in sys.stdin:
 "#;
 
 #[test]
-#[ignore = "known defect: now and then a held or rollback-mode commit that waited for the next agent is not answered"]
 fn connections_outlive_agents() {
     let fleet = Fleet::new();
     let (primary, replica) = hosts(&fleet, ("preload", "fuse"));
