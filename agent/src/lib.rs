@@ -15,6 +15,7 @@
 //! | [`status`]   | what an operator sees: status, metrics, events, the system bus                     |
 //! | [`hooks`]    | what runs when a database changed on this host                                     |
 //! | [`systemd`]  | the agent as a service: sockets, watchdog, status line, units per role, secrets    |
+//! | [`tls`]      | certificates between hosts                                                        |
 //! | [`config`], [`cli`] | the configuration file and the command line                                 |
 
 pub mod apply;
@@ -31,5 +32,6 @@ pub mod node;
 pub mod ship;
 pub mod status;
 pub mod systemd;
+pub mod tls;
 
 pub use name::DatabaseName;

@@ -4,8 +4,8 @@
 
 use super::value::Value;
 use super::{
-    Bus, Config, DoorKind, Hold, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough, absolute_path,
-    problem,
+    Bus, ClientCertificates, Config, DoorKind, Hold, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough,
+    absolute_path, problem,
 };
 use std::time::Duration;
 
@@ -125,8 +125,8 @@ pub const KEYS: &[Key] = &[
         path: "http.listen",
         default: "\"127.0.0.1:20202\"",
         doc: "Address and port for followers, metrics and events. The default is reachable from this host \
-              only: a primary with followers elsewhere sets \"0.0.0.0:20202\" or one of its addresses. There \
-              is no authentication yet: keep the port inside a trusted network.",
+              only: a primary with followers elsewhere sets \"0.0.0.0:20202\" or one of its addresses. Whoever \
+              reaches the port can read all databases, unless `tls.certificate` or `http.token-file` is set.",
         set: |config, value| {
             let text = value.text()?;
             let listen: std::net::SocketAddr = text.parse().map_err(|_| {
@@ -142,8 +142,62 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "http.advertise-url",
         default: "\"http://<node.name>:<port of http.listen>\"",
-        doc: "How other hosts reach this one.",
+        doc: "How other hosts reach this one; it begins with https:// when `tls.certificate` is set.",
         set: |config, value| url(value.text()?).map(|url| config.http.advertise_url = url),
+    },
+    Key {
+        path: "http.token-file",
+        default: "none",
+        doc: "File with a secret of at least 16 characters that all hosts of the cluster share. Requests of others are \
+              refused, except for `/metrics` and `/info`. Without this key a credential named `http-token` is it, when \
+              there is one. It goes over the network with each request: use TLS too where others can listen.",
+        set: |config, value| absolute_path(value.text()?).map(|path| config.http.token_file = Some(path)),
+    },
+    Key {
+        path: "tls.certificate",
+        default: "none",
+        doc: "PEM file with this host's certificate, followed by those between it and its authority. Setting it turns TLS \
+              1.3 on for `http.listen` and for what this host connects to: all hosts of a cluster use it or none. The \
+              certificate must be fit for servers and clients.",
+        set: |config, value| absolute_path(value.text()?).map(|path| config.tls.certificate = Some(path)),
+    },
+    Key {
+        path: "tls.key",
+        default: "none",
+        doc: "PEM file with the key of `tls.certificate`. Without it the key is the credential named `tls-key`.",
+        set: |config, value| absolute_path(value.text()?).map(|path| config.tls.key = Some(path)),
+    },
+    Key {
+        path: "tls.ca",
+        default: "none",
+        doc: "PEM file with the authorities that the certificates of this cluster's hosts come from. Nothing else is \
+              trusted.",
+        set: |config, value| absolute_path(value.text()?).map(|path| config.tls.ca = Some(path)),
+    },
+    Key {
+        path: "tls.peer-name",
+        default: "none",
+        doc: "DNS name that the certificates of all hosts of the cluster have, such as \"db.litefs.internal\". With it \
+              other certificates of the same authority are refused; without it any will do for a follower, and an \
+              upstream's must be for the host in its URL.",
+        set: |config, value| {
+            let name = value.text()?;
+            rustls::pki_types::DnsName::try_from(name)
+                .map_err(|_| format!("must be a DNS name such as \"db.litefs.internal\", is {name:?}"))?;
+            config.tls.peer_name = Some(name.to_owned());
+            Ok(())
+        },
+    },
+    Key {
+        path: "tls.client-certificates",
+        default: "\"required\"",
+        doc: "\"required\": hosts that connect must show a certificate, except for `/metrics` and `/info`. \"off\": they \
+              need none, for use with `http.token-file`.",
+        set: |config, value| {
+            let choices = [("required", ClientCertificates::Required), ("off", ClientCertificates::Off)];
+            config.tls.client_certificates = choice(value, choices)?;
+            Ok(())
+        },
     },
     Key {
         path: "socket.path",
@@ -312,15 +366,14 @@ pub(super) fn check_host(name: &str) -> Result<(), String> {
     }
 }
 
-/// `http://host:port` without the slash at its end.
+/// `http://host:port` or `https://host:port` without the slash at its end.
 fn url(text: &str) -> Result<String, String> {
     let bad = |why: &str| format!("must be a URL such as \"http://host-a:20202\", is {text:?} ({why})");
     let uri: http::Uri = text.parse().map_err(|_| bad("not a URL"))?;
-    match uri.scheme_str() {
-        Some("http") => {}
-        Some("https") => return Err(bad("TLS is not supported yet")),
-        _ => return Err(bad("it has to begin with http://")),
-    }
+    let scheme = match uri.scheme_str() {
+        Some(scheme @ ("http" | "https")) => scheme,
+        _ => return Err(bad("it has to begin with http:// or https://")),
+    };
     let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| bad("no host in it"))?;
     if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
         return Err(bad("user names are not supported"));
@@ -329,5 +382,5 @@ fn url(text: &str) -> Result<String, String> {
         return Err(bad("nothing may follow the port"));
     }
     let port = uri.port_u16().ok_or_else(|| bad("no port in it"))?;
-    Ok(format!("http://{host}:{port}"))
+    Ok(format!("{scheme}://{host}:{port}"))
 }

@@ -50,6 +50,8 @@ pub struct Config {
     pub preload: PreloadConfig,
     /// The port for followers and monitoring.
     pub http: HttpConfig,
+    /// Certificates between hosts.
+    pub tls: TlsConfig,
     /// The socket for commands on this host.
     pub socket: SocketConfig,
     /// The commit log.
@@ -110,8 +112,36 @@ pub struct MountConfig {
 pub struct HttpConfig {
     /// Address to listen on.
     pub listen: SocketAddr,
-    /// How other hosts reach it: `http://host:port`, no slash at the end.
+    /// How other hosts reach it: `http://host:port`, or https, no slash at the end.
     pub advertise_url: String,
+    /// File with the secret that all hosts of the cluster share.
+    pub token_file: Option<PathBuf>,
+}
+
+/// `[tls]`: certificate and authority are both there or both not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TlsConfig {
+    /// PEM file with this host's certificate, and those between it and the authority.
+    pub certificate: Option<PathBuf>,
+    /// PEM file with the certificate's key; without it the key is the credential `tls-key`.
+    pub key: Option<PathBuf>,
+    /// PEM file with the authorities that certificates of this cluster's hosts come from.
+    pub ca: Option<PathBuf>,
+    /// DNS name that the certificates of all hosts have.
+    pub peer_name: Option<String>,
+    /// Whether other hosts have to show a certificate.
+    pub client_certificates: ClientCertificates,
+}
+
+/// Whether other hosts have to show a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClientCertificates {
+    /// For everything but metrics.
+    Required,
+    /// Not.
+    Off,
 }
 
 /// `[socket]`
@@ -363,7 +393,9 @@ impl Config {
             }
         }
         if !config.origins.contains_key("http.advertise-url") {
-            config.http.advertise_url = format!("http://{}:{}", config.node.name, config.http.listen.port());
+            let scheme = config.scheme();
+            config.http.advertise_url =
+                format!("{scheme}://{}:{}", config.node.name, config.http.listen.port());
         }
         // Bad values were replaced by defaults, so cross-checks would report what nobody wrote.
         if problems.is_empty() {
@@ -402,6 +434,14 @@ impl Config {
             http: HttpConfig {
                 listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 20202)),
                 advertise_url: String::new(),
+                token_file: None,
+            },
+            tls: TlsConfig {
+                certificate: None,
+                key: None,
+                ca: None,
+                peer_name: None,
+                client_certificates: ClientCertificates::Required,
             },
             socket: SocketConfig { path: Path::new("/run/litefs").join(cluster).join("control.sock") },
             log: LogConfig {
@@ -423,6 +463,11 @@ impl Config {
             source,
             origins: BTreeMap::new(),
         }
+    }
+
+    /// How addresses of this cluster's hosts begin.
+    pub(crate) fn scheme(&self) -> &'static str {
+        if self.tls.certificate.is_some() { "https" } else { "http" }
     }
 
     /// What single values cannot tell.
@@ -458,6 +503,51 @@ impl Config {
             );
         }
         let advertised = self.http.advertise_url.as_str();
+        let tls = &self.tls;
+        match (&tls.certificate, &tls.ca) {
+            (Some(_), None) => problem(
+                "tls.certificate",
+                "tls.certificate is set, but tls.ca is not".to_owned(),
+                "hosts check each other's certificates: name the file with their authority",
+            ),
+            (None, _) => {
+                let others = [
+                    ("tls.ca", tls.ca.is_some()),
+                    ("tls.key", tls.key.is_some()),
+                    ("tls.peer-name", tls.peer_name.is_some()),
+                    ("tls.client-certificates", tls.client_certificates == ClientCertificates::Off),
+                ];
+                if let Some((key, _)) = others.into_iter().find(|(_, is_set)| *is_set) {
+                    problem(
+                        key,
+                        format!("{key} is set, but tls.certificate is not"),
+                        "TLS needs this host's certificate and the authority of all: set tls.certificate and tls.ca",
+                    );
+                }
+            }
+            _ => {}
+        }
+        let urls = [
+            ("http.advertise-url", Some(&self.http.advertise_url)),
+            ("lease.primary-url", self.lease.primary_url.as_ref()),
+        ];
+        for (key, url) in urls {
+            let Some(url) = url else { continue };
+            let scheme = self.scheme();
+            if !url.starts_with(&format!("{scheme}://")) {
+                let (message, help) = match scheme {
+                    "https" => (
+                        format!("{key} is {url}, but [tls] is set"),
+                        "TLS is for all hosts of a cluster: begin the URL with https://",
+                    ),
+                    _ => (
+                        format!("{key} is {url}, but [tls] is not set"),
+                        "set tls.certificate and tls.ca, or begin the URL with http://",
+                    ),
+                };
+                problem(key, message, help);
+            }
+        }
         match (self.lease.role, &self.lease.primary_url) {
             (LeaseRole::Replica, None) => problem(
                 "lease.role",

@@ -82,7 +82,12 @@ fn what_show_prints_is_a_configuration_with_the_same_values() {
 
 #[test]
 fn the_key_table_and_the_structs_name_the_same_keys() {
-    let files = Files::new(&[("db.toml", "[lease]\nrole = \"replica\"\nprimary-url = \"http://a:1\"\n")]);
+    let optional = r#"
+        http.token-file = "/t"
+        lease = { role = "replica", primary-url = "https://a:1" }
+        tls = { certificate = "/c", key = "/k", ca = "/a", peer-name = "n" }
+    "#;
+    let files = Files::new(&[("db.toml", optional)]);
     let values = toml::Table::try_from(files.load().unwrap()).unwrap();
     let mut in_structs: Vec<String> = Vec::new();
     for (name, value) in &values {
@@ -193,7 +198,7 @@ fn urls_are_http_host_and_port() {
     let url =
         |url: &str| Files::problems(&format!("lease.role = \"replica\"\nlease.primary-url = {url:?}\n"));
     for (bad, why) in [
-        ("https://a:1", "TLS"),
+        ("https://a:1", "[tls] is not set"),
         ("a:1", "http://"),
         ("http://a", "no port"),
         ("http://a:1/x", "nothing may follow"),
@@ -207,8 +212,20 @@ fn urls_are_http_host_and_port() {
 }
 
 #[test]
+fn with_certificates_addresses_are_https() {
+    let tls = "[tls]\ncertificate = \"/c\"\nca = \"/a\"\n";
+    let config = Files::new(&[("db.toml", tls)]).load().unwrap();
+    assert!(config.http.advertise_url.starts_with("https://"), "{}", config.http.advertise_url);
+    let problems =
+        Files::problems(&format!("lease = {{ role = \"replica\", primary-url = \"http://a:1\" }}\n{tls}"));
+    assert!(problems[0].contains("lease.primary-url is http://a:1, but [tls] is set"), "{problems:?}");
+}
+
+#[test]
 fn values_that_do_not_fit_together_are_errors() {
     for (text, expected) in [
+        ("tls.certificate = \"/c\"", "db.toml:1:19: tls.certificate is set, but tls.ca is not"),
+        ("tls.peer-name = \"n\"", "db.toml:1:17: tls.peer-name is set, but tls.certificate is not"),
         (
             "lease.role = \"replica\"",
             "db.toml:1:14: lease.role is \"replica\", but lease.primary-url is not set",

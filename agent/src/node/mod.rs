@@ -25,6 +25,7 @@ use crate::door::{self, Door, fuse, preload};
 use crate::hooks::Hooks;
 use crate::log::{CommitLog, Options as LogOptions};
 use crate::ship::follow::FollowOptions;
+use crate::ship::http::access::Access;
 use crate::ship::http::{HttpOptions, serve};
 use crate::ship::server::{Server, ServerOptions};
 use crate::status::changes::ChangeFeed;
@@ -64,6 +65,8 @@ pub struct Node {
     pub(crate) config: RwLock<Config>,
     pub(crate) shared: Arc<Shared>,
     identity: Identity,
+    /// Certificates and secret between this node and others.
+    pub(crate) access: Arc<Access>,
     role: watch::Sender<Role>,
     write_gate: role::WriteGate,
     lease: OnceLock<LeaseHandle>,
@@ -123,6 +126,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 impl Node {
     /// Opens the data directory and recovers what is in it. Nothing is served yet.
     pub fn open(config: Config, identity: Identity, hold: Arc<MountHold>) -> anyhow::Result<Arc<Node>> {
+        let access = Access::load(&config).context("cannot start with these secrets")?;
         let dirs = Dirs::new(config.data.dir.clone(), config.mount.dir.clone());
         for dir in [&dirs.files, &dirs.checksums, &dirs.staging, &dirs.orphans, &dirs.diverged, &dirs.log] {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -161,6 +165,7 @@ impl Node {
         Ok(Arc::new(Node {
             shared,
             identity,
+            access,
             role: watch::Sender::new(Role::unknown(epoch)),
             write_gate: role::WriteGate::default(),
             lease: OnceLock::new(),
@@ -264,6 +269,7 @@ impl Node {
     fn follow_options(&self) -> FollowOptions {
         let config = self.config.read();
         let mut options = FollowOptions::new(config.node.name.clone(), config.cluster.clone());
+        options.access = self.access.clone();
         options.timeout = config.replication.timeout;
         options.heartbeat = config.replication.heartbeat;
         options.retry = (config.replication.reconnect_min, config.replication.reconnect_max);
@@ -309,8 +315,8 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
     };
     lease.door_is_open();
     let handler = Arc::new(view::HttpHandler { node: node.clone() });
-    let http =
-        tokio::spawn(serve(vec![tcp, unix], server.clone(), handler, HttpOptions::default(), stop.clone()));
+    let options = HttpOptions { access: node.access.clone(), ..HttpOptions::default() };
+    let http = tokio::spawn(serve(vec![tcp, unix], server.clone(), handler, options, stop.clone()));
     let background = background::spawn(node.clone(), stop.clone());
     let on_bus = (config.dbus.bus == Bus::System).then(|| dbus::spawn(node.clone(), stop.clone()));
     node.start_hooks(&config, &stop).await;
@@ -396,28 +402,33 @@ async fn first_role(node: &Arc<Node>) {
 /// SIGHUP: reads the configuration again and takes over what can change while running: role, upstream, log level.
 async fn reload(node: &Arc<Node>, lease: &LeaseHandle, stop: &CancellationToken) -> Result<(), ViewError> {
     systemd::status::reloading();
-    let loaded = node.config.read().reload();
+    let loaded = node.config.read().reload().map_err(|error| error.to_string()).and_then(|new| {
+        // Certificates and secret are replaced in their files before they end.
+        node.access.reload(&new).map_err(|error| error.to_string())?;
+        Ok(new)
+    });
     let done = match loaded {
         Err(error) => {
             tracing::error!(
                 MESSAGE_ID = messages::CONFIGURATION_REFUSED,
-                %error,
+                error,
                 "the configuration was not taken over"
             );
-            Err(ViewError::BadConfiguration(error.to_string()))
+            Err(ViewError::BadConfiguration(error))
         }
         Ok(new) => {
             let old = node.config.read().clone();
             let restart_only = old.data != new.data
                 || old.mount != new.mount
-                || old.http != new.http
+                || (old.http.listen, &old.http.advertise_url) != (new.http.listen, &new.http.advertise_url)
+                || old.scheme() != new.scheme()
                 || old.socket != new.socket
                 || old.log != new.log
                 || old.cluster != new.cluster
                 || old.lease.kind != new.lease.kind;
             if restart_only {
                 tracing::warn!(
-                    "[data], [mount], [http], [socket], [log], cluster and lease.type take effect with the next start"
+                    "[data], [mount], [socket], [log], http.listen, cluster and lease.type take effect with the next start"
                 );
             }
             crate::cli::logging::set_level(new.log_output.level);

@@ -146,12 +146,14 @@ pub enum RefusalCode {
     Engine,
     /// The node is stopping.
     Stopping,
+    /// The peer has not proved that it belongs to the cluster.
+    Unauthorized,
     /// A code of a newer minor version.
     Other(u16),
 }
 
 /// Code, its number in an Error frame, its name in the refusal header, its HTTP status.
-const CODES: [(RefusalCode, u16, &str, StatusCode); 13] = [
+const CODES: [(RefusalCode, u16, &str, StatusCode); 14] = [
     (RefusalCode::BadRequest, 1, "bad-request", StatusCode::BAD_REQUEST),
     (RefusalCode::Protocol, 2, "protocol", StatusCode::UPGRADE_REQUIRED),
     (RefusalCode::Cluster, 3, "cluster", StatusCode::FORBIDDEN),
@@ -165,6 +167,7 @@ const CODES: [(RefusalCode, u16, &str, StatusCode); 13] = [
     (RefusalCode::PageSize, 11, "page-size", StatusCode::CONFLICT),
     (RefusalCode::Engine, 12, "engine", StatusCode::INTERNAL_SERVER_ERROR),
     (RefusalCode::Stopping, 13, "stopping", StatusCode::SERVICE_UNAVAILABLE),
+    (RefusalCode::Unauthorized, 14, "unauthorized", StatusCode::UNAUTHORIZED),
 ];
 
 impl RefusalCode {

@@ -4,6 +4,7 @@ use super::FollowOptions;
 use crate::ship::body::Body;
 use crate::ship::engine::Epoch;
 use crate::ship::frame::{FrameError, MESSAGE_BYTES_MAX, full_text};
+use crate::ship::http::access::Access;
 use crate::ship::peer::{Identity, IdentityError, POSITION_HEADER, RefusalCode};
 use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Limited};
@@ -15,7 +16,6 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -32,21 +32,19 @@ const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 /// Time for the head of a response; the upstream may have to read its disk before it answers.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Address of an upstream: `http://host[:port]`.
+/// Address of an upstream: `http://host[:port]`, or `https://host[:port]` where nodes use TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Upstream {
     host: String,
     port: u16,
+    tls: bool,
 }
 
 /// Why a text is not the address of an upstream.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum UpstreamError {
-    /// TLS is asked for.
-    #[error("upstream {0:?}: TLS between nodes is not supported yet; use http:// inside a trusted network")]
-    Tls(String),
-    /// Anything else.
-    #[error("upstream {0:?} is not of the form http://host[:port]")]
+    /// It is no such address.
+    #[error("upstream {0:?} is not of the form http://host[:port] or https://host[:port]")]
     Malformed(String),
 }
 
@@ -56,11 +54,11 @@ impl FromStr for Upstream {
     fn from_str(text: &str) -> Result<Self, UpstreamError> {
         let malformed = || UpstreamError::Malformed(text.to_owned());
         let uri: Uri = text.parse().map_err(|_| malformed())?;
-        match uri.scheme_str() {
-            Some("http") => {}
-            Some("https") => return Err(UpstreamError::Tls(text.to_owned())),
+        let tls = match uri.scheme_str() {
+            Some("http") => false,
+            Some("https") => true,
             _ => return Err(malformed()),
-        }
+        };
         let authority = uri.authority().ok_or_else(malformed)?;
         let host = authority.host().trim_start_matches('[').trim_end_matches(']');
         let port = match authority.port() {
@@ -71,16 +69,17 @@ impl FromStr for Upstream {
         if host.is_empty() || port == 0 || uri.path() != "/" || uri.query().is_some() {
             return Err(malformed());
         }
-        Ok(Upstream { host: host.to_owned(), port })
+        Ok(Upstream { host: host.to_owned(), port, tls })
     }
 }
 
 impl fmt::Display for Upstream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scheme = if self.tls { "https" } else { "http" };
         if self.host.contains(':') {
-            return write!(f, "http://[{}]:{}", self.host, self.port);
+            return write!(f, "{scheme}://[{}]:{}", self.host, self.port);
         }
-        write!(f, "http://{}:{}", self.host, self.port)
+        write!(f, "{scheme}://{}:{}", self.host, self.port)
     }
 }
 
@@ -192,6 +191,7 @@ impl FollowError {
 #[derive(Clone)]
 pub(super) struct Connection {
     upstream: Arc<Upstream>,
+    access: Arc<Access>,
     sender: SendRequest<Body>,
 }
 
@@ -204,10 +204,11 @@ impl Connection {
     ) -> Result<Self, FollowError> {
         let failed = |why: String| FollowError::Connect { upstream: upstream.to_string(), why };
         let opening = async {
-            // TLS and this node's proof of who it is belong here, around `stream`.
-            let stream =
-                TcpStream::connect((&*upstream.host, upstream.port)).await.map_err(|e| e.to_string())?;
-            stream.set_nodelay(true).map_err(|e| e.to_string())?;
+            let stream = options
+                .access
+                .connect(&upstream.host, upstream.port, upstream.tls)
+                .await
+                .map_err(|e| full_text(&e))?;
             http2::Builder::new(TokioExecutor::new())
                 .timer(TokioTimer::new())
                 .keep_alive_interval(options.timeout / 4)
@@ -233,7 +234,7 @@ impl Connection {
                 () = cancel.cancelled() => {}
             }
         });
-        Ok(Connection { upstream: Arc::clone(upstream), sender })
+        Ok(Connection { upstream: Arc::clone(upstream), access: Arc::clone(&options.access), sender })
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -255,6 +256,7 @@ impl Connection {
         *request.method_mut() = method;
         *request.uri_mut() = uri.parse().map_err(|e| lost(format!("{uri} is not a valid URI: {e}")))?;
         own.write(request.headers_mut());
+        self.access.sign(request.headers_mut());
         let answer = async {
             self.sender.ready().await?;
             self.sender.send_request(request).await
@@ -337,6 +339,8 @@ mod tests {
             ("http://10.0.0.1:80", "http://10.0.0.1:80"),
             ("http://[fe80::1]:7", "http://[fe80::1]:7"),
             ("http://[::1]", "http://[::1]:20202"),
+            ("https://node1", "https://node1:20202"),
+            ("https://[::1]:7", "https://[::1]:7"),
         ] {
             assert_eq!(text.parse::<Upstream>().unwrap().to_string(), shown);
         }
@@ -353,6 +357,5 @@ mod tests {
         ] {
             assert_eq!(bad.parse::<Upstream>(), Err(UpstreamError::Malformed(bad.into())), "{bad}");
         }
-        assert!(matches!("https://a".parse::<Upstream>(), Err(UpstreamError::Tls(_))));
     }
 }

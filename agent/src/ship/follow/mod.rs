@@ -13,6 +13,7 @@ pub use connection::{DEFAULT_PORT, FollowError, Upstream, UpstreamError};
 
 use crate::DatabaseName;
 use crate::ship::engine::{Epoch, Sink};
+use crate::ship::http::access::Access;
 use crate::ship::peer::Identity;
 use connection::{Connection, check_epoch};
 use http::{Method, Response};
@@ -37,6 +38,8 @@ pub struct FollowOptions {
     pub node_name: String,
     /// Cluster; an upstream of another one is refused.
     pub cluster: String,
+    /// What this node shows to the upstream, and what the upstream has to show.
+    pub access: Arc<Access>,
     /// Time between this side's heartbeats.
     pub heartbeat: Duration,
     /// An upstream that is silent for this long is given up.
@@ -63,6 +66,7 @@ impl FollowOptions {
         FollowOptions {
             node_name: node_name.into(),
             cluster: cluster.into(),
+            access: Arc::default(),
             heartbeat: Duration::from_secs(1),
             timeout: Duration::from_secs(5),
             retry: (Duration::from_millis(100), Duration::from_secs(5)),

@@ -1,11 +1,13 @@
 //! The node's HTTP server: accepts on TCP and Unix sockets, speaks HTTP/1 and HTTP/2 (h2c with prior knowledge),
 //! and gives the paths of the replication protocol to shipping and everything else to the node's own [`Handler`].
 
+pub mod access;
 mod first_bytes;
 
 use crate::ship::body::Body;
 use crate::ship::frame::full_text;
 use crate::ship::server::{DATABASES_PREFIX, FOLLOW_PATH, Server};
+use access::Access;
 use first_bytes::FirstBytes;
 use futures_util::future::BoxFuture;
 use http::{Request, Response};
@@ -41,6 +43,8 @@ pub struct PeerAddr(pub Arc<str>);
 /// Bounds of the server.
 #[derive(Clone, Debug)]
 pub struct HttpOptions {
+    /// Who may connect.
+    pub access: Arc<Access>,
     /// Connections that are open at once, per listener; more wait in the kernel's backlog.
     pub connections_max: usize,
     /// Time in which a new connection must say what it speaks, and an HTTP/1 peer must send its request head.
@@ -56,6 +60,7 @@ pub struct HttpOptions {
 impl Default for HttpOptions {
     fn default() -> Self {
         HttpOptions {
+            access: Arc::default(),
             connections_max: 1024,
             head_timeout: Duration::from_secs(10),
             grace: Duration::from_secs(5),
@@ -213,13 +218,13 @@ async fn accept(site: Arc<Site>, listener: Listener) {
                     tracing::debug!(peer, %error, "cannot set TCP_NODELAY");
                 }
                 site.tracker.spawn(async move {
-                    connection(for_connection, stream, peer, false).await;
+                    from_other_host(for_connection, stream, peer).await;
                     drop(permit);
                 });
             }
             Ok(Accepted::Unix(stream)) => {
                 site.tracker.spawn(async move {
-                    connection(for_connection, stream, "local".into(), true).await;
+                    connection(for_connection, stream, "local".into(), Caller::ThisHost).await;
                     drop(permit);
                 });
             }
@@ -252,9 +257,32 @@ impl Listener {
     }
 }
 
-/// Serves one connection. TLS and authentication belong here: wrap `stream` (off the accept loop, as done here,
-/// so that a slow handshake holds up nobody) and refuse the peer before its first request is read.
-async fn connection<S>(site: Arc<Site>, stream: S, peer: String, privileged: bool)
+/// Who sends the requests of a connection.
+#[derive(Clone, Copy)]
+enum Caller {
+    /// A program on this host, which the permissions of the control socket let in.
+    ThisHost,
+    /// Another host.
+    OtherHost {
+        /// It has shown the certificate of a node.
+        certified: bool,
+    },
+}
+
+/// Serves one TCP connection, with TLS where it is configured.
+async fn from_other_host(site: Arc<Site>, stream: tokio::net::TcpStream, peer: String) {
+    let Some(tls) = site.options.access.tls() else {
+        return connection(site, stream, peer, Caller::OtherHost { certified: false }).await;
+    };
+    match tokio::time::timeout(site.options.head_timeout, tls.accept(stream)).await {
+        Ok(Ok((stream, certified))) => connection(site, stream, peer, Caller::OtherHost { certified }).await,
+        Ok(Err(error)) => tracing::info!(peer, "no TLS connection: {}", full_text(&error)),
+        Err(_) => tracing::debug!(peer, "no TLS handshake in time"),
+    }
+}
+
+/// Serves one connection.
+async fn connection<S>(site: Arc<Site>, stream: S, peer: String, caller: Caller)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -275,7 +303,7 @@ where
     let service = service_fn(|mut request: Request<Incoming>| {
         request.extensions_mut().insert(peer.clone());
         let site = Arc::clone(&site);
-        async move { Ok::<_, Infallible>(route(&site, request, privileged).await) }
+        async move { Ok::<_, Infallible>(route(&site, request, caller).await) }
     });
     let io = TokioIo::new(FirstBytes::new(stream, options.head_timeout));
     let mut serving = pin!(builder.serve_connection(io, service));
@@ -294,10 +322,15 @@ where
     }
 }
 
-async fn route(site: &Site, request: Request<Incoming>, privileged: bool) -> Response<Body> {
+async fn route(site: &Site, request: Request<Incoming>, caller: Caller) -> Response<Body> {
     let path = request.uri().path();
+    if let Caller::OtherHost { certified } = caller
+        && let Err(refusal) = site.options.access.check(path, request.headers(), certified)
+    {
+        return site.ship.refuse(&request, &refusal);
+    }
     if path == FOLLOW_PATH || path.starts_with(DATABASES_PREFIX) {
         return site.ship.handle(request).await;
     }
-    site.handler.handle(request, privileged).await
+    site.handler.handle(request, matches!(caller, Caller::ThisHost)).await
 }

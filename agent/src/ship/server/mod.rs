@@ -110,21 +110,31 @@ impl Server {
 
     /// Answers one request of the replication protocol.
     pub async fn handle(self: &Arc<Self>, request: Request<Incoming>) -> Response<Body> {
-        let peer = request.extensions().get::<PeerAddr>().map_or("an unknown address", |p| &*p.0).to_owned();
+        let peer = address_of(&request);
         let path = request.uri().path().to_owned();
-        let mut response = match self.answer(&peer, request).await {
-            Ok(response) => response,
-            Err(refusal) => {
-                match refusal.code {
-                    // Part of normal life; the follower decides what to do.
-                    RefusalCode::Gap | RefusalCode::Diverged | RefusalCode::NotKept => {
-                        tracing::debug!(peer, path, "{refusal}");
-                    }
-                    _ => tracing::warn!(peer, path, "refused: {refusal}"),
-                }
-                refusal.response()
+        match self.answer(&peer, request).await {
+            Ok(response) => self.signed(response),
+            Err(refusal) => self.refused(&peer, &path, &refusal),
+        }
+    }
+
+    /// Answers a request with a refusal that was decided before the request was looked at.
+    pub fn refuse(&self, request: &Request<Incoming>, refusal: &Refusal) -> Response<Body> {
+        self.refused(&address_of(request), request.uri().path(), refusal)
+    }
+
+    fn refused(&self, peer: &str, path: &str, refusal: &Refusal) -> Response<Body> {
+        match refusal.code {
+            // Part of normal life; the follower decides what to do.
+            RefusalCode::Gap | RefusalCode::Diverged | RefusalCode::NotKept => {
+                tracing::debug!(peer, path, "{refusal}");
             }
-        };
+            _ => tracing::warn!(peer, path, "refused: {refusal}"),
+        }
+        self.signed(refusal.response())
+    }
+
+    fn signed(&self, mut response: Response<Body>) -> Response<Body> {
         self.identity().write(response.headers_mut());
         response
     }
@@ -164,7 +174,7 @@ impl Server {
         }
     }
 
-    /// Checks who asks. Whatever a peer must prove to follow belongs here, for every request.
+    /// Checks who asks; that it may ask at all was checked before.
     fn admit(&self, peer: &str, request: &Request<Incoming>) -> Result<Identity, Refusal> {
         let follower = Identity::read(request.headers()).map_err(|error| {
             let code = match &error {
@@ -252,6 +262,11 @@ impl Server {
             Err(e) => Err(Refusal::new(RefusalCode::Engine, format!("reading the database failed: {e}"))),
         }
     }
+}
+
+/// Where a request comes from, for people.
+fn address_of(request: &Request<Incoming>) -> String {
+    request.extensions().get::<PeerAddr>().map_or("an unknown address", |peer| &*peer.0).to_owned()
 }
 
 /// The database that a request names.
