@@ -33,6 +33,10 @@ complete -c litefs -n "__fish_litefs_needs_command" -s V -l version -d 'Print ve
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "agent" -d 'Run the agent in the foreground'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "status" -d 'Show role, databases, lag and followers of this host'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "reload" -d 'Read the configuration of the running agent again, and wait until it is taken over'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "promote" -d 'Make this host the primary'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "demote" -d 'Make another host the primary in place of this one'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "handoff" -d 'Hand the lease of this host over to another one'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "release-lease" -d 'Let go of the lease of an agent that died, so that another host takes over at once'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "watch" -d 'Print the role and positions of this host, and each change of them, one per line'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "wait" -d 'Wait until this host is what is asked for, also for its agent to start'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "list" -d 'List the databases with their positions and sizes'
@@ -61,6 +65,28 @@ complete -c litefs -n "__fish_litefs_using_subcommand reload" -l config -d 'Conf
 complete -c litefs -n "__fish_litefs_using_subcommand reload" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
 complete -c litefs -n "__fish_litefs_using_subcommand reload" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand reload" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand promote" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand promote" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand promote" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand promote" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand promote" -l force -d 'Also without a primary to take over from, and although transactions may be missing here'
+complete -c litefs -n "__fish_litefs_using_subcommand promote" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand demote" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand demote" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand demote" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand demote" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand demote" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand handoff" -l to -d 'Name of the host [default: the one that is farthest]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand handoff" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand handoff" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand handoff" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand handoff" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand handoff" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand release-lease" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand release-lease" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand release-lease" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand release-lease" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand release-lease" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c litefs -n "__fish_litefs_using_subcommand watch" -s c -l cluster -d 'Name of the cluster [default: db]' -r
 complete -c litefs -n "__fish_litefs_using_subcommand watch" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand watch" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r

@@ -474,15 +474,14 @@ fn post(
             continue;
         }
         sys::futex_wait(&slot.state, state, LOOK_MS);
-        let state = slot.state.load(Ordering::Acquire);
-        if state == protocol::DONE {
+        if slot.state.load(Ordering::Acquire) == protocol::DONE {
             break;
         }
         // The slot stays taken: the agent may still write to it.
         if gone() {
             return Err(Lost::HungUp);
         }
-        if state != protocol::WAITING && sys::now_ns() >= deadline_ns {
+        if sys::now_ns() >= deadline_ns {
             return Err(Lost::TimedOut);
         }
     }

@@ -36,6 +36,8 @@ pub enum Role<'a> {
     Primary,
     /// Follows another host: the primary, or a replica of it.
     ReplicaOf(&'a Host),
+    /// Takes part in choosing a primary by a lease at these addresses of Consul.
+    Candidate(&'a str),
 }
 
 /// One host. All methods may be called from several threads.
@@ -209,6 +211,9 @@ impl Host {
     fn write_role(&self, role: Role<'_>) {
         let lease = match role {
             Role::Primary => "[lease]\nrole = \"primary\"\n".to_owned(),
+            Role::Candidate(address) => format!(
+                "[lease]\ntype = \"consul\"\nttl = \"2s\"\n[consul]\naddress = \"{address}\"\ntimeout = \"500ms\"\n"
+            ),
             Role::ReplicaOf(upstream) => {
                 format!("[lease]\nrole = \"replica\"\nprimary-url = \"{}\"\n", upstream.url())
             }

@@ -127,6 +127,52 @@ pub fn cargo_deny() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Version of Consul that the tests run: the last one that Debian shipped.
+const CONSUL_VERSION: &str = "1.8.7";
+
+/// Puts Consul below `target/tools/consul`, out of Debian's "bullseye", without touching the machine's own sources.
+pub fn consul() -> Result<PathBuf> {
+    let prefix = run::root().join("target/tools/consul");
+    let program = prefix.join("usr/bin/consul");
+    if program.is_file() {
+        return Ok(program);
+    }
+    let by_hand = "put a Consul server at target/tools/consul/usr/bin/consul, or name it in LITEFS_CONSUL";
+    if let Some(path) = std::env::var_os("LITEFS_CONSUL") {
+        return Ok(path.into());
+    }
+    println!("installing Consul {CONSUL_VERSION} below {}", prefix.display());
+    let work = tempfile::tempdir()?;
+    let path = |name: &str| work.path().join(name);
+    std::fs::create_dir_all(path("lists/partial"))?;
+    std::fs::create_dir_all(path("cache/archives/partial"))?;
+    let source = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bullseye main";
+    std::fs::write(path("sources.list"), format!("{source}\n"))?;
+    let apt = || {
+        let mut apt = Command::new("apt-get");
+        apt.args(["-qq", "-o", "Acquire::Check-Valid-Until=false", "-o", "Dir::Etc::sourceparts=/dev/null"]);
+        // Also where the user that downloads cannot see the directory.
+        apt.args(["-o", "APT::Sandbox::User=root"]);
+        for (option, name) in [
+            ("Dir::Etc::sourcelist", "sources.list"),
+            ("Dir::State::lists", "lists"),
+            ("Dir::Cache", "cache"),
+        ] {
+            apt.arg("-o").arg(format!("{option}={}", path(name).display()));
+        }
+        apt.current_dir(work.path());
+        apt
+    };
+    run::run(apt().arg("update")).context(by_hand)?;
+    run::run(apt().args(["download", "consul"])).context(by_hand)?;
+    let packages = std::fs::read_dir(work.path())?.filter_map(|entry| entry.ok().map(|entry| entry.path()));
+    let package = packages.into_iter().find(|path| path.extension().is_some_and(|end| end == "deb"));
+    let package = package.context("apt-get download left no package")?;
+    std::fs::create_dir_all(&prefix)?;
+    run::run(Command::new("dpkg-deb").arg("-x").arg(package).arg(&prefix))?;
+    Ok(program)
+}
+
 /// Fails with advice where an agent could not mount.
 pub fn can_mount() -> Result<()> {
     if !nix::unistd::geteuid().is_root() {

@@ -10,7 +10,7 @@ use std::time::Instant;
 /// A name, and what it does; the text it returns is shown in the summary.
 type Step = (&'static str, fn() -> Result<String>);
 
-const STEPS: [Step; 9] = [
+const STEPS: [Step; 10] = [
     // The tests of the whole system mount.
     ("mounting", || setup::can_mount().map(|()| String::new())),
     ("format", || quiet(&mut cargo(&["fmt", "--all", "--check"]))),
@@ -31,6 +31,7 @@ const STEPS: [Step; 9] = [
     // The root was begun with the first step; making it mostly waits for the disk.
     ("fleet root", || fleet::prepare().map(|root| root.display().to_string())),
     ("clients", || setup::test_packages().and_then(|()| clients::install()).map(|()| String::new())),
+    ("consul", || setup::consul().map(|path| path.display().to_string())),
     ("tests", tests),
 ];
 

@@ -97,6 +97,17 @@ impl WalConnection {
         write_lock(&self.files, &self.shm, patience)
     }
 
+    /// As [`WalConnection::write_lock`], among writers who take it again and again.
+    pub fn insist_on_write_lock(&self, patience: &Patience) -> Result<LockGuard, ApplyError> {
+        let mut guard = None;
+        let got = patience.insist(|| {
+            guard = LockGuard::try_acquire(&self.shm, LockKind::Write, WAL_WRITE)?;
+            Ok(guard.is_some())
+        });
+        got.map_err(self.files.io("lock", &self.files.shm))?;
+        guard.ok_or_else(|| self.files.busy("the write lock of the WAL", patience))
+    }
+
     /// One try for a lock on the wal-index.
     pub fn try_lock(
         &self,

@@ -21,6 +21,19 @@ impl Patience {
         Patience { begun: Instant::now(), bound }
     }
 
+    /// As [`Patience::poll`], without longer pauses: among others who want the same all the time.
+    pub fn insist(&self, mut attempt: impl FnMut() -> io::Result<bool>) -> io::Result<bool> {
+        loop {
+            if attempt()? {
+                return Ok(true);
+            }
+            if self.begun.elapsed() >= self.bound {
+                return Ok(false);
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
     /// Tries until it works or the bound is over, at least once; pauses in between are short and grow.
     pub fn poll(&self, mut attempt: impl FnMut() -> io::Result<bool>) -> io::Result<bool> {
         let mut pause = Duration::from_micros(50);

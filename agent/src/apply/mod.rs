@@ -21,6 +21,7 @@ mod connection;
 mod database_lock;
 mod error;
 mod files;
+mod hold;
 mod in_place;
 mod rollback_journal;
 mod source;
@@ -28,6 +29,7 @@ mod source;
 mod tests;
 
 pub use error::ApplyError;
+pub use hold::WriterHold;
 pub use source::{LtxTransactions, TransactionHeader, TransactionSource};
 
 use crate::DatabaseName;
@@ -221,6 +223,11 @@ impl Applier {
         let Some(lock) = lock else { return Ok(None) };
         let played = rollback_journal::play_back(files, &database)?;
         Ok(played.then(|| DeadTransaction { files: Arc::clone(files), _lock: lock }))
+    }
+
+    /// Makes SQLite's writers wait for as long as the result lives. `None`: there is no database.
+    pub fn hold_writers(&self, bound: Duration) -> Result<Option<WriterHold>, ApplyError> {
+        WriterHold::acquire(&self.files, &Patience::new(bound))
     }
 
     /// Takes back what an applier that died has written in place, and leaves an empty journal: a reader that is about to

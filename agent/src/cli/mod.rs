@@ -13,6 +13,7 @@ mod import;
 pub mod logging;
 mod ltx;
 mod reload;
+mod role;
 mod status;
 mod wait;
 mod watch;
@@ -78,6 +79,33 @@ enum Command {
     ///
     /// A configuration with mistakes is an error and changes nothing.
     Reload,
+    /// Make this host the primary
+    ///
+    /// The present primary hands its lease over: its writers wait for some milliseconds, and nothing is lost. Where there
+    /// is no primary because none of the running hosts has all data, --force makes this one primary with what it has.
+    ///
+    /// Exits with 65 when this host did not become the primary.
+    Promote {
+        /// Also without a primary to take over from, and although transactions may be missing here
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make another host the primary in place of this one
+    ///
+    /// The candidate that is farthest takes over. Exits with 65 when none did; this host stays primary then.
+    Demote,
+    /// Hand the lease of this host over to another one
+    ///
+    /// Exits with 65 when it did not take it; this host stays primary then.
+    Handoff {
+        /// Name of the host [default: the one that is farthest]
+        #[arg(long, value_name = "NODE")]
+        to: Option<String>,
+    },
+    /// Let go of the lease of an agent that died, so that another host takes over at once
+    ///
+    /// For `ExecStopPost=` of the service. It does nothing to the lease of an agent that lives (exit code 65).
+    ReleaseLease,
     /// Print the role and positions of this host, and each change of them, one per line
     ///
     /// Lines are "role ROLE [PRIMARY]", "position NAME TXID/CHECKSUM", "quarantined NAME REASON" and "diverged NAME
@@ -228,6 +256,16 @@ impl Cli {
             Command::Agent => agent::run(&global.source()),
             Command::Status { json } => block_on(status::status(global.client(), json, out)),
             Command::Reload => block_on(reload::reload(global.client())),
+            Command::Promote { force } => {
+                let query: &[(&str, &str)] = if force { &[("force", "true")] } else { &[] };
+                block_on(role::change(global.client(), "/v1/promote", query))
+            }
+            Command::Demote => block_on(role::change(global.client(), "/v1/demote", &[])),
+            Command::Handoff { to } => {
+                let query: Vec<(&str, &str)> = to.iter().map(|to| ("to", &**to)).collect();
+                block_on(role::change(global.client(), "/v1/handoff", &query))
+            }
+            Command::ReleaseLease => block_on(role::release(&global.source(), out)),
             Command::Watch { json, databases } => {
                 block_on(watch::watch(global.client(), &databases, json, out))
             }

@@ -5,7 +5,7 @@
 use super::value::Value;
 use super::{
     Bus, ClientCertificates, Config, DoorKind, Hold, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough,
-    absolute_path, problem, sync,
+    absolute_path, problem,
 };
 use std::time::Duration;
 
@@ -227,9 +227,12 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "lease.type",
         default: "\"static\"",
-        doc: "How the primary is chosen. \"static\": the configuration names it, and it never changes by itself.",
+        doc: "How the primary is chosen. \"static\": the configuration names it, and it never changes by itself. \
+              \"consul\": the hosts choose one of them, by a lease that Consul keeps; when it fails another one \
+              takes over.",
         set: |config, value| {
-            config.lease.kind = choice(value, [("static", LeaseKind::Static)])?;
+            let choices = [("static", LeaseKind::Static), ("consul", LeaseKind::Consul)];
+            config.lease.kind = choice(value, choices)?;
             Ok(())
         },
     },
@@ -249,6 +252,73 @@ pub const KEYS: &[Key] = &[
         default: "none",
         doc: "Whom a replica follows: the primary, or another replica (a cascade). Required for a replica.",
         set: |config, value| url(value.text()?).map(|url| config.lease.primary_url = Some(url)),
+    },
+    Key {
+        path: "lease.candidate",
+        default: "true",
+        doc: "Whether this host may become primary when the hosts choose it; `false`: it only ever follows.",
+        set: |config, value| {
+            config.lease.candidate = value.boolean()?;
+            Ok(())
+        },
+    },
+    Key {
+        path: "lease.ttl",
+        default: "\"10s\"",
+        doc: "A primary that was not heard of at Consul for this long is gone, and another host takes over. A primary \
+              that cannot renew its lease takes no more writes after nine tenths of it. The same on all hosts; at least \
+              \"1s\".",
+        set: |config, value| value.duration(Duration::from_secs(1)).map(|time| config.lease.ttl = time),
+    },
+    Key {
+        path: "consul.address",
+        default: "\"http://127.0.0.1:8500\"",
+        doc: "Where Consul answers: agents or servers, several with commas in between. The first that answers is used \
+              until it fails.",
+        set: |config, value| {
+            let addresses: Result<Vec<String>, String> =
+                value.text()?.split(',').map(|address| url(address.trim())).collect();
+            let addresses = addresses?;
+            if let Some(address) = addresses.iter().find(|address| address.starts_with("https://")) {
+                return Err(format!(
+                    "{address}: TLS to Consul is not supported yet; use the agent on this host"
+                ));
+            }
+            config.consul.address = addresses.join(",");
+            Ok(())
+        },
+    },
+    Key {
+        path: "consul.key",
+        default: "\"litefs/<cluster>\"",
+        doc: "The lease is the key `primary` below this one, and each host has one below `nodes`. The same on all hosts \
+              of a cluster.",
+        set: |config, value| {
+            let key = value.text()?;
+            let plain = |part: &str| {
+                !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+            };
+            if !key.split('/').all(plain) {
+                return Err(format!(
+                    "must be words of letters, digits, '-', '_' and '.' with '/' in between, is {key:?}"
+                ));
+            }
+            config.consul.key = key.to_owned();
+            Ok(())
+        },
+    },
+    Key {
+        path: "consul.timeout",
+        default: "\"2s\"",
+        doc: "How long each call waits for each address. At most half of `lease.ttl`.",
+        set: |config, value| value.duration(MILLISECOND).map(|time| config.consul.timeout = time),
+    },
+    Key {
+        path: "consul.token-file",
+        default: "none",
+        doc: "File with the ACL token; read for each call. Without it the credential `consul-token` is used, if there \
+              is one. It needs `key_prefix` write on `consul.key` and `session_prefix` write.",
+        set: |config, value| absolute_path(value.text()?).map(|path| config.consul.token_file = Some(path)),
     },
     Key {
         path: "replication.heartbeat",
@@ -284,42 +354,6 @@ pub const KEYS: &[Key] = &[
         doc: "How long applying waits at a time for readers of a database in a rollback journal mode. WAL mode \
               needs no waiting.",
         set: |config, value| value.duration(MILLISECOND).map(|time| config.replication.apply_wait = time),
-    },
-    Key {
-        path: "sync.acks",
-        default: "0",
-        doc: "So many followers must have a commit durably in their logs before it counts: until then the application's \
-              commit waits, and nobody on this host sees it. 0: replication is asynchronous. `[[sync-rule]]` says \
-              something else for some databases. All hosts that may become primary should have the same.",
-        set: |config, value| {
-            config.sync.acks = value.integer(0, sync::ACKS_MAX)? as usize;
-            Ok(())
-        },
-    },
-    Key {
-        path: "sync.members",
-        default: "[]",
-        doc: "Names (`node.name`) of the hosts whose acknowledgements count; the primary may be among them and is not \
-              counted. Empty: every host that follows this one counts.",
-        set: |config, value| sync::members(value).map(|members| config.sync.members = members),
-    },
-    Key {
-        path: "sync.timeout",
-        default: "\"5s\"",
-        doc: "How long a commit waits for acknowledgements before `sync.on-timeout` happens.",
-        set: |config, value| value.duration(sync::TIMEOUT_MIN).map(|time| config.sync.timeout = time),
-    },
-    Key {
-        path: "sync.on-timeout",
-        default: "\"wait\"",
-        doc: "\"wait\": commits wait on. \"degrade\": they succeed without, and so do later ones, until enough members \
-              have caught up; `litefs status`, the journal, D-Bus and metrics say so. \"refuse\": a commit that was \
-              already sent waits on, later ones fail until enough members have caught up, and none begins while too \
-              few members are connected.",
-        set: |config, value| {
-            config.sync.on_timeout = choice(value, sync::ON_TIMEOUT)?;
-            Ok(())
-        },
     },
     Key {
         path: "dbus.bus",
@@ -366,10 +400,7 @@ pub const KEYS: &[Key] = &[
 ];
 
 /// One of a few words.
-pub(super) fn choice<T: Copy, const N: usize>(
-    value: &Value,
-    choices: [(&'static str, T); N],
-) -> Result<T, String> {
+fn choice<T: Copy, const N: usize>(value: &Value, choices: [(&'static str, T); N]) -> Result<T, String> {
     let text = value.text()?;
     if let Some((_, choice)) = choices.iter().find(|(name, _)| *name == text) {
         return Ok(*choice);

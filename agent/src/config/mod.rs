@@ -10,13 +10,11 @@ mod layers;
 mod on_change;
 mod problem;
 mod show;
-mod sync;
 mod value;
 
 pub use keys::{KEYS, Key};
 pub use on_change::{HOOK_KEYS, HookAction, HookConfig, UnitVerb, pattern_matches};
 pub use problem::{ConfigError, Origin, Problem};
-pub use sync::{OnTimeout, SYNC_RULE_KEYS, SYNC_TABLE, SyncPolicy, SyncRule};
 pub use value::show_duration;
 
 use serde::{Serialize, Serializer};
@@ -60,13 +58,10 @@ pub struct Config {
     pub log: LogConfig,
     /// Who may write.
     pub lease: LeaseConfig,
+    /// Where the lease is, when Consul has it.
+    pub consul: ConsulConfig,
     /// Streams between hosts.
     pub replication: ReplicationConfig,
-    /// Who must have a commit before it counts.
-    pub sync: SyncPolicy,
-    /// The same for some databases; the first that is for a database counts.
-    #[serde(skip)]
-    pub sync_rules: Vec<SyncRule>,
     /// The agent on the system bus.
     pub dbus: DbusConfig,
     /// The agent's own messages.
@@ -186,6 +181,41 @@ pub struct LeaseConfig {
     /// Whom a replica follows (the primary, or a replica in a cascade): `http://host:port`, no slash at the
     /// end. Present exactly when the role is replica.
     pub primary_url: Option<String>,
+    /// Whether this host may become primary, where hosts choose it.
+    pub candidate: bool,
+    /// A primary that was not heard of for this long is gone.
+    #[serde(serialize_with = "duration")]
+    pub ttl: Duration,
+}
+
+/// `[consul]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ConsulConfig {
+    /// Addresses of servers or agents: `http://host:port`, with commas in between.
+    pub address: String,
+    /// The keys are below this one.
+    pub key: String,
+    /// For each call at each address.
+    #[serde(serialize_with = "duration")]
+    pub timeout: Duration,
+    /// File with the ACL token, if it is not a credential.
+    pub token_file: Option<PathBuf>,
+}
+
+impl ConsulConfig {
+    /// How Consul is reached.
+    pub fn options(&self) -> crate::lease::consul::Options {
+        use crate::lease::consul::{Options, Token};
+        Options {
+            addresses: self.address.split(',').map(|address| address.trim().to_owned()).collect(),
+            timeout: self.timeout,
+            token: match &self.token_file {
+                Some(path) => Token::File(path.clone()),
+                None => Token::Credential("consul-token"),
+            },
+        }
+    }
 }
 
 /// `[replication]`
@@ -285,6 +315,8 @@ pub enum Bus {
 pub enum LeaseKind {
     /// The configuration says who it is.
     Static,
+    /// Hosts choose one of them, by a lease that Consul keeps.
+    Consul,
 }
 
 /// A host's role under a static lease.
@@ -364,7 +396,7 @@ impl Config {
     /// keys, bad values, and values that do not fit together.
     pub fn load(source: &Source) -> Result<Config, ConfigError> {
         let mut problems = Vec::new();
-        let layers::Read { settings: layers, hooks, sync_rules } = layers::read(source, &mut problems);
+        let (layers, hooks) = layers::read(source, &mut problems);
 
         let mut cluster = source.cluster.clone();
         for setting in layers.iter().filter(|setting| setting.key.path == "cluster") {
@@ -404,18 +436,6 @@ impl Config {
             config.http.advertise_url =
                 format!("{scheme}://{}:{}", config.node.name, config.http.listen.port());
         }
-        let general = config.sync.clone();
-        let finished: Vec<_> = sync_rules.into_iter().map(|rule| rule.finish(&general)).collect();
-        if problems.is_empty() {
-            for (origin, rule) in &finished {
-                problems.extend(rule.policy.problem(&config.node.name).map(|(message, help)| Problem {
-                    origin: origin.clone(),
-                    message: format!("{SYNC_TABLE} for {} {message}", rule.databases.join(", ")),
-                    help: Some(help.to_owned()),
-                }));
-            }
-        }
-        config.sync_rules = finished.into_iter().map(|(_, rule)| rule).collect();
         // Bad values were replaced by defaults, so cross-checks would report what nobody wrote.
         if problems.is_empty() {
             config.cross_check(&mut problems);
@@ -468,7 +488,19 @@ impl Config {
                 retention_age: Duration::from_secs(600),
                 retention_size: 1 << 30,
             },
-            lease: LeaseConfig { kind: LeaseKind::Static, role: LeaseRole::Primary, primary_url: None },
+            lease: LeaseConfig {
+                kind: LeaseKind::Static,
+                role: LeaseRole::Primary,
+                primary_url: None,
+                candidate: true,
+                ttl: Duration::from_secs(10),
+            },
+            consul: ConsulConfig {
+                address: "http://127.0.0.1:8500".to_owned(),
+                key: format!("litefs/{cluster}"),
+                timeout: Duration::from_secs(2),
+                token_file: None,
+            },
             replication: ReplicationConfig {
                 heartbeat: Duration::from_secs(1),
                 timeout: Duration::from_secs(5),
@@ -476,8 +508,6 @@ impl Config {
                 reconnect_max: Duration::from_secs(5),
                 apply_wait: Duration::from_millis(100),
             },
-            sync: SyncPolicy::default(),
-            sync_rules: Vec::new(),
             dbus: DbusConfig { bus: Bus::System },
             on_change: Vec::new(),
             log_output: LogOutputConfig { level: LogLevel::Info, format: LogFormat::Auto },
@@ -489,11 +519,6 @@ impl Config {
     /// How addresses of this cluster's hosts begin.
     pub(crate) fn scheme(&self) -> &'static str {
         if self.tls.certificate.is_some() { "https" } else { "http" }
-    }
-
-    /// Whether commits of some databases wait for followers.
-    pub fn has_sync(&self) -> bool {
-        self.sync.acks > 0 || self.sync_rules.iter().any(|rule| rule.policy.acks > 0)
     }
 
     /// What single values cannot tell.
@@ -592,15 +617,35 @@ impl Config {
             ),
             _ => {}
         }
-        if let Some((message, help)) = self.sync.problem(&self.node.name) {
-            problem("sync.acks", format!("sync {message}"), help);
-        }
-        if self.has_sync() && self.preload.hold == Hold::Never {
-            problem(
-                "preload.hold",
-                "preload.hold is \"never\", but there are synchronous databases".to_owned(),
-                "their commits have to be held: remove preload.hold, or set it to \"auto\"",
-            );
+        if self.lease.kind == LeaseKind::Consul {
+            for key in ["lease.role", "lease.primary-url"] {
+                if self.origins.contains_key(key) {
+                    problem(
+                        key,
+                        format!("{key} is set, but lease.type is \"consul\""),
+                        "remove it: hosts choose the primary by themselves",
+                    );
+                }
+            }
+            let host = self.http.listen.ip();
+            if host.is_loopback() && !self.origins.contains_key("http.listen") {
+                problem(
+                    "lease.type",
+                    "lease.type is \"consul\", but other hosts cannot reach http.listen, which is at its default".to_owned(),
+                    "set http.listen, such as \"0.0.0.0:20202\"",
+                );
+            }
+            if self.consul.timeout * 2 > self.lease.ttl {
+                problem(
+                    "consul.timeout",
+                    format!(
+                        "consul.timeout ({}) is more than half of lease.ttl ({})",
+                        value::show_duration(self.consul.timeout),
+                        value::show_duration(self.lease.ttl)
+                    ),
+                    "a primary has to be able to try twice before its lease ends",
+                );
+            }
         }
         let replication = &self.replication;
         if replication.timeout <= replication.heartbeat {

@@ -4,7 +4,7 @@
 use super::checksums::Mark;
 use super::recovery::{RecoveryError, WAL_IS_FROM_THE_LOG, failed};
 use super::{Database, State};
-use crate::apply::{Applier, ApplyError, CheckpointOutcome, DatabaseShape, LtxTransactions};
+use crate::apply::{Applier, ApplyError, CheckpointOutcome, DatabaseShape, LtxTransactions, WriterHold};
 use crate::capture::{CaptureError, ChecksumOrEmpty};
 use crate::log::{CommitLog, LogError, NewRecord, Payload, RecordInfo, RecordKind};
 use crate::ship::engine::{EngineError, RecordPayload, ShippedRecord};
@@ -72,15 +72,8 @@ impl Read for PayloadReader {
 
 impl Database {
     /// Logs consecutive records, makes them durable and applies them, waiting at most `bound` for readers.
-    /// `durable` is told as soon as all of them are durable here.
-    pub fn receive(
-        &self,
-        records: Vec<ShippedRecord>,
-        bound: Duration,
-        durable: &mut dyn FnMut(Pos),
-    ) -> Result<Pos, EngineError> {
+    pub fn receive(&self, records: Vec<ShippedRecord>, bound: Duration) -> Result<Pos, EngineError> {
         let mut side = self.apply.lock();
-        self.queue_unapplied(&mut side)?;
         if side.pending.len() > PENDING_MAX {
             self.apply_pending(&mut side, bound);
             if side.pending.len() > PENDING_MAX {
@@ -100,7 +93,6 @@ impl Database {
         };
         self.shared.log.wait_durable(end).map_err(other)?;
         self.set_durable_position(position);
-        durable(position);
         self.shared.changed(&self.name);
         self.apply_pending(&mut side, bound);
         logged.map(|()| position)
@@ -215,9 +207,6 @@ impl Database {
 
     /// Applies what waits, as far as readers let it within `bound`.
     pub(crate) fn apply_pending(&self, side: &mut ApplySide, bound: Duration) {
-        if let Err(error) = self.queue_unapplied(side) {
-            tracing::error!(database = %self.name, %error, "cannot apply what the log has");
-        }
         if side.pending.is_empty() {
             return;
         }
@@ -315,6 +304,20 @@ impl Database {
         let mut side = self.apply.try_lock_for(bound).ok_or_else(busy)?;
         self.follow_wal(&mut self.state()).map_err(other)?;
         side.applier.checkpoint_now(bound).map_err(|error| match error {
+            ApplyError::Busy { .. } => busy(),
+            error => other(error),
+        })
+    }
+
+    /// Makes writers of the database wait, once the running transaction has ended, for as long as the result lives.
+    /// `None`: there is no database.
+    ///
+    /// # Errors
+    /// Others hold the database's locks for longer than `bound`.
+    pub fn hold_writers(&self, bound: Duration) -> Result<Option<WriterHold>, EngineError> {
+        let busy = || EngineError::Busy(self.name.clone());
+        let side = self.apply.try_lock_for(bound).ok_or_else(busy)?;
+        side.applier.hold_writers(bound).map_err(|error| match error {
             ApplyError::Busy { .. } => busy(),
             error => other(error),
         })

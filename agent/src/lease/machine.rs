@@ -29,7 +29,7 @@
 //! not looked at.
 
 use super::election::{Answer, Choice, choose};
-use super::{Member, Outcome, Peer, Standing, Time, View};
+use super::{Member, Outcome, Peer, Standing, Term, Time, View};
 use crate::ship::engine::Epoch;
 use std::time::Duration;
 
@@ -59,6 +59,8 @@ impl Timing {
 pub enum Event {
     /// The lease was read.
     Seen(View),
+    /// The lease could not be read.
+    Unseen,
     /// A claim ended. `sent`: when it was sent.
     Claimed {
         /// When it was sent.
@@ -87,8 +89,8 @@ pub enum Event {
         /// Identity of the successor.
         to: u64,
     },
-    /// Writers wait and the successor has everything (`true`), or it could not be brought about.
-    Prepared(bool),
+    /// Writers wait and the successor has everything, or why that could not be brought about.
+    Prepared(Result<(), String>),
     /// Giving the lease away ended.
     Given {
         /// `None`: no answer.
@@ -135,6 +137,8 @@ pub enum Action {
     StopWrites,
     /// Follow this node, or nobody.
     Follow(Option<Peer>),
+    /// The record is not what was seen: read it again.
+    Read,
     /// Ask these how far they are; ends with [`Event::Heard`].
     Ask {
         /// Number of the question.
@@ -224,8 +228,12 @@ pub struct RoleMachine {
     /// Newest epoch that this node knows.
     epoch: Epoch,
     view: Option<View>,
-    /// When the record's version was first seen.
-    seen_at: Time,
+    /// The last attempt to read the lease failed.
+    unseen: bool,
+    /// The newest term that was seen, and when first: a renewal makes another one of it.
+    seen: Option<(Time, Option<Term>)>,
+    /// See [`View::resets`].
+    resets: u64,
     /// Versions below are of before the last change that this node knows of.
     confirmed: u64,
     following: Option<Peer>,
@@ -251,7 +259,9 @@ impl RoleMachine {
             state: State::Following,
             epoch,
             view: None,
-            seen_at: Time::ZERO,
+            unseen: false,
+            seen: None,
+            resets: 0,
             confirmed: 0,
             following: None,
             round: 0,
@@ -277,6 +287,20 @@ impl RoleMachine {
         }
     }
 
+    /// Until when this node takes writes, if it does.
+    pub fn writes_until(&self) -> Option<Option<Time>> {
+        match &self.state {
+            State::Leading(leading) if !leading.fenced => Some(leading.until),
+            _ => None,
+        }
+    }
+
+    /// The node that holds the lease at `now`, as far as is known.
+    pub fn holder(&self, now: Time) -> Option<&Peer> {
+        let view = self.current().filter(|view| !self.is_free(now, view))?;
+        view.record.term.as_ref().map(|term| &term.holder)
+    }
+
     /// The term that this node holds, also when it is fenced.
     pub fn holds(&self) -> Option<Epoch> {
         match &self.state {
@@ -285,10 +309,16 @@ impl RoleMachine {
         }
     }
 
-    /// Whether this node could become primary: it is a candidate and the store knows it.
+    /// Whether this node could become primary: it is a candidate, and the store knows it and answers it.
     pub fn can_stand(&self) -> bool {
-        let known = self.view.as_ref().is_some_and(|view| view.session.is_some());
-        self.candidate && !self.stopping && known && self.state != State::Stopped
+        let known = !self.unseen && self.view.as_ref().is_some_and(|view| view.session.is_some());
+        let fenced = matches!(self.state, State::Leading(Leading { fenced: true, .. }) | State::Stopped);
+        self.candidate && !self.stopping && known && !fenced
+    }
+
+    /// Whether a handoff is under way.
+    pub fn is_handing_over(&self) -> bool {
+        matches!(self.state, State::Leading(Leading { handing: Some(_), .. }))
     }
 
     /// The view, unless it is older than what this node did since.
@@ -325,11 +355,26 @@ impl RoleMachine {
     /// When the holder that is seen is over, if it is not already and is not this node.
     fn expires_at(&self) -> Option<Time> {
         let view = self.current()?;
-        let term = view.record.term.as_ref()?;
-        if !self.candidate || term.released || self.is_own(view) {
+        if !self.candidate || self.is_released(view) || self.is_own(view) {
             return None;
         }
-        self.timing.ttl.map(|ttl| self.seen_at + ttl)
+        self.ends_at()
+    }
+
+    /// When what was seen of the lease is a TTL old.
+    fn ends_at(&self) -> Option<Time> {
+        let (since, _) = self.seen.as_ref()?;
+        self.timing.ttl.map(|ttl| *since + ttl)
+    }
+
+    /// Nobody has to be waited for. That there is no record says so only to a node that has never known a primary: what
+    /// the store had may be lost, and the primary does not know it yet.
+    fn is_released(&self, view: &View) -> bool {
+        view.record.term.as_ref().map_or(self.epoch == Epoch(0), |term| term.released)
+    }
+
+    fn is_free(&self, now: Time, view: &View) -> bool {
+        self.is_released(view) || self.ends_at().is_some_and(|end| now >= end)
     }
 
     fn is_own(&self, view: &View) -> bool {
@@ -344,13 +389,19 @@ impl RoleMachine {
         let mut out = Vec::new();
         match event {
             Event::Seen(view) => {
-                let known = self.view.as_ref().map(|v| v.record.version);
-                if known != Some(view.record.version) {
-                    self.seen_at = now;
+                if view.resets != self.resets {
+                    self.resets = view.resets;
+                    self.confirmed = 0;
+                }
+                // A session that ended changes the version, but is no sign of life.
+                if self.seen.as_ref().is_none_or(|(_, term)| *term != view.record.term) {
+                    self.seen = Some((now, view.record.term.clone()));
                 }
                 self.view = Some(view);
+                self.unseen = false;
                 self.look(now, &mut out);
             }
+            Event::Unseen => self.unseen = true,
             Event::Tick => self.look(now, &mut out),
             Event::Heard { round, own, answers } => self.heard(now, round, own, &answers, &mut out),
             Event::Claimed { sent, outcome } => {
@@ -401,7 +452,9 @@ impl RoleMachine {
                         out.push(Action::HandedOver(Err("the lease could not be renewed in time".into())));
                     }
                 }
-                let mine = self.current().is_none_or(|view| self.is_own(view));
+                // The gift may be seen before its success is told.
+                let giving = matches!(leading.handing, Some(Handing::Giving(_)));
+                let mine = giving || self.current().is_none_or(|view| self.is_own(view));
                 if !mine {
                     self.lost(now, "the lease is in another's name", out);
                 } else {
@@ -438,10 +491,8 @@ impl RoleMachine {
             out.push(Action::Renew { epoch });
             return;
         }
-        let expired = self.timing.ttl.is_some_and(|ttl| now >= self.seen_at + ttl);
         let term = view.record.term.clone();
-        let free = term.as_ref().is_none_or(|term| term.released || expired);
-        if !free {
+        if !self.is_free(now, view) {
             self.behind_since = None;
             self.forced = false;
             self.follow(term.map(|term| term.holder), out);
@@ -480,17 +531,16 @@ impl RoleMachine {
         }
         let Some(view) = self.current() else { return };
         let record = view.record.clone();
-        let expired = self.timing.ttl.is_some_and(|ttl| now >= self.seen_at + ttl);
-        if !record.term.as_ref().is_none_or(|term| term.released || expired) {
+        if !self.is_free(now, view) {
             return self.look(now, out);
         }
         let last = record.term.as_ref().map(|term| term.standing);
         let choice = choose((self.own.node_id, own), last, answers);
         let stands = match &choice {
             Choice::Stand => true,
-            Choice::LetGoFirst(_) => false,
             Choice::Stale => self.forced,
-            Choice::Behind => {
+            // The one that is further may be unable to; what the last primary had may never come back.
+            Choice::LetGoFirst(_) | Choice::Behind => {
                 let since = *self.behind_since.get_or_insert(now);
                 self.forced || self.timing.ttl.is_none_or(|ttl| now >= since + ttl)
             }
@@ -532,7 +582,7 @@ impl RoleMachine {
                 self.state = State::Following;
                 self.retry_at = Some(now + self.timing.retry);
                 if other == Some(None) {
-                    self.distrust_view();
+                    self.distrust_view(out);
                 }
                 if self.stopping {
                     out.push(Action::Stopped);
@@ -544,10 +594,10 @@ impl RoleMachine {
         }
     }
 
-    /// The store says that the record is not what the view says.
-    fn distrust_view(&mut self) {
-        let seen = self.view.as_ref().map_or(0, |view| view.record.version + 1);
-        self.confirmed = self.confirmed.max(seen);
+    /// The store says that the record, or this node's session, is not what the view says.
+    fn distrust_view(&mut self, out: &mut Vec<Action>) {
+        self.view = None;
+        out.push(Action::Read);
     }
 
     fn lead(&mut self, sent: Time, version: u64, epoch: Epoch, out: &mut Vec<Action>) {
@@ -591,7 +641,7 @@ impl RoleMachine {
                 }
             }
             Some(None) => {
-                self.distrust_view();
+                self.distrust_view(out);
                 return self.lost(now, "the store says that this node does not hold the lease", out);
             }
             None => {
@@ -648,13 +698,13 @@ impl RoleMachine {
         }
     }
 
-    fn successor_prepared(&mut self, now: Time, ready: bool, out: &mut Vec<Action>) {
+    fn successor_prepared(&mut self, now: Time, ready: Result<(), String>, out: &mut Vec<Action>) {
         let State::Leading(leading) = &mut self.state else { return };
         let Some(Handing::Preparing(to)) = leading.handing.clone() else { return };
-        if !ready {
+        if let Err(why) = ready {
             leading.handing = None;
             out.push(Action::LetWritersGoOn);
-            out.push(Action::HandedOver(Err("the successor could not be brought up to date".into())));
+            out.push(Action::HandedOver(Err(why)));
             return self.look(now, out);
         }
         if leading.renewing {
@@ -689,7 +739,7 @@ impl RoleMachine {
             }
             Some(None) => {
                 leading.handing = Some(Handing::Giving(to));
-                self.distrust_view();
+                self.distrust_view(out);
                 self.lost(now, "the lease changed meanwhile", out);
             }
             None => {

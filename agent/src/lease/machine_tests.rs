@@ -22,11 +22,18 @@ fn machine(candidate: bool) -> RoleMachine {
 }
 
 fn view(version: u64, holder: Option<(u64, Epoch)>, released: bool) -> View {
-    let term = holder.map(|(id, epoch)| Term { holder: peer(id), epoch, standing: standing(5), released });
+    let term = holder.map(|(id, epoch)| Term {
+        holder: peer(id),
+        epoch,
+        standing: standing(5),
+        released,
+        beat: version,
+    });
     let session = holder.filter(|_| !released).map(|(id, _)| format!("s{id}"));
     let member = |id| Member { peer: peer(id), candidate: true, session: format!("s{id}") };
     View {
         index: version,
+        resets: 0,
         record: Record { version, taken: 0, session, term },
         members: vec![member(1), member(2)],
         session: Some("s1".into()),
@@ -115,7 +122,7 @@ fn a_robbed_primary_stops_and_old_views_do_not_bring_it_back() {
     let mut m = leading(at(0));
     assert_eq!(m.handle(at(2500), Event::Tick), [Action::Renew { epoch: Epoch(4) }]);
     let actions = m.handle(at(2600), Event::Renewed { sent: at(2500), outcome: Some(None) });
-    assert_eq!(actions, [Action::StopWrites, Action::Follow(None)]);
+    assert_eq!(actions, [Action::Read, Action::StopWrites, Action::Follow(None)]);
     assert_eq!(m.handle(at(2700), Event::Seen(view(7, Some((2, Epoch(3))), true))), []);
     let actions = m.handle(at(2800), Event::Seen(view(9, Some((2, Epoch(5))), false)));
     assert_eq!(actions, [Action::Follow(Some(peer(2)))]);

@@ -20,16 +20,18 @@
 //! - The epoch grows with each term, and nothing is written in it before it is durable here and in the record.
 
 pub mod clock;
+pub mod consul;
 pub mod election;
 pub mod fixed;
 pub mod machine;
+pub mod peers;
 
 use crate::ship::engine::Epoch;
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-pub use election::Standing;
+pub use election::{Answer, Standing};
 pub use machine::{Action, Event, RoleMachine, Timing};
 
 /// Time since some fixed moment, by a clock that never goes back and does not stop while the host sleeps.
@@ -61,6 +63,9 @@ pub struct Term {
     /// The holder has stopped writing and let go: nobody needs to wait for the TTL.
     #[serde(default)]
     pub released: bool,
+    /// Another one with each renewal.
+    #[serde(default)]
+    pub beat: u64,
 }
 
 /// The lease as it was read.
@@ -92,6 +97,8 @@ pub struct Member {
 pub struct View {
     /// To wait for the next one.
     pub index: u64,
+    /// How often the store has lost what it had: versions begin anew then.
+    pub resets: u64,
     /// The lease.
     pub record: Record,
     /// Nodes whose sessions are alive.

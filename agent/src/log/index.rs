@@ -4,6 +4,7 @@
 use super::record::{Lsn, RecordInfo, RecordKind};
 use super::sealed::DatabaseSummary;
 use crate::DatabaseName;
+use crate::ship::engine::Epoch;
 use ltx::Txid;
 use std::collections::{HashMap, VecDeque};
 
@@ -52,6 +53,11 @@ impl Index {
     /// One database.
     pub fn get(&self, database: &DatabaseName) -> Option<&Entry> {
         self.entries.get(database).map(|entry| &**entry)
+    }
+
+    /// Newest epoch of any record that is the last one of its database.
+    pub fn newest_epoch(&self) -> Epoch {
+        self.entries.values().map(|entry| entry.last.epoch).max().unwrap_or_default()
     }
 
     /// All names, in no order.

@@ -9,6 +9,7 @@ use super::scan::{Found, Scanner};
 use super::segments::Segment;
 use super::storage::StorageFile;
 use crate::DatabaseName;
+use crate::ship::engine::Epoch;
 use bytes::Bytes;
 use ltx::Txid;
 use std::ops::ControlFlow;
@@ -35,6 +36,11 @@ impl CommitLog {
     /// any record is kept. Damage may hide some in between, or older ones.
     pub fn kept(&self, database: &DatabaseName) -> Result<Option<(Txid, Txid)>, LogError> {
         self.shared.kept(database)
+    }
+
+    /// Newest epoch of any record that is the last one of its database.
+    pub fn newest_epoch(&self) -> Epoch {
+        self.shared.index.read().newest_epoch()
     }
 
     /// The record that tells about a transaction: the last reset jumped to it, or it is in a record after that.

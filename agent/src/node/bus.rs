@@ -2,15 +2,15 @@
 
 use super::Node;
 use crate::DatabaseName;
-use crate::config::{Config, LeaseKind};
+use crate::config::Config;
 use crate::database::Database;
 use crate::door::fuse::RoleView;
 use crate::hooks::{HookDirs, Hooks};
 use crate::ship::engine::EngineError;
-use crate::status::api::{DatabaseStatus, FollowerStatus, RoleStatus, SyncStatus};
+use crate::status::api::{DatabaseStatus, FollowerStatus, RoleStatus};
 use crate::status::changes::ChangeFeed;
 use crate::status::dbus::view::{BusView, Checkpointed, Constants};
-use crate::status::{NodeView, RoleRequest, ViewError};
+use crate::status::{NodeView, ViewError};
 use futures_util::future::BoxFuture;
 use ltx::Pos;
 use std::path::{Path, PathBuf};
@@ -76,21 +76,6 @@ impl Node {
         })
     }
 
-    /// See [`NodeView::request_role`].
-    pub(super) async fn change_role_on_request(&self, request: RoleRequest) -> Result<(), ViewError> {
-        let what = match request {
-            RoleRequest::Promote => "promoted",
-            RoleRequest::Demote => "demoted",
-            RoleRequest::Handoff(_) => "asked to hand over",
-        };
-        match self.config.read().lease.kind {
-            LeaseKind::Static => Err(ViewError::StaticLease(format!(
-                "lease.type is \"static\": the configuration names the primary, so this host cannot be {what}; change \
-                 lease.role on both hosts and reload them"
-            ))),
-        }
-    }
-
     /// Starts the hooks of a configuration, in place of those of the last one.
     pub(super) async fn start_hooks(self: &Arc<Self>, config: &Config, stop: &CancellationToken) {
         let mut hooks = self.hooks.lock().await;
@@ -132,10 +117,6 @@ impl BusView for Node {
 
     fn followers(&self) -> Vec<FollowerStatus> {
         self.follower_statuses()
-    }
-
-    fn sync(&self) -> Vec<SyncStatus> {
-        self.sync_statuses()
     }
 
     fn follower_names(&self) -> Vec<String> {

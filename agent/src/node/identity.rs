@@ -113,6 +113,15 @@ impl Identity {
         Ok(Identity { dir: dir.to_owned(), lock, node_id, epoch, last_stop })
     }
 
+    /// Whether a living agent has this directory. One that was killed may leave the lock to its guard for a while.
+    pub fn is_in_use(dir: &Path) -> bool {
+        let Ok(file) = File::open(dir.join("lock")) else { return false };
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Err((file, Errno::EWOULDBLOCK)) => !holder_is_dead(&file),
+            _ => false,
+        }
+    }
+
     /// The lock on the directory.
     pub fn lock(&self) -> BorrowedFd<'_> {
         self.lock.as_fd()

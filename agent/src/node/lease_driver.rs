@@ -2,15 +2,17 @@
 
 use super::Node;
 use super::role::{self, Transition};
+use crate::apply::WriterHold;
 use crate::config::{Config, LeaseKind, LeaseRole};
-use crate::lease::election::{Answer, Choice, Standing};
+use crate::lease::consul::{ConsulLease, ConsulNode};
+use crate::lease::election::Choice;
 use crate::lease::fixed::StaticLease;
-use crate::lease::{Action, Claim, Event, Gift, Lease, Peer, RoleMachine, Term, Timing, clock};
+use crate::lease::{Action, Claim, Event, Gift, Lease, Member, Peer, RoleMachine, Term, Time, Timing, clock};
 use crate::ship::engine::Epoch;
 use crate::status::api::RoleName;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -24,6 +26,10 @@ const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
 pub(super) enum Input {
     /// Something happened.
     Event(Event),
+    /// The successor has everything and writers wait, or why not.
+    Prepared(Result<Vec<WriterHold>, String>),
+    /// Somebody wants to know what the machine knows.
+    Look(Box<dyn FnOnce(&RoleMachine) + Send>),
     /// Another node wants to make this one its successor.
     Prepare { from: u64, reply: oneshot::Sender<bool> },
     /// The lease is to go to another node; the reply says whether it did.
@@ -35,6 +41,7 @@ pub(super) enum Input {
 /// The running lease of a node.
 pub(super) struct LeaseHandle {
     inputs: mpsc::UnboundedSender<Input>,
+    lease: Arc<dyn Lease>,
     fixed: Option<Arc<StaticLease>>,
     door_is_open: watch::Sender<bool>,
     transitions: mpsc::UnboundedSender<Transition>,
@@ -71,7 +78,30 @@ impl LeaseHandle {
 
     /// The node could not begin this term.
     pub fn cannot_lead(&self, epoch: Epoch) {
-        let _ = self.inputs.send(Input::Event(Event::CannotLead { epoch }));
+        self.tell(Event::CannotLead { epoch });
+    }
+
+    /// This candidate may become primary although it lacks data.
+    pub fn force(&self) {
+        self.tell(Event::Force);
+    }
+
+    /// Something happened.
+    pub fn tell(&self, event: Event) {
+        let _ = self.inputs.send(Input::Event(event));
+    }
+
+    /// What the machine knows now; `None`: it has ended.
+    pub async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&RoleMachine) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (reply, seen) = oneshot::channel();
+        let look = move |machine: &RoleMachine| {
+            let _ = reply.send(look(machine));
+        };
+        let _ = self.inputs.send(Input::Look(Box::new(look)));
+        seen.await.ok()
     }
 
     /// Agrees to take over from the primary `from`, or not.
@@ -86,6 +116,9 @@ impl LeaseHandle {
         let (reply, stopped) = oneshot::channel();
         if self.inputs.send(Input::Stop { reply }).is_ok() {
             let _ = stopped.await;
+        }
+        if let Err(error) = self.lease.leave().await {
+            tracing::warn!(%error, "cannot say at the lease's store that this node leaves; it is forgotten there in time");
         }
         let _ = self.transitions.send(Transition::Stop);
         // A transition may wait for a door that never opens.
@@ -108,18 +141,27 @@ fn primary_url(config: &Config) -> Option<String> {
 /// Starts the lease of a node.
 pub(super) fn start(node: &Arc<Node>, stop: &CancellationToken) -> LeaseHandle {
     let config = node.config.read().clone();
-    let own = Peer {
-        node_id: node.shared.node_id,
-        name: config.node.name.clone(),
-        url: config.http.advertise_url.clone(),
-    };
+    let own = node.own_peer();
     let (lease, fixed, timing): (Arc<dyn Lease>, _, _) = match config.lease.kind {
         LeaseKind::Static => {
             let fixed = Arc::new(StaticLease::new(own.clone(), primary_url(&config)));
             (fixed.clone(), Some(fixed), Timing { ttl: None, retry: RETRY })
         }
+        LeaseKind::Consul => {
+            let ttl = config.lease.ttl;
+            let consul = ConsulLease::start(ConsulNode {
+                options: config.consul.options(),
+                key: config.consul.key.clone(),
+                own: own.clone(),
+                candidate: config.lease.candidate,
+                ttl,
+                data_dir: config.data.dir.clone(),
+            });
+            (Arc::new(consul), None, Timing { ttl: Some(ttl), retry: RETRY })
+        }
     };
-    let machine = RoleMachine::new(own.clone(), true, node.shared.epoch(), timing);
+    let machine = RoleMachine::new(own.clone(), config.lease.candidate, node.shared.epoch(), timing);
+    let read_again = Arc::new(Notify::new());
     let (inputs, queue) = mpsc::unbounded_channel();
     let (transitions, transition_queue) = mpsc::unbounded_channel();
     let (door_is_open, door) = watch::channel(false);
@@ -128,6 +170,11 @@ pub(super) fn start(node: &Arc<Node>, stop: &CancellationToken) -> LeaseHandle {
         own,
         lease: lease.clone(),
         machine,
+        read_again: read_again.clone(),
+        timing,
+        beat: 0,
+        preparing: false,
+        held: Vec::new(),
         inputs: inputs.clone(),
         transitions: transitions.clone(),
         handing_over: None,
@@ -136,18 +183,27 @@ pub(super) fn start(node: &Arc<Node>, stop: &CancellationToken) -> LeaseHandle {
     let tasks = vec![
         tokio::spawn(role::transitions(node.clone(), transition_queue, door, stop.clone())),
         tokio::spawn(driver.run(queue)),
-        tokio::spawn(watch_lease(lease, inputs.clone(), stop.clone())),
+        tokio::spawn(watch_lease(lease.clone(), inputs.clone(), read_again, stop.clone())),
     ];
-    LeaseHandle { inputs, fixed, door_is_open, transitions, tasks: parking_lot::Mutex::new(tasks) }
+    LeaseHandle { inputs, lease, fixed, door_is_open, transitions, tasks: parking_lot::Mutex::new(tasks) }
 }
 
 /// Tells the machine what the lease is, whenever it changes.
-async fn watch_lease(lease: Arc<dyn Lease>, inputs: mpsc::UnboundedSender<Input>, stop: CancellationToken) {
+async fn watch_lease(
+    lease: Arc<dyn Lease>,
+    inputs: mpsc::UnboundedSender<Input>,
+    read_again: Arc<Notify>,
+    stop: CancellationToken,
+) {
     let mut after = None;
     let mut failing = false;
     loop {
         let view = tokio::select! {
             view = lease.view(after) => view,
+            () = read_again.notified() => {
+                after = None;
+                continue;
+            }
             () = inputs.closed() => return,
             () = stop.cancelled() => return,
         };
@@ -166,6 +222,9 @@ async fn watch_lease(lease: Arc<dyn Lease>, inputs: mpsc::UnboundedSender<Input>
                     tracing::warn!(%error, "cannot read the lease; trying again");
                 }
                 after = None;
+                if inputs.send(Input::Event(Event::Unseen)).is_err() {
+                    return;
+                }
                 tokio::time::sleep(RETRY).await;
             }
         }
@@ -177,6 +236,14 @@ struct Driver {
     own: Peer,
     lease: Arc<dyn Lease>,
     machine: RoleMachine,
+    read_again: Arc<Notify>,
+    timing: Timing,
+    /// See [`Term::beat`].
+    beat: u64,
+    /// A preparation is under way, also of a handoff that was called off.
+    preparing: bool,
+    /// Writers that wait for the end of a handoff.
+    held: Vec<WriterHold>,
     inputs: mpsc::UnboundedSender<Input>,
     transitions: mpsc::UnboundedSender<Transition>,
     handing_over: Option<oneshot::Sender<Result<(), String>>>,
@@ -199,9 +266,18 @@ impl Driver {
             self.machine.see_epoch(self.node.shared.epoch());
             let actions = match input {
                 Input::Event(event) => self.machine.handle(now, event),
+                Input::Look(look) => {
+                    look(&self.machine);
+                    continue;
+                }
+                Input::Prepared(prepared) => self.prepared(now, prepared),
                 Input::Prepare { from, reply } => {
                     let _ = reply.send(self.machine.prepare(now, from));
                     Vec::new()
+                }
+                Input::HandOver { reply, .. } if self.preparing => {
+                    let _ = reply.send(Err("a handoff is under way".into()));
+                    continue;
                 }
                 Input::HandOver { to, reply } => {
                     let actions = self.machine.handle(now, Event::HandOver { to });
@@ -223,6 +299,9 @@ impl Driver {
                 if !self.execute(action) {
                     return;
                 }
+            }
+            if !self.machine.is_handing_over() {
+                self.let_go_of_writers();
             }
             if self.machine.holds().is_some() && self.machine.leads(now).is_none() && self.stopping.is_none()
             {
@@ -246,6 +325,7 @@ impl Driver {
             Action::Follow(peer) => {
                 let _ = self.transitions.send(Transition::Follow(peer));
             }
+            Action::Read => self.read_again.notify_one(),
             Action::Ask { round, peers } => self.ask(round, peers),
             Action::Claim { version, from, epoch } => {
                 self.spawn_write(
@@ -271,18 +351,16 @@ impl Driver {
                 );
             }
             Action::Prepare { to } => {
-                let _ = to;
-                self.send(Event::Prepared(false));
-            }
-            Action::LetWritersGoOn => {}
-            Action::Give { version, to, epoch } => {
-                let term = Term { holder: to.peer.clone(), ..self.term(epoch) };
-                let gift = Gift { version, session: to.session.clone(), term };
-                let (lease, inputs) = (self.lease.clone(), self.inputs.clone());
+                self.preparing = true;
+                let (node, inputs) = (self.node.clone(), self.inputs.clone());
                 tokio::spawn(async move {
-                    let outcome = told("give", lease.give(gift).await);
-                    let _ = inputs.send(Input::Event(Event::Given { outcome }));
+                    let prepared = node.prepare_handoff(to.peer).await;
+                    let _ = inputs.send(Input::Prepared(prepared));
                 });
+            }
+            Action::LetWritersGoOn => self.let_writers_go_on(),
+            Action::Give { version, to, epoch } => {
+                self.give(version, to, epoch);
             }
             Action::Release { epoch } => {
                 self.spawn_write(
@@ -312,16 +390,64 @@ impl Driver {
         true
     }
 
-    fn send(&self, event: Event) {
-        let _ = self.inputs.send(Input::Event(event));
+    fn term(&mut self, epoch: Epoch) -> Term {
+        self.beat += 1;
+        let standing = self.node.standing();
+        Term { holder: self.own.clone(), epoch, standing, released: false, beat: self.beat }
     }
 
-    fn term(&self, epoch: Epoch) -> Term {
-        Term { holder: self.own.clone(), epoch, standing: Standing::default(), released: false }
+    fn prepared(&mut self, now: Time, prepared: Result<Vec<WriterHold>, String>) -> Vec<Action> {
+        self.preparing = false;
+        let handing = self.machine.is_handing_over();
+        let prepared = prepared.map(|held| self.held = held);
+        if !handing {
+            // It was called off meanwhile.
+            self.let_writers_go_on();
+        }
+        self.machine.handle(now, Event::Prepared(prepared))
+    }
+
+    /// Undoes what the preparation of a handoff did, if this node still leads.
+    fn let_writers_go_on(&mut self) {
+        self.let_go_of_writers();
+        if let (Some(epoch), Some(until)) = (self.machine.holds(), self.machine.writes_until()) {
+            let number = self.node.will_lead(until);
+            let _ = self.transitions.send(Transition::Lead { epoch, number });
+        }
+    }
+
+    fn let_go_of_writers(&mut self) {
+        let held = std::mem::take(&mut self.held);
+        if !held.is_empty() {
+            // Closing goes through the mount.
+            tokio::task::spawn_blocking(move || drop(held));
+        }
+    }
+
+    fn give(&mut self, version: u64, to: Member, epoch: Epoch) {
+        let term = Term { holder: to.peer.clone(), ..self.term(epoch) };
+        let gift = Gift { version, session: to.session, term };
+        let (lease, inputs, asking) = (self.lease.clone(), self.inputs.clone(), self.node.asking());
+        let limit = self.answer_limit();
+        tokio::spawn(async move {
+            let outcome = told("give", lease.give(gift).await);
+            let _ = inputs.send(Input::Event(Event::Given { outcome }));
+            // Where this does not arrive it sees the lease in its name a moment later.
+            if let Some(Some(version)) = outcome
+                && let Err(error) = asking.grant(&to.peer, version, epoch, limit).await
+            {
+                tracing::debug!(%error, "the successor was not told");
+            }
+        });
+    }
+
+    /// How long others may take to answer: elections must not take long, and whoever is gone never answers.
+    fn answer_limit(&self) -> Duration {
+        self.timing.ttl.map_or(Duration::from_secs(1), |ttl| (ttl / 8).min(Duration::from_secs(1)))
     }
 
     /// Writes to the lease's store, off this task.
-    fn spawn_write<F>(&self, write: F, epoch: Epoch)
+    fn spawn_write<F>(&mut self, write: F, epoch: Epoch)
     where
         F: FnOnce(Arc<dyn Lease>, Term) -> futures_util::future::BoxFuture<'static, Event>,
     {
@@ -333,9 +459,22 @@ impl Driver {
     }
 
     fn ask(&self, round: u64, peers: Vec<Peer>) {
-        let answers: Vec<Answer> = Vec::new();
-        let _ = peers;
-        self.send(Event::Heard { round, own: Standing::default(), answers });
+        let (node, inputs, limit) = (self.node.clone(), self.inputs.clone(), self.answer_limit());
+        tokio::spawn(async move {
+            let asking = node.asking();
+            let asked = peers.iter().map(|peer| {
+                let asking = asking.clone();
+                async move {
+                    let answer = asking.standing(peer, limit).await;
+                    let answer = answer.inspect_err(|error| {
+                        tracing::debug!(peer = peer.name, %error, "a candidate does not answer");
+                    });
+                    answer.ok().filter(|answer| answer.peer.node_id == peer.node_id)
+                }
+            });
+            let answers = futures_util::future::join_all(asked).await.into_iter().flatten().collect();
+            let _ = inputs.send(Input::Event(Event::Heard { round, own: node.standing(), answers }));
+        });
     }
 
     fn waits(&self, choice: &Choice) {

@@ -7,7 +7,9 @@
 
 mod background;
 mod bus;
+mod candidate;
 mod discovery;
+mod handoff;
 mod identity;
 mod lease_driver;
 mod role;
@@ -251,14 +253,6 @@ impl Node {
         }
     }
 
-    /// Says which commits wait for followers.
-    fn configure_sync(&self, config: &Config) -> anyhow::Result<()> {
-        let configured = self.shared.gate.configure(&self.shared, &config.sync, &config.sync_rules);
-        configured.context("cannot start the thread that holds commits for followers")?;
-        self.shared.tell_door();
-        Ok(())
-    }
-
     /// Takes the mount away.
     pub fn close_door(&self) {
         if let Some(door) = self.door.lock().take()
@@ -298,7 +292,6 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
     server_options.heartbeat = config.replication.heartbeat;
     server_options.timeout = config.replication.timeout;
     node.publish_notices();
-    node.configure_sync(&config)?;
     let server = Server::new(node.clone(), server_options, stop.clone());
     *node.server.lock() = Some(server.clone());
     // Before the door: a port that is taken must not leave a mount behind.
@@ -306,6 +299,11 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
     if let Some(dir) = config.socket.path.parent() {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
+    server.set_candidate(node.clone());
+    let handler = Arc::new(view::HttpHandler { node: node.clone() });
+    // Others ask how far this node is before there is a primary.
+    let options = HttpOptions { access: node.access.clone(), ..HttpOptions::default() };
+    let tcp = tokio::spawn(serve(vec![tcp], server.clone(), handler.clone(), options, stop.clone()));
     let lease = node.lease.get_or_init(|| lease_driver::start(&node, &stop));
     first_role(&node).await;
     let opening = node.clone();
@@ -323,9 +321,8 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
         }
     };
     lease.door_is_open();
-    let handler = Arc::new(view::HttpHandler { node: node.clone() });
     let options = HttpOptions { access: node.access.clone(), ..HttpOptions::default() };
-    let http = tokio::spawn(serve(vec![tcp, unix], server.clone(), handler, options, stop.clone()));
+    let unix = tokio::spawn(serve(vec![unix], server.clone(), handler, options, stop.clone()));
     let background = background::spawn(node.clone(), stop.clone());
     let on_bus = (config.dbus.bus == Bus::System).then(|| dbus::spawn(node.clone(), stop.clone()));
     node.start_hooks(&config, &stop).await;
@@ -366,6 +363,12 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
     systemd::status::stopping();
     systemd::targets::stop(&config.cluster).await;
     node.stop_hooks().await;
+    if config.lease.kind != LeaseKind::Static
+        && node.role().name == RoleName::Primary
+        && let Err(why) = node.hand_over_to_best().await
+    {
+        tracing::info!(why, "no other host takes the lease over");
+    }
     lease.stop().await;
     node.drain_followers(DRAIN).await;
     {
@@ -379,7 +382,8 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
     }
     stop.cancel();
     server.stopped().await;
-    let _ = http.await;
+    let _ = tcp.await;
+    let _ = unix.await;
     let _ = background.await;
     if let Some(on_bus) = on_bus {
         let _ = on_bus.await;
@@ -434,17 +438,17 @@ async fn reload(node: &Arc<Node>, lease: &LeaseHandle, stop: &CancellationToken)
                 || old.socket != new.socket
                 || old.log != new.log
                 || old.cluster != new.cluster
-                || old.lease.kind != new.lease.kind;
+                || old.consul != new.consul
+                || old.lease.kind != new.lease.kind
+                || (old.lease.ttl, old.lease.candidate) != (new.lease.ttl, new.lease.candidate);
             if restart_only {
                 tracing::warn!(
-                    "[data], [mount], [socket], [log], http.listen, cluster and lease.type take effect with the next start"
+                    "[data], [mount], [socket], [log], [consul], http.listen, cluster, and lease.type, .ttl and .candidate take \
+                     effect with the next start"
                 );
             }
             crate::cli::logging::set_level(new.log_output.level);
             *node.config.write() = new.clone();
-            if let Err(error) = node.configure_sync(&new) {
-                tracing::error!(%error, "synchronous replication cannot begin");
-            }
             lease.configure(node, &new).await;
             if old.on_change != new.on_change {
                 node.start_hooks(&new, stop).await;
@@ -459,7 +463,11 @@ async fn reload(node: &Arc<Node>, lease: &LeaseHandle, stop: &CancellationToken)
 impl Node {
     /// Lets go of what applying holds, so that applications are the only writers.
     fn detach_all(&self) {
-        for db in self.shared.known() {
+        self.detach_while(|| true);
+    }
+
+    fn detach_while(&self, go_on: impl Fn() -> bool) {
+        for db in self.shared.known().into_iter().take_while(|_| go_on()) {
             if let Err(error) = db.detach() {
                 tracing::warn!(database = %db.name(), %error, "applying could not let go of the database");
             }

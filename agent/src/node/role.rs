@@ -200,19 +200,27 @@ pub(super) async fn transitions(
                 let led = tokio::task::spawn_blocking(move || leading.lead(epoch, number)).await;
                 match led.map_err(anyhow::Error::from).and_then(|led| led) {
                     Ok(true) => {
+                        let goes_on = node.role.borrow().name == RoleName::Primary;
                         node.change_role(|role| {
                             (role.name, role.epoch) = (RoleName::Primary, epoch);
                             (role.upstream, role.waits) = (None, None);
                         });
+                        if goes_on {
+                            // A handoff that did not take place.
+                            continue;
+                        }
                         tracing::info!(
                             MESSAGE_ID = messages::ROLE_CHANGED,
                             role = "primary",
                             epoch = epoch.0,
                             "role changed"
                         );
-                        // Not what others wait for.
+                        // Not what others wait for; ends early when the next role comes.
                         let detaching = node.clone();
-                        let _ = tokio::task::spawn_blocking(move || detaching.detach_all()).await;
+                        tokio::task::spawn_blocking(move || {
+                            let leads = || detaching.shared.is_writable();
+                            detaching.detach_while(leads);
+                        });
                     }
                     Ok(false) => {}
                     Err(error) => {

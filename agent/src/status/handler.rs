@@ -1,7 +1,7 @@
 //! Answers requests for status, metrics and events, and exports and imports databases.
 
 use super::staging::{self, StagingError};
-use super::{Export, NodeView, ViewError, events, metrics};
+use super::{Export, NodeView, RoleRequest, ViewError, events, metrics};
 use crate::DatabaseName;
 use crate::status::api::{NodeId, RoleName, Status};
 use bytes::{Bytes, BytesMut};
@@ -44,9 +44,10 @@ impl From<ViewError> for Refusal {
         let status = match &error {
             ViewError::NoSuchDatabase(_) => StatusCode::NOT_FOUND,
             ViewError::NotPrimary { .. } | ViewError::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
-            ViewError::Quarantined { .. } | ViewError::Damaged(_) | ViewError::StaticLease(_) => {
-                StatusCode::CONFLICT
-            }
+            ViewError::Quarantined { .. }
+            | ViewError::Damaged(_)
+            | ViewError::StaticLease(_)
+            | ViewError::Handoff(_) => StatusCode::CONFLICT,
             ViewError::BadDatabase(_) | ViewError::BadConfiguration(_) => StatusCode::UNPROCESSABLE_ENTITY,
             ViewError::Other(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -97,7 +98,7 @@ where
 /// The method that a path answers.
 fn method_of(path: &str) -> Option<Method> {
     match path {
-        "/v1/import" | "/v1/reload" => Some(Method::POST),
+        "/v1/import" | "/v1/reload" | "/v1/promote" | "/v1/demote" | "/v1/handoff" => Some(Method::POST),
         "/v1/status" | "/v1/export" | "/info" | "/metrics" | "/events" => Some(Method::GET),
         _ => None,
     }
@@ -131,6 +132,7 @@ where
             view.reload().await?;
             json_of(&json!({}))
         }
+        "/v1/promote" | "/v1/demote" | "/v1/handoff" => change_role(&req, privileged, view).await,
         "/v1/export" => export(database_name(&req)?, view).await,
         "/events" => {
             // Subscribed before the role is read: a change between the two is then seen twice, not never.
@@ -147,6 +149,31 @@ where
         "/info" => json_of(&info(&status(&view).await?)),
         _ => json_of(&serde_json::to_value(status(&view).await?).map_err(Refusal::internal)?),
     }
+}
+
+async fn change_role<B>(
+    req: &Request<B>,
+    privileged: bool,
+    view: Arc<dyn NodeView>,
+) -> Result<Response<Body>, Refusal> {
+    if !privileged {
+        let message = "changes of the role are allowed on this host's control socket only: run `litefs promote`, \
+                       `demote` or `handoff` there";
+        return Err(Refusal(StatusCode::FORBIDDEN, message.to_owned()));
+    }
+    let query = req.uri().query().unwrap_or_default();
+    let value = |key: &str| {
+        let mut pairs = form_urlencoded::parse(query.as_bytes());
+        pairs.find(|(name, _)| name == key).map(|(_, value)| value.into_owned())
+    };
+    let request = match req.uri().path() {
+        "/v1/promote" if value("force").as_deref() == Some("true") => RoleRequest::Force,
+        "/v1/promote" => RoleRequest::Promote,
+        "/v1/demote" => RoleRequest::Demote,
+        _ => RoleRequest::Handoff(value("to")),
+    };
+    view.request_role(request).await?;
+    json_of(&json!({}))
 }
 
 /// What LiteFS tells of itself at this path.

@@ -74,6 +74,8 @@ pub trait NodeView: Send + Sync + 'static {
 pub enum RoleRequest {
     /// Become the primary.
     Promote,
+    /// Become the primary also where there is none to take over from, with the data that is here.
+    Force,
     /// Stop being the primary.
     Demote,
     /// Give the lease to this node (its name), or to the best one.
@@ -118,6 +120,9 @@ pub enum ViewError {
     /// The configuration decides the role, and nothing else.
     #[error("{0}")]
     StaticLease(String),
+    /// The primary is who it was.
+    #[error("{0}")]
+    Handoff(String),
     /// What is on disk is not what was committed.
     #[error("{0}")]
     Damaged(String),

@@ -1,5 +1,6 @@
 //! The side that follows: one control stream to the upstream, and one task per database that moves.
 
+mod ask;
 mod connection;
 mod control;
 mod database;
@@ -9,6 +10,7 @@ mod latest;
 mod snapshot;
 mod staging;
 
+pub use ask::ask;
 pub use connection::{DEFAULT_PORT, FollowError, Upstream, UpstreamError};
 
 use crate::DatabaseName;

@@ -4,6 +4,7 @@
 pub mod access;
 mod first_bytes;
 
+use crate::lease::peers::PREFIX as LEASE_PREFIX;
 use crate::ship::body::Body;
 use crate::ship::frame::full_text;
 use crate::ship::server::{DATABASES_PREFIX, FOLLOW_PATH, Server};
@@ -329,7 +330,7 @@ async fn route(site: &Site, request: Request<Incoming>, caller: Caller) -> Respo
     {
         return site.ship.refuse(&request, &refusal);
     }
-    if path == FOLLOW_PATH || path.starts_with(DATABASES_PREFIX) {
+    if path == FOLLOW_PATH || path.starts_with(DATABASES_PREFIX) || path.starts_with(LEASE_PREFIX) {
         return site.ship.handle(request).await;
     }
     site.handler.handle(request, matches!(caller, Caller::ThisHost)).await

@@ -8,6 +8,7 @@ mod snapshot_stream;
 pub use session::FollowerInfo;
 
 use crate::DatabaseName;
+use crate::lease::peers::{self, Candidate};
 use crate::ship::body::{self, Body};
 use crate::ship::engine::{EngineError, Epoch, Source};
 use crate::ship::http::PeerAddr;
@@ -18,7 +19,7 @@ use hyper::body::Incoming;
 use ltx::{Checksum, Pos, Txid};
 use session::Sessions;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -77,6 +78,8 @@ pub struct Server {
     /// Bounds the threads that read for followers.
     reads: Semaphore,
     sessions: Sessions,
+    /// Answers questions about the lease.
+    candidate: OnceLock<Arc<dyn Candidate>>,
     cancel: CancellationToken,
     tracker: TaskTracker,
 }
@@ -88,7 +91,21 @@ impl Server {
         let tracker = TaskTracker::new();
         tracker.spawn(changes::dispatch(source.changes(), Arc::clone(&changes), cancel.clone()));
         let reads = Semaphore::new(options.reads_max);
-        Arc::new(Server { source, options, changes, reads, sessions: Sessions::default(), cancel, tracker })
+        Arc::new(Server {
+            source,
+            options,
+            changes,
+            reads,
+            sessions: Sessions::default(),
+            candidate: OnceLock::new(),
+            cancel,
+            tracker,
+        })
+    }
+
+    /// Who answers other nodes that ask about the lease; once.
+    pub fn set_candidate(&self, candidate: Arc<dyn Candidate>) {
+        let _ = self.candidate.set(candidate);
     }
 
     /// Followers that are connected now.
@@ -144,6 +161,13 @@ impl Server {
         peer: &str,
         request: Request<Incoming>,
     ) -> Result<Response<Body>, Refusal> {
+        if let Some(candidate) = self.candidate.get()
+            && request.uri().path().starts_with(peers::PREFIX)
+        {
+            let asks = self.admit(peer, &request)?.node_id;
+            let (method, uri) = (request.method(), request.uri());
+            return peers::serve(&**candidate, asks, method, uri.path(), uri.query()).await;
+        }
         let method = match request.uri().path() {
             FOLLOW_PATH => Method::POST,
             LOG_PATH | SNAPSHOT_PATH | CHECKSUM_PATH => Method::GET,

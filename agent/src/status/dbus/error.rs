@@ -16,9 +16,13 @@ pub struct BusError {
 }
 
 /// Names of all errors of our own, for the documentation.
-pub const NAMES: [(&str, &str); 9] = [
+pub const NAMES: [(&str, &str); 10] = [
     ("NoSuchDatabase", "There is no database of that name on this host."),
     ("NotPrimary", "Only the primary can do that; the message names it when it is known."),
+    (
+        "HandoffFailed",
+        "The lease did not go to another host: there is none that can take it, or the lease's store does not answer.",
+    ),
     (
         "StaticLease",
         "The configuration names the primary, and only it changes that: see lease.role in litefs.toml(5).",
@@ -67,6 +71,7 @@ impl From<ViewError> for BusError {
             ViewError::NoSuchDatabase(_) => "NoSuchDatabase",
             ViewError::NotPrimary { .. } => "NotPrimary",
             ViewError::StaticLease(_) => "StaticLease",
+            ViewError::Handoff(_) => "HandoffFailed",
             ViewError::Quarantined { .. } => "Quarantined",
             ViewError::Busy(_) => "Busy",
             ViewError::Damaged(_) => "ChecksumMismatch",

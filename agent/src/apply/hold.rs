@@ -1,0 +1,44 @@
+//! Makes the writers of a database wait: takes the lock that a writer takes first, and writes nothing.
+
+use super::connection::{WalConnection, exists, uses_wal};
+use super::files::{Files, Patience};
+use super::{ApplyError, rollback_journal};
+use sqlite_file::locks::{LockGuard, LockKind, RESERVED};
+use std::sync::Arc;
+
+/// No writer of the database begins a transaction while this lives; readers go on.
+#[derive(Debug)]
+pub struct WriterHold {
+    // Dropped in this order.
+    _lock: LockGuard,
+    _connection: Option<WalConnection>,
+}
+
+impl WriterHold {
+    /// Waits for the transaction that is running. `None`: there is no database.
+    pub(super) fn acquire(files: &Arc<Files>, patience: &Patience) -> Result<Option<Self>, ApplyError> {
+        let Some(database) = files.open_database()? else { return Ok(None) };
+        // Connecting to one in a rollback mode would be in the way of its running writer.
+        if uses_wal(files, &database)?
+            && let Some(connection) = WalConnection::open(files, patience)?
+        {
+            let lock = connection.insist_on_write_lock(patience)?;
+            return Ok(Some(WriterHold { _lock: lock, _connection: Some(connection) }));
+        }
+        let database = Arc::new(database);
+        let mut lock = None;
+        // Without SHARED, which would keep the running writer from ending.
+        let got = patience.insist(|| {
+            lock = LockGuard::try_acquire(&database, LockKind::Write, RESERVED)?;
+            Ok(lock.is_some())
+        });
+        got.map_err(files.io("lock", &files.database))?;
+        let lock = lock.ok_or_else(|| files.busy("RESERVED on the database", patience))?;
+        // Readers would not take the journal of a dead writer for hot while somebody has RESERVED.
+        if exists(files, &files.journal)? && rollback_journal::is_hot(files)? {
+            drop(lock);
+            return Err(files.busy("a hot journal, which the next reader plays back", patience));
+        }
+        Ok(Some(WriterHold { _lock: lock, _connection: None }))
+    }
+}

@@ -1,0 +1,354 @@
+//! A lease at a real Consul: who becomes primary, when, and what writers see of it.
+
+use litefs_tests::*;
+use nix::sys::signal::Signal;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+fn is_primary(host: &Host) -> bool {
+    host.try_status().is_some_and(|status| status["role"]["name"] == "primary")
+}
+
+fn follows(host: &Host, upstream: &Host) -> bool {
+    host.try_status().is_some_and(|status| {
+        status["role"]["name"] == "replica"
+            && status["role"]["upstream"]["hostname"] == upstream.name()
+            && status["role"]["upstream"]["connected"] == true
+    })
+}
+
+fn epoch(host: &Host) -> u64 {
+    host.status()["role"]["epoch"].as_u64().expect("an epoch is a number")
+}
+
+/// A primary `a`, and a candidate `b` that follows it.
+fn pair(fleet: &Fleet, consul: &Consul) -> (Host, Host) {
+    let address = consul.address();
+    let a = fleet.host("a", Role::Candidate(&address));
+    a.start();
+    a.wait_for("the first host is primary", || is_primary(&a));
+    let b = fleet.host("b", Role::Candidate(&address));
+    b.start();
+    b.wait_for("the second host follows", || follows(&b, &a));
+    (a, b)
+}
+
+fn create(host: &Host, mode: &str) {
+    host.sql("app.db", &format!("PRAGMA journal_mode={mode}; CREATE TABLE t(x INTEGER PRIMARY KEY);"));
+}
+
+fn insert(host: &Host) -> Result<String, String> {
+    host.try_sql("app.db", "INSERT INTO t DEFAULT VALUES")
+}
+
+/// Stops a writer also when the test fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Commits until it is told to stop. A commit fails only once the host is a replica; returns how many succeeded.
+fn write_until(database: &Path, stop: &AtomicBool) -> (u64, String) {
+    let connection = rusqlite::Connection::open(database).expect("the database opens");
+    connection.busy_timeout(PATIENCE).expect("a timeout can be set");
+    let mut written = 0;
+    while !stop.load(Ordering::Relaxed) {
+        match connection.execute("INSERT INTO t DEFAULT VALUES", []) {
+            Ok(_) => written += 1,
+            Err(error) => return (written, error.to_string()),
+        }
+    }
+    (written, String::new())
+}
+
+#[test]
+fn when_the_primary_dies_the_other_host_leads_and_the_old_one_follows_it() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let (a, b) = pair(&fleet, &consul);
+    create(&a, "WAL");
+    insert(&a).expect("the primary takes writes");
+    assert!(insert(&b).is_err(), "a replica takes no writes");
+    a.wait_position_equal(&b, "app.db");
+    let before = epoch(&a);
+    a.kill();
+    b.wait_for("the other host leads", || is_primary(&b));
+    assert!(epoch(&b) > before);
+    insert(&b).expect("the new primary takes writes");
+    a.start();
+    a.wait_for("the old primary follows", || follows(&a, &b));
+    assert_equal(&b, &a, "app.db");
+    assert_eq!(a.sql("app.db", "SELECT count(*) FROM t"), "2");
+    assert!(insert(&a).is_err(), "a replica takes no writes");
+}
+
+#[test]
+fn a_primary_that_comes_back_within_the_ttl_goes_on() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let (a, b) = pair(&fleet, &consul);
+    create(&a, "WAL");
+    let before = epoch(&a);
+    a.kill();
+    a.start();
+    a.wait_for("it leads again", || is_primary(&a));
+    insert(&a).expect("the primary takes writes");
+    assert!(epoch(&a) > before, "each term has an epoch of its own");
+    b.wait_for("the other one follows it", || follows(&b, &a));
+    assert_equal(&a, &b, "app.db");
+}
+
+#[test]
+fn a_primary_that_is_stopped_hands_over_first() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let (a, b) = pair(&fleet, &consul);
+    for mode in ["WAL", "DELETE"] {
+        create(&a, mode);
+        let stop = AtomicBool::new(false);
+        let (path, stop) = (a.path("app.db"), &stop);
+        let written = std::thread::scope(|scope| {
+            let writer = scope.spawn(move || write_until(&path, stop));
+            let failing = Stop(stop);
+            a.wait_for("the writer is at work", || a.txid("app.db") > 20);
+            let begun = Instant::now();
+            a.signal(Signal::SIGTERM);
+            b.wait_for("the other host leads", || is_primary(&b));
+            eprintln!("{mode}: the other host led after {:?}", begun.elapsed());
+            std::mem::forget(failing);
+            // What was acknowledged before the old one let go is there.
+            let (written, why) = writer.join().expect("the writer does not panic");
+            eprintln!("{mode}: {written} commits, then {why:?}");
+            assert!(!why.contains("malformed"), "{why}");
+            written
+        });
+        assert!(a.wait_ended().success());
+        assert_eq!(b.sql("app.db", "SELECT count(*) FROM t"), written.to_string());
+        insert(&b).expect("the new primary takes writes");
+        a.start();
+        a.wait_for("it follows", || follows(&a, &b));
+        assert_equal(&b, &a, "app.db");
+        run(&mut a.litefs(&["promote"]));
+        b.wait_for("it follows", || follows(&b, &a));
+        a.sql("app.db", "DROP TABLE t");
+    }
+}
+
+#[test]
+fn the_lease_goes_from_hand_to_hand_and_nothing_is_lost() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let (a, b) = pair(&fleet, &consul);
+    create(&a, "WAL");
+    let mut written = 0;
+    let mut stalls = Vec::new();
+    for round in 0..10 {
+        let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
+        let stop = AtomicBool::new(false);
+        let (path, stop) = (from.path("app.db"), &stop);
+        let begin = from.txid("app.db");
+        let (count, why) = std::thread::scope(|scope| {
+            let writer = scope.spawn(move || write_until(&path, stop));
+            let failing = Stop(stop);
+            from.wait_for("the writer is at work", || from.txid("app.db") > begin + 5);
+            let begun = Instant::now();
+            match round % 3 {
+                0 => run(&mut from.litefs(&["handoff", "--to", to.name()])),
+                1 => run(&mut from.litefs(&["demote"])),
+                _ => run(&mut to.litefs(&["promote"])),
+            };
+            to.wait_for("the other host leads", || is_primary(to));
+            stalls.push(begun.elapsed());
+            std::mem::forget(failing);
+            writer.join().expect("the writer does not panic")
+        });
+        written += count;
+        // What a replica says to a connection that was opened on a primary.
+        assert!(["readonly", "locked", "disk I/O"].iter().any(|end| why.contains(end)), "{why}");
+        assert_eq!(to.sql("app.db", "SELECT count(*) FROM t"), written.to_string());
+        insert(to).expect("the new primary takes writes");
+        written += 1;
+        from.wait_for("the old one follows", || follows(from, to));
+        assert_equal(to, from, "app.db");
+    }
+    eprintln!("from the command to the new primary: {stalls:?}");
+}
+
+#[test]
+fn an_empty_host_and_one_that_is_no_candidate_never_become_primary_by_themselves() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let address = consul.address();
+    let a = fleet.host("a", Role::Candidate(&address));
+    a.start();
+    a.wait_for("the first host is primary", || is_primary(&a));
+    create(&a, "WAL");
+    // Its position has to be known where the lease is.
+    a.wait_for("the lease says what the primary has", || {
+        consul.get("/v1/kv/litefs/db/primary?raw").is_some_and(|record| record.contains("\"transactions\":2"))
+    });
+    let c = fleet.host("c", Role::Candidate(&address));
+    c.set("lease.candidate=false").start();
+    c.wait_for("it follows", || follows(&c, &a));
+    a.wait_position_equal(&c, "app.db");
+    a.kill();
+    let empty = fleet.host("b", Role::Candidate(&address));
+    empty.start();
+    empty.wait_for("the empty host waits", || empty.log().contains("has none of the last term's data"));
+    assert!(!is_primary(&empty) && !is_primary(&c));
+    let refused = try_run(&mut c.litefs(&["promote"])).unwrap_err();
+    assert!(refused.contains("candidate"), "{refused}");
+    let refused = try_run(&mut empty.litefs(&["promote"])).unwrap_err();
+    assert!(refused.contains("--force"), "{refused}");
+    // The one with the data comes back and leads.
+    a.start();
+    a.wait_for("it leads", || is_primary(&a));
+    empty.wait_for("the empty host follows it", || follows(&empty, &a));
+    assert_equal(&a, &empty, "app.db");
+}
+
+#[test]
+fn a_dead_agents_lease_is_released_at_once() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let address = consul.address();
+    let long = |name| {
+        let host = fleet.host(name, Role::Candidate(&address));
+        // Nobody waits for that.
+        host.set("lease.ttl=600s").start();
+        host
+    };
+    let a = long("a");
+    a.wait_for("the first host is primary", || is_primary(&a));
+    create(&a, "WAL");
+    let b = long("b");
+    b.wait_for("it follows", || follows(&b, &a));
+    a.wait_position_equal(&b, "app.db");
+    let release = || {
+        let agent = a.agent_command();
+        let mut release = std::process::Command::new(agent.get_program());
+        release.arg("release-lease").args(agent.get_args().filter(|word| *word != "agent"));
+        release
+    };
+    let refused = try_run(&mut release()).unwrap_err();
+    assert!(refused.contains("an agent has"), "{refused}");
+    assert!(is_primary(&a));
+    a.kill();
+    assert_eq!(run(&mut release()), "the lease is free");
+    b.wait_for("the other host leads", || is_primary(&b));
+    insert(&b).expect("the new primary takes writes");
+    assert_eq!(run(&mut release()), "this host has no session");
+}
+
+#[test]
+fn a_primary_whose_consul_hangs_stops_writing_in_time_and_goes_on_when_it_answers() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let (a, b) = pair(&fleet, &consul);
+    create(&a, "WAL");
+    a.wait_position_equal(&b, "app.db");
+    consul.freeze();
+    a.wait_for("the primary is fenced", || insert(&a).is_err());
+    assert!(!is_primary(&b) && insert(&b).is_err());
+    consul.thaw();
+    wait_for("one of them leads", PATIENCE, || (is_primary(&a) ^ is_primary(&b)).then_some(()));
+    let (new, old) = if is_primary(&a) { (&a, &b) } else { (&b, &a) };
+    new.wait_for("it takes writes", || insert(new).is_ok());
+    old.wait_for("the other follows", || follows(old, new));
+    assert_equal(new, old, "app.db");
+}
+
+#[test]
+fn a_primary_that_was_stopped_like_a_process_takes_no_commit_when_it_goes_on() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let (a, b) = pair(&fleet, &consul);
+    create(&a, "WAL");
+    a.wait_position_equal(&b, "app.db");
+    // In a process of its own: who forks with a file open there would wait for the agent.
+    let mut shell = Shell::open(&a.path("app.db"));
+    shell.run("INSERT INTO t DEFAULT VALUES;");
+    a.wait_position_equal(&b, "app.db");
+    a.signal(Signal::SIGSTOP);
+    b.wait_for("the other host leads", || is_primary(&b));
+    insert(&b).expect("the new primary takes writes");
+    a.signal(Signal::SIGCONT);
+    // Nothing of before is believed: by its own clock its time is over.
+    let refused = shell.ask("INSERT INTO t DEFAULT VALUES;");
+    assert!(refused.contains("rror"), "{refused}");
+    shell.kill();
+    a.wait_for("the old primary follows", || follows(&a, &b));
+    assert_equal(&b, &a, "app.db");
+    assert_eq!(a.sql("app.db", "SELECT count(*) FROM t"), "2");
+}
+
+#[test]
+fn a_consul_that_lost_its_data_is_taken_up_again() {
+    let mut consul = Consul::start();
+    let fleet = Fleet::new();
+    let (a, b) = pair(&fleet, &consul);
+    create(&a, "WAL");
+    a.wait_position_equal(&b, "app.db");
+    let before = epoch(&a);
+    consul.kill();
+    consul.restart();
+    wait_for("one of them leads in a new term", PATIENCE, || {
+        [&a, &b].into_iter().find(|host| is_primary(host) && epoch(host) > before && insert(host).is_ok())
+    });
+    let (new, old) = if is_primary(&a) { (&a, &b) } else { (&b, &a) };
+    old.wait_for("the other follows", || follows(old, new));
+    assert_equal(new, old, "app.db");
+}
+
+#[test]
+fn the_most_advanced_of_three_hosts_wins_and_three_servers_outlive_one() {
+    let mut servers = Consul::cluster();
+    // A session belongs to the server that it was made at (the first address), and goes with it.
+    servers.sort_by_key(|server| {
+        server.get("/v1/agent/self").is_some_and(|own| own.contains("\"leader\": \"true\""))
+    });
+    let fleet = Fleet::new();
+    let addresses: Vec<String> = servers.iter().map(Consul::address).collect();
+    let addresses = addresses.join(",");
+    let hosts: Vec<Host> = ["a", "b", "c"]
+        .into_iter()
+        .map(|name| {
+            let host = fleet.host(name, Role::Candidate(&addresses));
+            // A leader's election of Consul takes longer than a second.
+            host.set("lease.ttl=6s").start();
+            host.wait_for("it has a role", || host.status()["role"]["name"] != "none");
+            host
+        })
+        .collect();
+    let [a, b, c] = &hosts[..] else { unreachable!() };
+    assert!(is_primary(a));
+    for host in [b, c] {
+        host.wait_for("it follows", || follows(host, a));
+    }
+    create(a, "WAL");
+    insert(a).expect("the primary takes writes");
+    a.wait_position_equal(b, "app.db");
+    a.wait_position_equal(c, "app.db");
+    // c stays behind, and is back before the lease is free.
+    c.kill();
+    insert(a).expect("the primary takes writes");
+    a.wait_position_equal(b, "app.db");
+    a.kill();
+    c.start();
+    b.wait_for("the one with everything leads", || is_primary(b));
+    c.wait_for("the other one follows it", || follows(c, b));
+    assert_equal(b, c, "app.db");
+
+    // Losing the leader does not end its term.
+    let term = epoch(b);
+    servers.last_mut().expect("there are three").kill();
+    let until = Instant::now() + Duration::from_secs(12);
+    wait_for("two terms of the TTL pass", PATIENCE, || (Instant::now() > until).then_some(()));
+    assert!(is_primary(b));
+    assert_eq!(epoch(b), term);
+    insert(b).expect("the primary takes writes");
+}
