@@ -63,8 +63,8 @@ fn refuse_invisible(name: &Path) -> Result<(), Failure> {
         let advice = finding.advice.as_deref().unwrap_or_default();
         match finding.level {
             Level::Ok => {}
-            // Most interpreters load libraries: no reason for a line at each start.
-            Level::Warn if finding.check == "plug-ins" => {}
+            // Most interpreters load libraries, most hosts have an old SQLite: no reason for a line at each start.
+            Level::Warn if matches!(finding.check, "plug-ins" | "wal-reset") => {}
             Level::Warn => eprintln!("litefs: {name}: {found}; {advice}"),
             Level::Fail => {
                 let message =

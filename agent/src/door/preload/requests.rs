@@ -4,6 +4,7 @@ use crate::capture::wal::published::HeldCommit;
 use crate::capture::{CaptureError, unix_ms};
 use crate::database::{Database, State};
 use crate::log::Lsn;
+use parking_lot::MutexGuard;
 use shim_protocol::{FLAG_SYNCED, FLAG_UNJOURNALED, FLAG_UNKNOWN, write_of};
 use sqlite_file::locks::{self, LockGuard, LockKind};
 use std::fs::File;
@@ -95,6 +96,8 @@ pub fn follow(db: &Arc<Database>) {
             }
         }
     }
+    // A fast writer has the next commit ready; streams, exports and other processes have their turn first.
+    MutexGuard::unlock_fair(st);
 }
 
 /// A transaction without WAL is about to end.
