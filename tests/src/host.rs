@@ -1,6 +1,7 @@
 //! Hosts of a fleet: each has a directory with data, mount, socket and log, a port, and an agent that runs or not.
 
 use crate::binary::litefs;
+use crate::door::{self, Place};
 use crate::ports::Port;
 use crate::shell::{run, sqlite3, try_run, try_sqlite3};
 use crate::wait::{PATIENCE, wait_for};
@@ -45,6 +46,8 @@ pub enum Role<'a> {
 pub struct Host {
     name: String,
     dir: PathBuf,
+    /// Where its agent meets the library, when all hosts have the preload door.
+    place: Option<Place>,
     port: Port,
     settings: Mutex<Vec<String>>,
     environment: Mutex<Vec<(String, String)>>,
@@ -93,6 +96,7 @@ impl Fleet {
         let host = Host {
             name: name.to_owned(),
             dir,
+            place: door::is_preload().then(Place::take),
             port: Port::reserve(),
             settings: Mutex::default(),
             environment: Mutex::default(),
@@ -105,6 +109,9 @@ impl Fleet {
         host.write_role(role);
         // Tests break connections on purpose and wait for the next one.
         host.set("replication.reconnect-max=200ms");
+        if door::is_preload() {
+            host.set("door=preload");
+        }
         // The machine's own bus is no place for tests; those that want one bring it.
         host.set("dbus.bus=off");
         host
@@ -186,7 +193,7 @@ impl Host {
 
     /// The control socket.
     pub fn socket(&self) -> PathBuf {
-        self.dir.join("control.sock")
+        self.place.as_ref().map_or(self.dir.as_path(), Place::path).join("control.sock")
     }
 
     /// The port for followers, metrics and events.
@@ -224,7 +231,7 @@ impl Host {
     /// The command that runs the agent, for tests that start it in their own way.
     pub fn agent_command(&self) -> Command {
         let mut command = Command::new(&*lock(&self.binary));
-        command.arg("agent").arg("--config").arg(self.config_file());
+        command.arg("agent").arg("--config").arg(self.config_file()).env_remove("LD_PRELOAD");
         command.envs(lock(&self.environment).iter().cloned());
         let own = [
             format!("node.name={}", self.name),
@@ -456,7 +463,7 @@ impl Host {
     /// A `litefs` command for this host's agent.
     pub fn litefs(&self, args: &[&str]) -> Command {
         let mut command = Command::new(litefs());
-        command.args(args).arg("--socket").arg(self.socket());
+        command.args(args).arg("--socket").arg(self.socket()).env_remove("LD_PRELOAD");
         command
     }
 

@@ -16,7 +16,7 @@
 //! test.
 //!
 //! `LITEFS_TEST_SET` sets configuration keys of all agents (`mount.passthrough=off log-output.level=debug`), `LITEFS_BIN`
-//! the program under test.
+//! the program under test. `LITEFS_TEST_DOOR=preload` gives all hosts the preload door.
 //!
 //! POSIX locks belong to a process: two connections of this process do exclude each other (SQLite sees to that), but
 //! reading a database that this process has open by other means than SQLite would drop its locks. For a second process
@@ -27,6 +27,7 @@ mod bus;
 mod compare;
 mod connection;
 mod consul;
+mod door;
 mod host;
 mod ports;
 mod shell;
@@ -37,6 +38,7 @@ pub use bus::Bus;
 pub use compare::{assert_equal, assert_sane, checksum_of, compare_files, integrity_check};
 pub use connection::{FILL, JOURNAL_MODES, ask, exec, set_journal_mode, try_exec, wait_seen};
 pub use consul::Consul;
+pub use door::{is_about_fuse, is_preload};
 pub use host::{Fleet, Host, Role};
 pub use shell::{Shell, run, sqlite3, try_run, try_sqlite3};
 pub use wait::{PATIENCE, wait_for};
