@@ -102,11 +102,10 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         path: "mount.takeover-wait",
-        default: "\"0s\"",
+        default: "\"30s\"",
         doc: "When the agent dies, applications behind FUSE wait this long for the next one, which goes on where it \
-              was, before they get errors; \"0s\": not at all. Experimental: a write that was under way may fail \
-              after a takeover. Needs Linux 6.9. Under systemd the service's own restart settings decide how long, \
-              unless this is \"0s\".",
+              was, before they get errors; \"0s\": not at all. Needs Linux 6.9; on older kernels they get errors at \
+              once. Under systemd the service's own restart settings decide how long, unless this is \"0s\".",
         set: |config, value| value.duration(Duration::ZERO).map(|time| config.mount.takeover_wait = time),
     },
     Key {

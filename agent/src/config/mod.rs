@@ -467,7 +467,7 @@ impl Config {
             mount: MountConfig {
                 dir: Path::new("/srv/litefs").join(cluster),
                 passthrough: Passthrough::Auto,
-                takeover_wait: Duration::ZERO,
+                takeover_wait: Duration::from_secs(30),
                 threads: 0,
             },
             http: HttpConfig {

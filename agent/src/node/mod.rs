@@ -335,7 +335,7 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
     let outcome = loop {
         tokio::select! {
             _ = terminate.recv() => {
-                if tokio::task::spawn_blocking(takeover::is_restarting).await? {
+                if node.hold.can_be_left() && systemd::jobs::is_restarting().await {
                     leave_mount();
                 }
                 break Ok(());
@@ -401,11 +401,16 @@ fn leave_mount() -> ! {
     std::process::exit(0);
 }
 
-/// Waits until the node's role is known. A lease that does not answer does not keep readers away.
+/// Waits until the node's role is known. A lease that does not answer does not keep readers away; applications that wait
+/// for this agent already shall rather wait longer than get errors from a database that is read-only for a moment.
 async fn first_role(node: &Arc<Node>) {
+    let mut patience = FIRST_ROLE_PATIENCE;
+    if node.hold.is_taken_over() {
+        patience = patience.max(node.config.read().mount.takeover_wait);
+    }
     let mut roles = node.roles();
     let known = roles.wait_for(|role| role.name != RoleName::None);
-    if tokio::time::timeout(FIRST_ROLE_PATIENCE, known).await.is_err() {
+    if tokio::time::timeout(patience, known).await.is_err() {
         tracing::warn!("there is no primary yet: databases are read-only until there is one");
         let settling = node.clone();
         let _ = tokio::task::spawn_blocking(move || settling.settle(false)).await;

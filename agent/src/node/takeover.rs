@@ -6,7 +6,6 @@ use crate::config::{Config, DoorKind};
 use crate::systemd::fds;
 use anyhow::Context;
 use fuse_session::{AfterDeath, Connection, Guard, GuardOptions, Inherited, MountError, claim};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Names in systemd's store.
@@ -18,6 +17,8 @@ const HANDLES: &str = "fuse-handles";
 pub struct MountHold {
     /// `None`: there is no mount. Why there is no connection is told when the door is opened.
     connection: Option<Result<Connection, MountError>>,
+    /// Somebody keeps the mount when this process ends.
+    kept: bool,
     served: AtomicBool,
 }
 
@@ -26,7 +27,7 @@ impl MountHold {
     /// are others: see [`Guard::start`].
     pub fn begin(config: &Config, identity: &Identity) -> anyhow::Result<(MountHold, Option<Guard>)> {
         if config.door == DoorKind::Preload {
-            return Ok((MountHold { connection: None, served: AtomicBool::new(false) }, None));
+            return Ok((MountHold { connection: None, kept: false, served: AtomicBool::new(false) }, None));
         }
         let socket = config.data.dir.join("keeper.sock");
         let stored = (fds::take(DEVICE), fds::take(HANDLES));
@@ -74,12 +75,22 @@ impl MountHold {
             fds::store(DEVICE, device);
             fds::store(HANDLES, table);
         }
-        Ok((MountHold { connection: Some(connection), served: AtomicBool::new(false) }, guard))
+        let kept = !matches!(after_death, AfterDeath::Abort);
+        Ok((MountHold { connection: Some(connection), kept, served: AtomicBool::new(false) }, guard))
     }
 
     /// Whether applications have outlived another agent and wait for this one.
     pub fn is_taken_over(&self) -> bool {
         matches!(&self.connection, Some(Ok(connection)) if connection.is_taken_over())
+    }
+
+    /// Whether applications can be left waiting for the next agent.
+    pub fn can_be_left(&self) -> bool {
+        match &self.connection {
+            // There is no mount: applications go on with their files.
+            None => true,
+            Some(connection) => self.kept && connection.as_ref().is_ok_and(Connection::is_resumable),
+        }
     }
 
     /// The connection to mount, or to go on with.
@@ -116,37 +127,4 @@ fn forget_stored() {
         fds::forget(DEVICE);
         fds::forget(HANDLES);
     }
-}
-
-/// Whether systemd stops this service in order to start it again: then the mount is for the next process.
-pub fn is_restarting() -> bool {
-    let Some(unit) = fds::is_service().then(own_unit).flatten() else { return false };
-    let jobs =
-        Command::new("systemctl").args(["list-jobs", "--plain", "--no-legend", "--full", &unit]).output();
-    match jobs {
-        Ok(jobs) => {
-            let jobs = String::from_utf8_lossy(&jobs.stdout).into_owned();
-            // "JOB UNIT TYPE STATE"
-            jobs.lines().any(|job| {
-                let mut words = job.split_whitespace().skip(1);
-                words.next() == Some(&unit) && words.next() == Some("restart")
-            })
-        }
-        Err(error) => {
-            tracing::warn!(%error, "cannot ask systemd whether this is a restart; taken for a stop");
-            false
-        }
-    }
-}
-
-/// The unit that this process belongs to, by its control group.
-fn own_unit() -> Option<String> {
-    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
-    let named = groups.lines().filter_map(|line| {
-        let (_, controllers_and_path) = line.split_once(':')?;
-        let (controllers, path) = controllers_and_path.split_once(':')?;
-        matches!(controllers, "" | "name=systemd").then_some(path)
-    });
-    let mut units = named.filter_map(|path| path.rsplit('/').find(|part| part.ends_with(".service")));
-    units.next().map(str::to_owned)
 }

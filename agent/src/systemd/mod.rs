@@ -3,6 +3,7 @@
 //! | module          | what it does                                                                        |
 //! |-----------------|-------------------------------------------------------------------------------------|
 //! | [`fds`]         | descriptors that systemd passes and keeps over restarts                              |
+//! | [`jobs`]        | whether the service is being restarted                                              |
 //! | [`listeners`]   | the HTTP port and the control socket: from a socket unit, from the store, or our own |
 //! | [`status`]      | the line that `systemctl status` shows                                               |
 //! | [`watchdog`]    | tells systemd that the agent makes progress, as long as it does                      |
@@ -12,6 +13,7 @@
 
 pub mod credentials;
 pub mod fds;
+pub mod jobs;
 pub mod journal;
 pub mod listeners;
 pub mod status;

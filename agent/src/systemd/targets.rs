@@ -1,6 +1,7 @@
 //! `litefs-primary@<cluster>.target` and `litefs-replica@<cluster>.target`: one of them is active, by the role of this
 //! host. A service that belongs to one of them (`WantedBy=` and `PartOf=`) runs only there.
 
+use super::jobs::systemctl;
 use crate::status::api::RoleName;
 use std::process::Command;
 use std::time::Duration;
@@ -53,19 +54,13 @@ fn arguments(cluster: &str, role: RoleName) -> Vec<String> {
 }
 
 /// Stops the targets of the cluster, and waits for what belongs to them: applications stop while the agent still serves
-/// them. Does nothing when the agent is only being restarted.
+/// them. Not for an agent that is only being restarted.
 ///
 /// (No dependency of units does this: those that would stop the targets with the agent also stop them when it is
 /// restarted or dies.)
 pub async fn stop(cluster: &str) {
     if Targets::of(cluster).is_none() {
         return;
-    }
-    let unit = format!("litefs@{cluster}.service");
-    match systemctl(&["list-jobs", "--no-legend", "--full"]).await {
-        Ok(jobs) if is_restarted(&jobs, &unit) => return,
-        Ok(_) => {}
-        Err(error) => tracing::warn!(error, "cannot ask systemd whether the agent is being restarted"),
     }
     let stop = arguments(cluster, RoleName::None);
     let stop: Vec<&str> = stop.iter().map(String::as_str).collect();
@@ -74,24 +69,6 @@ pub async fn stop(cluster: &str) {
         Ok(Err(error)) => tracing::warn!(error, "cannot stop the services of this host's role"),
         Err(_) => tracing::warn!("stopping although services of this host's role still run"),
     }
-}
-
-async fn systemctl(arguments: &[&str]) -> Result<String, String> {
-    let mut command = tokio::process::Command::new("systemctl");
-    let output = command.arg("--no-ask-password").args(arguments).kill_on_drop(true).output().await;
-    let output = output.map_err(|error| format!("cannot run systemctl: {error}"))?;
-    match output.status.success() {
-        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
-        false => Err(String::from_utf8_lossy(&output.stderr).trim_end().to_owned()),
-    }
-}
-
-/// Whether `systemctl list-jobs` (`ID UNIT TYPE STATE` in each line) has a restart of the unit.
-fn is_restarted(jobs: &str, unit: &str) -> bool {
-    jobs.lines().any(|line| {
-        let mut words = line.split_whitespace().skip(1);
-        words.next() == Some(unit) && words.next() == Some("restart")
-    })
 }
 
 /// Whether `/proc/<pid>/cgroup` is that of the cluster's service.
@@ -111,14 +88,6 @@ mod tests {
         assert!(!is_in_unit(cgroups, "b") && !is_in_unit(cgroups, "shop"));
         assert!(!is_in_unit("0::/user.slice/user-0.slice/session-1.scope\n", "db"));
         assert!(!is_in_unit("0::/system.slice/app.service/litefs@db.service/child\n", "db"));
-    }
-
-    #[test]
-    fn a_restart_is_told_from_a_stop() {
-        let jobs = "1234 litefs@db.service restart running\n1300 litefs@shop.service stop running\n";
-        assert!(is_restarted(jobs, "litefs@db.service"));
-        assert!(!is_restarted(jobs, "litefs@shop.service"));
-        assert!(!is_restarted("", "litefs@db.service"));
     }
 
     #[test]

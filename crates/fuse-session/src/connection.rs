@@ -61,6 +61,11 @@ impl Connection {
         self.taken_over
     }
 
+    /// Whether another process can go on with it: the kernel sends again what was not answered. Known once it is mounted.
+    pub fn is_resumable(&self) -> bool {
+        self.handles.is_resumable()
+    }
+
     /// The descriptors that another process needs to go on: the device and the table.
     pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
         [self.device.as_fd(), self.handles.as_fd()]

@@ -20,7 +20,6 @@ assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 "#;
 
 #[test]
-#[ignore = "known defect: see tests/tests/takeover.rs; mount.takeover-wait is 0s by default"]
 fn applications_go_on_while_the_service_is_restarted_and_killed_and_the_mount_goes_with_a_stop() {
     let fleet = Fleet::new(1);
     let host = &fleet.hosts()[0];
