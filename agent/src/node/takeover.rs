@@ -34,7 +34,11 @@ impl MountHold {
         let inherited = match stored {
             (Some(device), Some(table)) => Some(Inherited::from_manager(device, table)),
             (None, None) => claim(&socket).context("cannot ask for the mount of the last agent")?,
-            _ => None,
+            // systemd has dropped the device: its mount is gone.
+            _ => {
+                forget_stored();
+                None
+            }
         };
         let taken_over = inherited.as_ref().map(|inherited| inherited.connect(&config.mount.dir));
         let connection = match taken_over {
@@ -70,11 +74,6 @@ impl MountHold {
                 .taken()
                 .context("cannot tell the guard of the last agent that its mount is taken over")?;
         }
-        if let (Ok(connection), AfterDeath::LeaveToManager) = (&connection, &after_death) {
-            let [device, table] = connection.descriptors();
-            fds::store(DEVICE, device);
-            fds::store(HANDLES, table);
-        }
         let kept = !matches!(after_death, AfterDeath::Abort);
         Ok((MountHold { connection: Some(connection), kept, served: AtomicBool::new(false) }, guard))
     }
@@ -105,6 +104,12 @@ impl MountHold {
     /// The mount is served by this process.
     pub fn is_served(&self) {
         self.served.store(true, Ordering::Relaxed);
+        // Not before it is mounted: systemd drops a descriptor that polls as an error.
+        if let (Some(Ok(connection)), true) = (&self.connection, self.kept && fds::is_service()) {
+            let [device, table] = connection.descriptors();
+            fds::store(DEVICE, device);
+            fds::store(HANDLES, table);
+        }
     }
 
     /// The agent ends. It has taken the mount away, unless it never came to serve one that it took over: that is for the

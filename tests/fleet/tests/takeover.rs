@@ -1,4 +1,4 @@
-//! A restart, a crash and a stop of the service, under applications that write.
+//! A restart, a crash, an upgrade and a stop of the service, under applications that write.
 
 use fleet::Fleet;
 
@@ -20,29 +20,50 @@ assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 "#;
 
 #[test]
-fn applications_go_on_while_the_service_is_restarted_and_killed_and_the_mount_goes_with_a_stop() {
-    let fleet = Fleet::new(1);
-    let host = &fleet.hosts()[0];
-    host.install_litefs();
+fn applications_go_on_while_the_service_is_restarted_killed_and_upgraded_and_the_mount_goes_with_a_stop() {
+    let fleet = Fleet::new(2);
+    let (host, replica) = (&fleet[0], &fleet[1]);
+    for host in fleet.hosts() {
+        host.install_litefs();
+    }
     host.start_litefs(None);
+    replica.start_litefs(Some(host));
+    // Ready before anything happens: the upgrade itself then takes a moment.
+    host.offer_packages(2);
     host.push("/tmp/writer.py", WRITER.as_bytes());
     let mut writer = host.command("python3 /tmp/writer.py").spawn().expect("the writer starts");
-    let goes_on = || {
-        let done = host.wait_for("cat /tmp/done");
-        host.wait_for(&format!("test $(cat /tmp/done) -gt $(({} + 20))", done.trim()));
+    let done = || host.wait_for("cat /tmp/done").trim().parse::<u64>().expect("a number");
+    let mut goes_on = |what: &str| {
+        let before = done();
+        fleet::wait_for(&format!("the writer goes on after: {what}"), || {
+            let ended = writer.try_wait().expect("it is our child");
+            assert!(ended.is_none(), "after {what} the writer saw an error\n{}", host.journal());
+            (done() > before + 20).then_some(())
+        });
     };
-    goes_on();
+    goes_on("the start");
     let mount = host.run("findmnt -no ID,SOURCE /srv/litefs/db");
-    for command in ["systemctl restart litefs@db", "systemctl kill --kill-who=main -s KILL litefs@db"] {
-        for _ in 0..3 {
-            host.run(command);
-            goes_on();
-            host.wait_for("systemctl is-active litefs@db");
-            assert_eq!(host.run("findmnt -no ID,SOURCE /srv/litefs/db"), mount, "mounted again by {command}");
-        }
+    let disturbances = [
+        "systemctl restart litefs@db",
+        "systemctl kill --kill-who=main -s KILL litefs@db",
+        "apt-get install -y -qq litefs",
+        "systemctl kill --kill-who=main -s KILL litefs@db",
+        "systemctl restart litefs@db",
+    ];
+    for disturbance in disturbances {
+        let pid = host.run("systemctl show --value -p MainPID litefs@db");
+        host.run(disturbance);
+        goes_on(disturbance);
+        host.wait_for("systemctl is-active litefs@db");
+        assert_ne!(host.run("systemctl show --value -p MainPID litefs@db"), pid, "{disturbance}");
+        assert_eq!(host.run("findmnt -no ID,SOURCE /srv/litefs/db"), mount, "mounted anew by {disturbance}");
     }
+    host.run("dpkg-query -W litefs | grep -- '-2$'");
     host.run("touch /tmp/stop");
-    assert!(writer.wait().expect("the writer ends").success(), "the writer saw an error");
+    assert!(writer.wait().expect("the writer ends").success(), "the writer saw an error\n{}", host.journal());
+    // Nothing is lost, here and on the replica.
+    let rows = done();
+    replica.wait_for(&format!("test $(sqlite3 /srv/litefs/db/app.db 'SELECT count(*) FROM t') = {rows}"));
     host.run("systemctl stop litefs@db");
     host.run("! findmnt /srv/litefs/db");
 }
