@@ -10,7 +10,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// and the journal says why.
 pub async fn is_restarting() -> bool {
     let Some(unit) = super::fds::is_service().then(own_unit).flatten() else { return false };
-    match tokio::time::timeout(PATIENCE, systemctl(&["list-jobs", "--plain", "--no-legend", "--full"])).await {
+    match tokio::time::timeout(PATIENCE, systemctl(&["list-jobs", "--plain", "--no-legend", "--full"])).await
+    {
         Ok(Ok(jobs)) => has_restart(&jobs, &unit),
         Ok(Err(error)) => {
             tracing::warn!(error, "cannot ask systemd whether this is a restart; taken for a stop");
