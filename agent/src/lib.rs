@@ -10,6 +10,7 @@
 //! | [`log`]      | the commit log: one fsync for the commits of all databases, positions, retention   |
 //! | [`ship`]     | streams records and snapshots to followers, and follows an upstream                |
 //! | [`apply`]    | writes a record to a database file the way an SQLite writer would                  |
+//! | [`sync`]     | commits that wait until followers have them                                        |
 //! | [`lease`]    | who may write: leases, elections, and the machine that decides the role            |
 //! | [`node`]     | all databases of one host, its role and epoch                                      |
 //! | [`status`]   | what an operator sees: status, metrics, events, the system bus                     |
@@ -31,6 +32,7 @@ pub mod name;
 pub mod node;
 pub mod ship;
 pub mod status;
+pub mod sync;
 pub mod systemd;
 pub mod tls;
 

@@ -474,14 +474,15 @@ fn post(
             continue;
         }
         sys::futex_wait(&slot.state, state, LOOK_MS);
-        if slot.state.load(Ordering::Acquire) == protocol::DONE {
+        let state = slot.state.load(Ordering::Acquire);
+        if state == protocol::DONE {
             break;
         }
         // The slot stays taken: the agent may still write to it.
         if gone() {
             return Err(Lost::HungUp);
         }
-        if sys::now_ns() >= deadline_ns {
+        if state != protocol::WAITING && sys::now_ns() >= deadline_ns {
             return Err(Lost::TimedOut);
         }
     }

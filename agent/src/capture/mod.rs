@@ -66,6 +66,9 @@ pub enum CaptureError {
          when these have ended"
     )]
     NotAllApplied,
+    /// Too few followers, and the configuration refuses commits then.
+    #[error(transparent)]
+    Unacknowledged(#[from] crate::sync::Refused),
     /// What was committed is no SQLite database.
     #[error("not an SQLite database: {0}")]
     NotADatabase(&'static str),
@@ -100,6 +103,8 @@ pub struct Commit<'a> {
     pub pages: &'a [u32],
     /// Where the commit ends in the WAL, in WAL mode.
     pub wal: Option<WalEnd>,
+    /// The door can hold it until followers have it: SQLite has not published it.
+    pub may_hold: bool,
 }
 
 /// Reads one committed page into the buffer (whole pages; zeros where SQLite never wrote).
@@ -112,6 +117,8 @@ pub struct Logged {
     pub end: Lsn,
     /// Pages in it.
     pub pages: usize,
+    /// It must not be published before followers have it: see [`Database::hold_of`]. Does not count as applied yet.
+    pub held: bool,
 }
 
 /// Makes the pages of `commit` that really differ the database's next transaction. `None`: nothing differs, as
@@ -125,7 +132,8 @@ pub fn log_transaction(
     db.shared.check_writable()?;
     st.check_health()?;
     // What is in the files lacks these transactions: a commit on top of it would not be their successor.
-    if st.applied.position != st.position {
+    // A held commit is there, and so is what takes it back when its writer has died.
+    if st.applied.position != st.position && st.held.is_none() {
         return Err(CaptureError::NotAllApplied);
     }
     let new_size = commit.page_size != st.page_size && st.page_count > 0;
@@ -189,6 +197,7 @@ pub fn log_transaction(
     if changed.is_empty() && commit.page_count == st.page_count {
         return Ok(None);
     }
+    let held = commit.may_hold && db.admit_held()?;
     if commit.page_count == 0 {
         rolling = Checksum::EMPTY;
     }
@@ -232,10 +241,14 @@ pub fn log_transaction(
     st.page_count = commit.page_count;
     st.set_wal_mode(wal_mode);
     st.advance(Pos { txid, checksum: rolling }, end, timestamp_ms);
-    st.applied = st.logged_mark();
+    if held {
+        st.held = Some(st.position);
+    } else {
+        (st.applied, st.held) = (st.logged_mark(), None);
+    }
     db.shared.counters.commits.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    db.committed(st.position, end);
-    Ok(Some(Logged { end, pages: changed.len() }))
+    db.committed(st.position, end, held);
+    Ok(Some(Logged { end, pages: changed.len(), held }))
 }
 
 /// Milliseconds since 1970, as LTX headers have them.

@@ -117,7 +117,8 @@ fn is_committed(db: &Database, st: &mut State, offset: u64, data: &[u8]) -> Resu
 
 /// The journal is about to end, or the file is known to be consistent: captures what was written. The caller holds
 /// off writers (the application has its EXCLUSIVE lock, or the agent a SHARED one).
-pub fn capture(db: &Database, st: &mut State) -> Result<Option<Logged>, CaptureError> {
+/// `may_hold`: see [`Commit`].
+pub fn capture(db: &Database, st: &mut State, may_hold: bool) -> Result<Option<Logged>, CaptureError> {
     if st.passthrough_handles > 0 && !st.rollback.is_dirty() && st.stamp_changed(db)? {
         st.rollback.mark_unknown();
     }
@@ -152,7 +153,7 @@ pub fn capture(db: &Database, st: &mut State) -> Result<Option<Logged>, CaptureE
         pages.extend(1..=page_count);
     }
     let pages: Vec<u32> = pages.into_iter().collect();
-    let commit = Commit { page_size, page_count, pages: &pages, wal: None };
+    let commit = Commit { page_size, page_count, pages: &pages, wal: None, may_hold };
     let logged = log_transaction(db, st, &commit, &mut |pgno, buf| db.read_database_page(&file, pgno, buf))?;
     // The log makes durable what it has. Pages that were written and are as they were before (a rollback) have
     // only the file.

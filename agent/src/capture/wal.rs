@@ -47,6 +47,8 @@ pub struct WalCapture {
     reverted: BTreeSet<u32>,
     /// There are such pages, and only the log's last record says which.
     reverted_unknown: bool,
+    /// Header of a commit frame that is not in the file until followers have the transaction; `arriving` has the frame.
+    withheld: Option<(u64, [u8; FRAME_HEADER_BYTES as usize])>,
 }
 
 /// What is needed to take back the last captured transaction.
@@ -118,6 +120,20 @@ impl WalCapture {
     /// It was, or is about to be, written in a way that is not followed.
     pub fn mark_written_by_others(&mut self) {
         self.stale = Stale::Foreign;
+    }
+
+    /// Whether the last write was a commit that must not be answered yet: see [`publish_held`].
+    pub fn withholds_commit(&self) -> bool {
+        self.withheld.is_some()
+    }
+
+    /// What is withheld is never published by its writer, whose write fails with this number; it comes from the log.
+    pub fn abandon_held(&mut self, errno: i32) {
+        if let Some((at, _)) = self.withheld.take() {
+            self.arriving = None;
+            self.refused = Some((at, errno));
+        }
+        self.mark_written_from_log();
     }
 
     /// Offset of the newest committed frame header of a page.
@@ -273,6 +289,11 @@ pub fn written(
     not_followed(db, st, file, offset, data)
 }
 
+/// Whether a write ends the last commit.
+pub fn ends_commit(st: &State, offset: u64, data: &[u8]) -> bool {
+    offset + data.len() as u64 == st.wal.committed_end
+}
+
 /// Whether a write that is asked again was done before: the file has it, and it is committed.
 pub fn already_written(st: &State, file: &File, offset: u64, data: &[u8]) -> std::io::Result<bool> {
     if offset + data.len() as u64 > st.wal.committed_end {
@@ -371,7 +392,7 @@ pub fn settle_unpublished(db: &Database, st: &mut State) -> Result<(), CaptureEr
     }
     tracing::info!(database = %db.name, "a writer died before it published its transaction: taken back");
     let pages: Vec<u32> = pages.into_iter().filter(|pgno| *pgno <= page_count).collect();
-    let commit = Commit { page_size: st.page_size, page_count, pages: &pages, wal: None };
+    let commit = Commit { page_size: st.page_size, page_count, pages: &pages, wal: None, may_hold: false };
     log_transaction(db, st, &commit, &mut |pgno, buf| db.read_database_page(&file, pgno, buf))?;
     Ok(())
 }
@@ -504,7 +525,8 @@ fn commit(
         pages.sort_unstable();
     }
     let wal = WalEnd { salt1: generation.salt1, salt2: generation.salt2, end_offset };
-    let commit = Commit { page_size: generation.page_size, page_count, pages: &pages, wal: Some(wal) };
+    let commit =
+        Commit { page_size: generation.page_size, page_count, pages: &pages, wal: Some(wal), may_hold: true };
     let database = if pages.len() > newest.len() { st.database_file(db).ok() } else { None };
     let mut read = |pgno: u32, buf: &mut [u8]| match newest.get(&pgno) {
         Some(offset) if *offset == at => {
@@ -528,9 +550,33 @@ fn commit(
     let logged = log_transaction(db, st, &commit, &mut read);
     st.wal.committed = committed;
     let logged = logged?;
+    if db.hold_of(st, logged, false).is_some() {
+        let mut header = [0; FRAME_HEADER_BYTES as usize];
+        header.copy_from_slice(&frame[..FRAME_HEADER_BYTES as usize]);
+        st.wal.withheld = Some((at, header));
+        st.wal.arriving = Some(Arriving { at, held: frame.to_vec(), filled: frame.len() as u64 });
+    } else {
+        write_commit_header(db, st, file, at, &frame[..FRAME_HEADER_BYTES as usize])?;
+    }
+    st.wal.pending.clear();
+    st.wal.committed.extend(newest);
+    st.wal.committed_end = end_offset;
+    st.wal.last = Some(last);
+    st.wal.reverted.clear();
+    Ok(logged)
+}
+
+/// Makes a commit frame valid.
+fn write_commit_header(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    at: u64,
+    header: &[u8],
+) -> Result<(), CaptureError> {
     // The log has the transaction. If this write fails the file lacks it until recovery puts it back, so the
     // database must not be used on.
-    if let Err(e) = file.write_all_at(&frame[..FRAME_HEADER_BYTES as usize], at) {
+    if let Err(e) = file.write_all_at(header, at) {
         let reason = format!(
             "{}: the logged transaction {} could not be written: {e}",
             db.paths.wal.display(),
@@ -539,12 +585,14 @@ fn commit(
         st.quarantine(db, reason);
         return Err(db.wal_error(e));
     }
-    st.wal.pending.clear();
-    st.wal.committed.extend(newest);
-    st.wal.committed_end = end_offset;
-    st.wal.last = Some(last);
-    st.wal.reverted.clear();
-    Ok(logged)
+    Ok(())
+}
+
+/// Followers have the transaction of the frame that is withheld.
+pub fn publish_held(db: &Database, st: &mut State, file: &File) -> Result<(), CaptureError> {
+    let Some((at, header)) = st.wal.withheld.take() else { return Ok(()) };
+    st.wal.arriving = None;
+    write_commit_header(db, st, file, at, &header)
 }
 
 /// Follows a WAL that was written in another way than SQLite's (a copy of database and WAL put in place): captures
@@ -562,7 +610,13 @@ pub fn capture_foreign(db: &Database, st: &mut State, file: &File) -> Result<Opt
     pages.dedup();
     let end_offset = st.wal.committed_end;
     let wal = WalEnd { salt1: generation.salt1, salt2: generation.salt2, end_offset };
-    let commit = Commit { page_size: generation.page_size, page_count, pages: &pages, wal: Some(wal) };
+    let commit = Commit {
+        page_size: generation.page_size,
+        page_count,
+        pages: &pages,
+        wal: Some(wal),
+        may_hold: false,
+    };
     let database = st.database_file(db)?;
     let mut read = |pgno: u32, buf: &mut [u8]| match committed.get(&pgno) {
         Some(offset) => file.read_exact_at(buf, offset + FRAME_HEADER_BYTES).map_err(io),

@@ -2,7 +2,7 @@
 
 use super::failure::{self, Failure};
 use super::generate_bus;
-use crate::config::{HOOK_KEYS, KEYS};
+use crate::config::{HOOK_KEYS, KEYS, SYNC_RULE_KEYS};
 use clap_mangen::roff::{Roff, bold, italic, roman};
 use std::io::{self, Write};
 use std::path::Path;
@@ -77,6 +77,16 @@ fn configuration_page() -> String {
         page.control("TP", []);
         page.text([bold(key.path), roman(" (default: "), roman(key.default), roman(")")]);
         page.text([roman(key.doc.replace('`', ""))]);
+    }
+    page.control("SH", ["SYNCHRONOUS DATABASES"]);
+    page.text([roman(
+        "Each [[sync-rule]] table says something else than [sync] for some databases. The first rule that names a \
+         database is for it.",
+    )]);
+    for (name, default, doc) in SYNC_RULE_KEYS {
+        page.control("TP", []);
+        page.text([bold(name), roman(" (default: "), roman(default.replace('`', "")), roman(")")]);
+        page.text([roman(doc.replace('`', ""))]);
     }
     page.control("SH", ["HOOKS"]);
     page.text([roman(

@@ -4,7 +4,7 @@ use super::client::Client;
 use super::failure::{self, Failure};
 use super::printable;
 use crate::status::Status;
-use crate::status::api::{self, DatabaseState, DatabaseStatus};
+use crate::status::api::{self, DatabaseState, DatabaseStatus, SyncStatus};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{BinaryBytes, HumanDuration};
 use std::fmt::Write as _;
@@ -36,7 +36,9 @@ pub async fn list(client: Client, out: &mut dyn Write) -> Result<u8, Failure> {
 fn troubles(status: &Status) -> Vec<String> {
     let aside = status.databases.iter().filter(|db| db.state == DatabaseState::Quarantined);
     let aside = aside.map(|db| (db.name.as_str(), db.reason.as_deref()));
-    api::troubles(&status.role, aside).iter().map(|trouble| printable(trouble)).collect()
+    let mut troubles = api::troubles(&status.role, aside);
+    troubles.extend(status.sync.iter().filter_map(SyncStatus::trouble));
+    troubles.iter().map(|trouble| printable(trouble)).collect()
 }
 
 fn render(status: &Status, now: i64) -> String {
@@ -97,6 +99,25 @@ fn render(status: &Status, now: i64) -> String {
                 printable(&follower.address),
                 ago(now, follower.connected_since_unix_ms),
                 behind,
+            ]);
+        }
+        let _ = writeln!(text, "\n{}", rows.trim_fmt());
+    }
+    if !status.sync.is_empty() {
+        let mut rows =
+            table(&["SYNCHRONOUS", "STATE", "ACKS", "MEMBERS CONNECTED", "WAITING", "ON TIME-OUT"], &[]);
+        for rule in &status.sync {
+            let waiting = match rule.oldest_wait_ms {
+                Some(ms) => format!("{} for {ms} ms", rule.waiting),
+                None => "none".to_owned(),
+            };
+            rows.add_row([
+                printable(&rule.databases.join(", ")),
+                rule.state.as_str().to_owned(),
+                rule.acks.to_string(),
+                printable(&rule.connected.join(", ")),
+                waiting,
+                format!("{} after {} ms", printable(&rule.on_timeout), rule.timeout_ms),
             ]);
         }
         let _ = writeln!(text, "\n{}", rows.trim_fmt());

@@ -5,7 +5,7 @@
 use super::value::Value;
 use super::{
     Bus, ClientCertificates, Config, DoorKind, Hold, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough,
-    absolute_path, problem,
+    absolute_path, problem, sync,
 };
 use std::time::Duration;
 
@@ -355,6 +355,42 @@ pub const KEYS: &[Key] = &[
         set: |config, value| value.duration(MILLISECOND).map(|time| config.replication.apply_wait = time),
     },
     Key {
+        path: "sync.acks",
+        default: "0",
+        doc: "So many followers must have a commit durably in their logs before it counts: until then the application's \
+              commit waits, and nobody on this host sees it. 0: replication is asynchronous. `[[sync-rule]]` says \
+              something else for some databases. All hosts that may become primary should have the same.",
+        set: |config, value| {
+            config.sync.acks = value.integer(0, sync::ACKS_MAX)? as usize;
+            Ok(())
+        },
+    },
+    Key {
+        path: "sync.members",
+        default: "[]",
+        doc: "Names (`node.name`) of the hosts whose acknowledgements count; the primary may be among them and is not \
+              counted. Empty: every host that follows this one counts.",
+        set: |config, value| sync::members(value).map(|members| config.sync.members = members),
+    },
+    Key {
+        path: "sync.timeout",
+        default: "\"5s\"",
+        doc: "How long a commit waits for acknowledgements before `sync.on-timeout` happens.",
+        set: |config, value| value.duration(sync::TIMEOUT_MIN).map(|time| config.sync.timeout = time),
+    },
+    Key {
+        path: "sync.on-timeout",
+        default: "\"wait\"",
+        doc: "\"wait\": commits wait on. \"degrade\": they succeed without, and so do later ones, until enough members \
+              have caught up; `litefs status`, the journal, D-Bus and metrics say so. \"refuse\": a commit that was \
+              already sent waits on, later ones fail until enough members have caught up, and none begins while too \
+              few members are connected.",
+        set: |config, value| {
+            config.sync.on_timeout = choice(value, sync::ON_TIMEOUT)?;
+            Ok(())
+        },
+    },
+    Key {
         path: "dbus.bus",
         default: "\"system\"",
         doc: "\"system\": the agent is `io.litefs.LiteFS1.<cluster>` on the system bus, when there is one; see \
@@ -399,7 +435,10 @@ pub const KEYS: &[Key] = &[
 ];
 
 /// One of a few words.
-fn choice<T: Copy, const N: usize>(value: &Value, choices: [(&'static str, T); N]) -> Result<T, String> {
+pub(super) fn choice<T: Copy, const N: usize>(
+    value: &Value,
+    choices: [(&'static str, T); N],
+) -> Result<T, String> {
     let text = value.text()?;
     if let Some((_, choice)) = choices.iter().find(|(name, _)| *name == text) {
         return Ok(*choice);

@@ -2,8 +2,9 @@
 
 use super::keys::{KEYS, Key};
 use super::problem::{Origin, Problem, nearest};
+use super::sync::{self, UnfinishedRule};
 use super::value::Value;
-use super::{CONFIG_DIR, HookConfig, Source, on_change};
+use super::{CONFIG_DIR, HookConfig, SYNC_TABLE, Source, on_change};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
@@ -15,19 +16,27 @@ pub(super) struct Setting {
     pub(super) origin: Origin,
 }
 
+/// What all layers say.
+#[derive(Default)]
+pub(super) struct Read {
+    pub(super) settings: Vec<Setting>,
+    pub(super) hooks: Vec<HookConfig>,
+    pub(super) sync_rules: Vec<UnfinishedRule>,
+}
+
 /// Reads all layers; what is wrong with them is added to `problems`.
-pub(super) fn read(source: &Source, problems: &mut Vec<Problem>) -> (Vec<Setting>, Vec<HookConfig>) {
-    let (mut settings, mut hooks) = (Vec::new(), Vec::new());
+pub(super) fn read(source: &Source, problems: &mut Vec<Problem>) -> Read {
+    let mut all = Read::default();
     for path in files(source, problems) {
         match std::fs::read_to_string(&path) {
-            Ok(text) => read_file(&path, &text, &mut settings, &mut hooks, problems),
+            Ok(text) => read_file(&path, &text, &mut all, problems),
             Err(error) => problems.push(unreadable(&path, &error)),
         }
     }
     for option in &source.set {
-        read_option(option, &mut settings, problems);
+        read_option(option, &mut all.settings, problems);
     }
-    (settings, hooks)
+    all
 }
 
 /// The files of a source in the order in which they are read.
@@ -74,13 +83,8 @@ fn unreadable(path: &Path, error: &std::io::Error) -> Problem {
     Problem { origin: None, message: format!("cannot read {}: {error}", path.display()), help }
 }
 
-fn read_file(
-    path: &Path,
-    text: &str,
-    settings: &mut Vec<Setting>,
-    hooks: &mut Vec<HookConfig>,
-    problems: &mut Vec<Problem>,
-) {
+fn read_file(path: &Path, text: &str, all: &mut Read, problems: &mut Vec<Problem>) {
+    let Read { settings, hooks, sync_rules } = all;
     let document = match DeTable::parse(text) {
         Ok(document) => document,
         Err(error) => {
@@ -114,6 +118,12 @@ fn read_file(
             }
             _ if name.get_ref() == on_change::TABLE => {
                 problems.push(on_change::not_an_array(at(name.span().start)));
+            }
+            DeValue::Array(tables) if name.get_ref() == SYNC_TABLE => {
+                sync::read(tables, &at, sync_rules, problems);
+            }
+            _ if name.get_ref() == SYNC_TABLE => {
+                problems.push(sync::not_an_array(at(name.span().start)));
             }
             DeValue::Table(_) => problems.push(unknown_table(name.get_ref(), at(name.span().start))),
             _ if is_table(name.get_ref()) => problems.push(Problem {

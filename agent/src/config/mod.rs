@@ -10,11 +10,13 @@ mod layers;
 mod on_change;
 mod problem;
 mod show;
+mod sync;
 mod value;
 
 pub use keys::{KEYS, Key};
 pub use on_change::{HOOK_KEYS, HookAction, HookConfig, UnitVerb, pattern_matches};
 pub use problem::{ConfigError, Origin, Problem};
+pub use sync::{OnTimeout, SYNC_RULE_KEYS, SYNC_TABLE, SyncPolicy, SyncRule};
 pub use value::show_duration;
 
 use serde::{Serialize, Serializer};
@@ -62,6 +64,11 @@ pub struct Config {
     pub consul: ConsulConfig,
     /// Streams between hosts.
     pub replication: ReplicationConfig,
+    /// Who must have a commit before it counts.
+    pub sync: SyncPolicy,
+    /// The same for some databases; the first that is for a database counts.
+    #[serde(skip)]
+    pub sync_rules: Vec<SyncRule>,
     /// The agent on the system bus.
     pub dbus: DbusConfig,
     /// The agent's own messages.
@@ -396,7 +403,7 @@ impl Config {
     /// keys, bad values, and values that do not fit together.
     pub fn load(source: &Source) -> Result<Config, ConfigError> {
         let mut problems = Vec::new();
-        let (layers, hooks) = layers::read(source, &mut problems);
+        let layers::Read { settings: layers, hooks, sync_rules } = layers::read(source, &mut problems);
 
         let mut cluster = source.cluster.clone();
         for setting in layers.iter().filter(|setting| setting.key.path == "cluster") {
@@ -436,6 +443,18 @@ impl Config {
             config.http.advertise_url =
                 format!("{scheme}://{}:{}", config.node.name, config.http.listen.port());
         }
+        let general = config.sync.clone();
+        let finished: Vec<_> = sync_rules.into_iter().map(|rule| rule.finish(&general)).collect();
+        if problems.is_empty() {
+            for (origin, rule) in &finished {
+                problems.extend(rule.policy.problem(&config.node.name).map(|(message, help)| Problem {
+                    origin: origin.clone(),
+                    message: format!("{SYNC_TABLE} for {} {message}", rule.databases.join(", ")),
+                    help: Some(help.to_owned()),
+                }));
+            }
+        }
+        config.sync_rules = finished.into_iter().map(|(_, rule)| rule).collect();
         // Bad values were replaced by defaults, so cross-checks would report what nobody wrote.
         if problems.is_empty() {
             config.cross_check(&mut problems);
@@ -508,6 +527,8 @@ impl Config {
                 reconnect_max: Duration::from_secs(5),
                 apply_wait: Duration::from_millis(100),
             },
+            sync: SyncPolicy::default(),
+            sync_rules: Vec::new(),
             dbus: DbusConfig { bus: Bus::System },
             on_change: Vec::new(),
             log_output: LogOutputConfig { level: LogLevel::Info, format: LogFormat::Auto },
@@ -519,6 +540,11 @@ impl Config {
     /// How addresses of this cluster's hosts begin.
     pub(crate) fn scheme(&self) -> &'static str {
         if self.tls.certificate.is_some() { "https" } else { "http" }
+    }
+
+    /// Whether commits of some databases wait for followers.
+    pub fn has_sync(&self) -> bool {
+        self.sync.acks > 0 || self.sync_rules.iter().any(|rule| rule.policy.acks > 0)
     }
 
     /// What single values cannot tell.
@@ -616,6 +642,16 @@ impl Config {
                 "a host cannot follow itself; name the primary",
             ),
             _ => {}
+        }
+        if let Some((message, help)) = self.sync.problem(&self.node.name) {
+            problem("sync.acks", format!("sync {message}"), help);
+        }
+        if self.has_sync() && self.preload.hold == Hold::Never {
+            problem(
+                "preload.hold",
+                "preload.hold is \"never\", but there are synchronous databases".to_owned(),
+                "their commits have to be held: remove preload.hold, or set it to \"auto\"",
+            );
         }
         if self.lease.kind == LeaseKind::Consul {
             for key in ["lease.role", "lease.primary-url"] {

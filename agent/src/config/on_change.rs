@@ -216,7 +216,7 @@ impl Reading {
         match key {
             "name" => self.name = Some(text().and_then(|name| check_name(name).map_err(bad))?),
             "databases" => {
-                let patterns = texts(value).map_err(bad)?;
+                let patterns = Value::from_toml(value).texts().map_err(bad)?;
                 if patterns.is_empty() {
                     return Err(bad("is empty: name at least one database, or \"**\" for all".into()));
                 }
@@ -236,7 +236,7 @@ impl Reading {
                 self.verb = Some(*verb);
             }
             "command" => {
-                let command = texts(value).map_err(bad)?;
+                let command = Value::from_toml(value).texts().map_err(bad)?;
                 if !command.first().is_some_and(|program| program.starts_with('/')) {
                     return Err(bad("must begin with the absolute path of a program".into()));
                 }
@@ -282,16 +282,6 @@ impl Reading {
             debounce: self.debounce.unwrap_or(Duration::from_millis(500)),
             timeout: self.timeout.unwrap_or(Duration::from_secs(60)),
         })
-    }
-}
-
-/// A string, or an array of strings.
-fn texts(value: &DeValue<'_>) -> Result<Vec<String>, String> {
-    match value {
-        DeValue::Array(values) => {
-            values.iter().map(|value| Value::from_toml(value.get_ref()).text().map(str::to_owned)).collect()
-        }
-        value => Value::from_toml(value).text().map(|text| vec![text.to_owned()]),
     }
 }
 

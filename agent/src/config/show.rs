@@ -27,6 +27,9 @@ pub(super) fn to_toml(config: &Config) -> String {
             None => writeln!(out, "{line}"),
         };
     }
+    for rule in &config.sync_rules {
+        out.push_str(&rule.to_toml());
+    }
     for hook in &config.on_change {
         out.push_str(&hook.to_toml());
     }

@@ -138,6 +138,11 @@ fn the_reference_page_has_the_key_table() {
         table.push_str(&format!("| `{name}` | {default} | {doc} |\n"));
     }
     assert!(page.contains(&table), "docs/configuration.md should have this table:\n{table}");
+    let mut table = String::from("| key of a rule | default | meaning |\n|---|---|---|\n");
+    for (name, default, doc) in SYNC_RULE_KEYS {
+        table.push_str(&format!("| `{name}` | {default} | {doc} |\n"));
+    }
+    assert!(page.contains(&table), "docs/configuration.md should have this table:\n{table}");
 }
 
 #[test]

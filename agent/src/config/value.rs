@@ -10,6 +10,8 @@ pub(super) enum Value {
     Text(String),
     /// A TOML integer.
     Integer(i64),
+    /// A TOML array of strings.
+    Texts(Vec<String>),
     /// A TOML boolean.
     Boolean(bool),
     /// From the command line, where nothing tells a number from a text.
@@ -27,6 +29,13 @@ impl Value {
                 Ok(integer) => Value::Integer(integer),
                 Err(_) => Value::Other("integer that does not fit 64 bits"),
             },
+            DeValue::Array(values) => {
+                let texts = values.iter().map(|value| match value.get_ref() {
+                    DeValue::String(text) => Some(text.to_string()),
+                    _ => None,
+                });
+                texts.collect::<Option<_>>().map_or(Value::Other("array of other than strings"), Value::Texts)
+            }
             other => Value::Other(other.type_str()),
         }
     }
@@ -35,8 +44,22 @@ impl Value {
         match self {
             Value::Text(text) | Value::Bare(text) => format!("{text:?}"),
             Value::Integer(integer) => integer.to_string(),
+            Value::Texts(_) => "a TOML array".to_owned(),
             Value::Boolean(boolean) => boolean.to_string(),
             Value::Other(kind) => format!("a TOML {kind}"),
+        }
+    }
+
+    /// A string, or an array of strings; on the command line, words with commas between them.
+    pub(super) fn texts(&self) -> Result<Vec<String>, String> {
+        match self {
+            Value::Texts(texts) => Ok(texts.clone()),
+            Value::Text(text) => Ok(vec![text.clone()]),
+            Value::Bare(text) => {
+                let words = text.split(',').map(str::trim).filter(|word| !word.is_empty());
+                Ok(words.map(str::to_owned).collect())
+            }
+            _ => Err(format!("must be an array of strings, is {}", self.is())),
         }
     }
 
@@ -73,7 +96,7 @@ impl Value {
         let size = match self {
             Value::Integer(integer) => u64::try_from(*integer).ok(),
             Value::Text(text) | Value::Bare(text) => parse_size(text),
-            Value::Boolean(_) | Value::Other(_) => None,
+            Value::Texts(_) | Value::Boolean(_) | Value::Other(_) => None,
         };
         let size = size.ok_or_else(|| {
             format!("must be a size such as \"512KiB\", \"64MiB\" or \"2GiB\", is {}", self.is())

@@ -210,7 +210,8 @@ impl Database {
 
     /// The database is dropped: its last transaction says so, and its TXIDs go on if it is made again.
     pub fn log_drop(&self, st: &mut State) -> Result<(), CaptureError> {
-        let commit = Commit { page_size: st.page_size, page_count: 0, pages: &[], wal: None };
+        let commit =
+            Commit { page_size: st.page_size, page_count: 0, pages: &[], wal: None, may_hold: false };
         log_transaction(self, st, &commit, &mut |_, _| Ok(()))?;
         st.set_database_file(None);
         st.forget_journal_mode();
@@ -245,6 +246,7 @@ impl Import<'_> {
             page_count: self.page_count,
             pages: &pages,
             wal: None,
+            may_hold: false,
         };
         let file = &self.file;
         log_transaction(db, &mut st, &commit, &mut |pgno, buf| {

@@ -6,6 +6,7 @@
 
 pub mod checksums;
 pub mod follow;
+mod hold;
 pub mod import;
 pub mod install;
 mod lost_log;
@@ -121,6 +122,10 @@ pub struct State {
     pub(crate) recent: RecentRecords,
     /// How far the files are: equal to the log on the primary, maybe behind it on a replica.
     pub applied: Mark,
+    /// Position of the newest commit that waits for followers: not published yet, so not in `applied`.
+    pub(crate) held: Option<Pos>,
+    /// Applications of before a restart may ask for a commit again that nobody has acknowledged.
+    pub(crate) asked_again: bool,
     /// Bytes 18 and 19 of page 1 say WAL.
     pub wal_mode: bool,
     journal_mode_known: bool,
@@ -221,23 +226,27 @@ impl Database {
         self.state().position.txid.0 > 0
     }
 
-    /// A transaction was logged: once it is durable, followers may have it.
-    pub(crate) fn committed(self: &Database, position: Pos, end: Lsn) {
+    /// A transaction was logged: once it is durable, followers may have it. `held`: somebody waits for that.
+    pub(crate) fn committed(self: &Database, position: Pos, end: Lsn, held: bool) {
         let Some(this) = self.shared.database(&self.name) else { return };
-        self.shared.log.on_durable_paced(
-            end,
-            Box::new(move |result| {
-                if result.is_ok() {
-                    let mut durable = this.durable.lock();
-                    if durable.txid < position.txid {
-                        *durable = position;
-                    }
-                    drop(durable);
-                    this.shared.changed(&this.name);
+        let told: crate::log::OnDurable = Box::new(move |result| {
+            if result.is_ok() {
+                let mut durable = this.durable.lock();
+                if durable.txid < position.txid {
+                    *durable = position;
+                }
+                drop(durable);
+                this.shared.changed(&this.name);
+                if !held {
                     this.shared.visible(&this, 1);
                 }
-            }),
-        );
+            }
+        });
+        if held {
+            self.shared.log.on_durable(end, told);
+        } else {
+            self.shared.log.on_durable_paced(end, told);
+        }
     }
 
     pub(crate) fn wal_error(&self, source: io::Error) -> CaptureError {
@@ -305,7 +314,16 @@ impl Database {
 
     /// The journal ends, or the file is known to be consistent: captures the rollback-mode transaction.
     pub fn capture_rollback(&self, st: &mut State) -> Result<Option<Logged>, CaptureError> {
-        let logged = capture::rollback::capture(self, st)?;
+        self.capture_ending(st, false)
+    }
+
+    /// As [`Database::capture_rollback`], for a door that can hold the transaction (see [`Database::hold_of`]).
+    pub fn capture_rollback_to_hold(&self, st: &mut State) -> Result<Option<Logged>, CaptureError> {
+        self.capture_ending(st, true)
+    }
+
+    fn capture_ending(&self, st: &mut State, may_hold: bool) -> Result<Option<Logged>, CaptureError> {
+        let logged = capture::rollback::capture(self, st, may_hold)?;
         st.rollback.journal_active = false;
         st.journal_left = false;
         Ok(logged)

@@ -45,6 +45,7 @@ impl Database {
         st.page_size = target.page_size;
         st.page_count = target.page_count;
         st.applied = target;
+        st.asked_again = true;
         st.last_change_ms = last.as_ref().map_or(0, |r| r.timestamp_ms);
         st.logged_end = last.as_ref().map_or_else(Default::default, RecordInfo::end);
         self.set_durable_position(target.position);
@@ -110,7 +111,11 @@ impl Database {
     }
 
     /// Records of the log after the mark, oldest first.
-    fn records_after(&self, mark: Mark, last: &Option<RecordInfo>) -> Result<Vec<RecordInfo>, RecoveryError> {
+    pub(super) fn records_after(
+        &self,
+        mark: Mark,
+        last: &Option<RecordInfo>,
+    ) -> Result<Vec<RecordInfo>, RecoveryError> {
         let Some(last) = last else { return Ok(Vec::new()) };
         let mut records = Vec::new();
         let mut next = match self.replay_from(Some(last), mark)? {

@@ -72,8 +72,15 @@ impl Read for PayloadReader {
 
 impl Database {
     /// Logs consecutive records, makes them durable and applies them, waiting at most `bound` for readers.
-    pub fn receive(&self, records: Vec<ShippedRecord>, bound: Duration) -> Result<Pos, EngineError> {
+    /// `durable` is told as soon as all of them are durable here.
+    pub fn receive(
+        &self,
+        records: Vec<ShippedRecord>,
+        bound: Duration,
+        durable: &mut dyn FnMut(Pos),
+    ) -> Result<Pos, EngineError> {
         let mut side = self.apply.lock();
+        self.queue_unapplied(&mut side)?;
         if side.pending.len() > PENDING_MAX {
             self.apply_pending(&mut side, bound);
             if side.pending.len() > PENDING_MAX {
@@ -93,6 +100,7 @@ impl Database {
         };
         self.shared.log.wait_durable(end).map_err(other)?;
         self.set_durable_position(position);
+        durable(position);
         self.shared.changed(&self.name);
         self.apply_pending(&mut side, bound);
         logged.map(|()| position)
@@ -207,6 +215,9 @@ impl Database {
 
     /// Applies what waits, as far as readers let it within `bound`.
     pub(crate) fn apply_pending(&self, side: &mut ApplySide, bound: Duration) {
+        if let Err(error) = self.queue_unapplied(side) {
+            tracing::error!(database = %self.name, %error, "cannot apply what the log has");
+        }
         if side.pending.is_empty() {
             return;
         }

@@ -7,15 +7,20 @@ use crate::door::fuse::NameInvalidator;
 use crate::lease;
 use crate::log::CommitLog;
 use crate::ship::engine::Epoch;
+use crate::sync::Gate;
 use parking_lot::{Mutex, RwLock};
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use tokio::sync::broadcast;
 
 /// Change notices kept for a slow receiver; one that lags reads all positions again.
 const CHANGES_BACKLOG: usize = 4096;
+
+/// How long the end of a term waits for followers to acknowledge commits that are held.
+const HELD_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Directories of a node.
 #[derive(Debug, Clone)]
@@ -103,6 +108,8 @@ pub struct Shared {
     pub node_id: u64,
     /// Counts.
     pub counters: Counters,
+    /// Holds commits until followers have them.
+    pub gate: Arc<Gate>,
     epoch: AtomicU64,
     writable: AtomicBool,
     /// Writes to WALs are not seen by the door.
@@ -136,6 +143,7 @@ impl Shared {
             dirs,
             node_id,
             counters: Counters::default(),
+            gate: Arc::default(),
             epoch: AtomicU64::new(epoch.0),
             writable: AtomicBool::new(false),
             follows_wals: AtomicBool::new(false),
@@ -158,11 +166,18 @@ impl Shared {
 
     /// Sets role and epoch, which the doors look at for every write.
     pub fn set_role(&self, epoch: Epoch, writable: bool) {
-        if !writable && self.writable.load(Ordering::Acquire) {
+        let was_writable = self.writable.load(Ordering::Acquire);
+        if !writable && was_writable {
             self.role_step(RoleStep::WritesEnd);
+        }
+        if writable && !was_writable {
+            self.gate.begin_term();
         }
         self.epoch.store(epoch.0, Ordering::Release);
         self.writable.store(writable, Ordering::Release);
+        if !writable && was_writable {
+            self.gate.end_term(HELD_PATIENCE);
+        }
         self.role_step(RoleStep::Changed);
     }
 
@@ -180,6 +195,11 @@ impl Shared {
     /// Whether WALs may have commits that the log does not.
     pub fn wals_may_be_ahead(&self) -> bool {
         self.wals_may_be_ahead.load(Ordering::Acquire)
+    }
+
+    /// What applications are told of commits has changed.
+    pub fn tell_door(&self) {
+        self.role_step(RoleStep::Changed);
     }
 
     /// Whether the door sees no writes to WALs.
@@ -214,9 +234,11 @@ impl Shared {
     /// Whether applications may write here. Looks at the clock itself: a process that was stopped for a while must not
     /// take a commit before it has noticed that its lease ran out.
     pub fn is_writable(&self) -> bool {
-        if !self.writable.load(Ordering::Acquire) {
-            return false;
-        }
+        self.writable.load(Ordering::Acquire) && self.is_within_write_limit()
+    }
+
+    /// Whether the lease has not run out, by this node's clock.
+    pub(crate) fn is_within_write_limit(&self) -> bool {
         let until = self.write_until.load(Ordering::Acquire);
         until == u64::MAX || lease::clock::now().as_nanos() < u128::from(until)
     }

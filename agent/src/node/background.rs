@@ -201,6 +201,12 @@ fn sweep_one(db: &Arc<Database>) -> anyhow::Result<()> {
     let Some(pending) = LockGuard::try_acquire(&file, LockKind::Read, locks::PENDING)? else { return Ok(()) };
     let Some(_shared) = LockGuard::try_acquire(&file, LockKind::Read, locks::SHARED)? else { return Ok(()) };
     drop(pending);
+    // What is in the file is taken back by the next connection: a transaction that was refused, or whose writer died.
+    if let Ok(journal) = File::open(&db.paths().journal)
+        && sqlite_file::journal::is_hot(&journal)?
+    {
+        return Ok(());
+    }
     let mut st = db.state();
     if st.wal_mode || st.rollback.journal_active {
         return Ok(());

@@ -7,7 +7,7 @@ use crate::database::Database;
 use crate::door::fuse::RoleView;
 use crate::hooks::{HookDirs, Hooks};
 use crate::ship::engine::EngineError;
-use crate::status::api::{DatabaseStatus, FollowerStatus, RoleStatus};
+use crate::status::api::{DatabaseStatus, FollowerStatus, RoleStatus, SyncStatus};
 use crate::status::changes::ChangeFeed;
 use crate::status::dbus::view::{BusView, Checkpointed, Constants};
 use crate::status::{NodeView, ViewError};
@@ -117,6 +117,10 @@ impl BusView for Node {
 
     fn followers(&self) -> Vec<FollowerStatus> {
         self.follower_statuses()
+    }
+
+    fn sync(&self) -> Vec<SyncStatus> {
+        self.sync_statuses()
     }
 
     fn follower_names(&self) -> Vec<String> {

@@ -253,6 +253,14 @@ impl Node {
         }
     }
 
+    /// Says which commits wait for followers.
+    fn configure_sync(&self, config: &Config) -> anyhow::Result<()> {
+        let configured = self.shared.gate.configure(&self.shared, &config.sync, &config.sync_rules);
+        configured.context("cannot start the thread that holds commits for followers")?;
+        self.shared.tell_door();
+        Ok(())
+    }
+
     /// Takes the mount away.
     pub fn close_door(&self) {
         if let Some(door) = self.door.lock().take()
@@ -292,6 +300,7 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
     server_options.heartbeat = config.replication.heartbeat;
     server_options.timeout = config.replication.timeout;
     node.publish_notices();
+    node.configure_sync(&config)?;
     let server = Server::new(node.clone(), server_options, stop.clone());
     *node.server.lock() = Some(server.clone());
     // Before the door: a port that is taken must not leave a mount behind.
@@ -454,6 +463,9 @@ async fn reload(node: &Arc<Node>, lease: &LeaseHandle, stop: &CancellationToken)
             }
             crate::cli::logging::set_level(new.log_output.level);
             *node.config.write() = new.clone();
+            if let Err(error) = node.configure_sync(&new) {
+                tracing::error!(%error, "synchronous replication cannot begin");
+            }
             lease.configure(node, &new).await;
             if old.on_change != new.on_change {
                 node.start_hooks(&new, stop).await;

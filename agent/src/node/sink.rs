@@ -2,9 +2,11 @@
 
 use super::{Heard, Node};
 use crate::DatabaseName;
+use crate::database::Database;
 use crate::ship::engine::{EngineError, Epoch, ShippedRecord, Sink, StagedSnapshot};
 use ltx::{Checksum, Pos, Txid};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -33,8 +35,14 @@ impl Sink for Node {
     }
 
     fn databases(&self) -> Vec<(DatabaseName, Pos)> {
-        let names = self.shared.databases();
-        names.iter().map(|db| (db.name().clone(), Sink::position(self, db.name()))).collect()
+        let of = |db: Arc<Database>| {
+            let position = Sink::position(self, db.name());
+            // What is told is taken for an acknowledgement.
+            let end = db.state().logged_end;
+            let durable = self.shared.log.wait_durable(end).is_ok();
+            (db.name().clone(), if durable { position } else { db.durable_position() })
+        };
+        self.shared.databases().into_iter().map(of).collect()
     }
 
     fn position(&self, name: &DatabaseName) -> Pos {
@@ -47,11 +55,16 @@ impl Sink for Node {
         st.position
     }
 
-    fn receive(&self, name: &DatabaseName, records: Vec<ShippedRecord>) -> Result<Pos, EngineError> {
+    fn receive(
+        &self,
+        name: &DatabaseName,
+        records: Vec<ShippedRecord>,
+        durable: &mut dyn FnMut(Pos),
+    ) -> Result<Pos, EngineError> {
         let db = self.shared.database_or_new(name);
         let bound = self.config.read().replication.apply_wait;
         self.note_heard();
-        let result = db.receive(records, bound);
+        let result = db.receive(records, bound, durable);
         self.caught_up(name, Sink::position(self, name));
         result
     }

@@ -134,6 +134,18 @@ impl Source for Node {
             }
         }
     }
+
+    fn follower_joined(&self, follower: u64, name: &str) {
+        self.shared.gate.joined(follower, name);
+    }
+
+    fn follower_acknowledged(&self, follower: u64, name: &DatabaseName, position: Pos) {
+        self.shared.gate.acknowledged(follower, name, position);
+    }
+
+    fn follower_left(&self, follower: u64) {
+        self.shared.gate.left(follower);
+    }
 }
 
 impl Node {

@@ -9,8 +9,9 @@ use crate::ship::engine::EngineError;
 use crate::ship::http::Handler;
 use crate::status::api::*;
 use crate::status::changes::Happening;
-use crate::status::events::{DivergenceData, Event, QuarantineData, TxData};
+use crate::status::events::{DivergenceData, Event, QuarantineData, SyncData, TxData};
 use crate::status::{Export, Metrics, NodeView, RoleRequest, ViewError, handler};
+use crate::sync::board::RuleView;
 use crate::systemd::status::{Service, Summary};
 use futures_util::future::BoxFuture;
 use hyper::body::Incoming;
@@ -138,6 +139,25 @@ impl Node {
             .collect()
     }
 
+    /// How commits fare that wait for followers.
+    pub(super) fn sync_statuses(&self) -> Vec<SyncStatus> {
+        if self.role.borrow().name != RoleName::Primary {
+            return Vec::new();
+        }
+        let status = |rule: RuleView| SyncStatus {
+            databases: patterns(rule.databases),
+            acks: rule.policy.acks,
+            members: rule.policy.members,
+            connected: rule.connected,
+            on_timeout: rule.policy.on_timeout.as_str().into(),
+            timeout_ms: rule.policy.timeout.as_millis() as u64,
+            state: rule.state,
+            waiting: rule.waiting as u64,
+            oldest_wait_ms: rule.oldest.map(|oldest| oldest.as_millis() as u64),
+        };
+        self.shared.gate.view().into_iter().map(status).collect()
+    }
+
     pub(super) fn database_status(&self, db: &Database) -> DatabaseStatus {
         let is_primary = self.role.borrow().name == RoleName::Primary;
         let heard = self.heard.lock().get(db.name()).copied();
@@ -184,6 +204,25 @@ impl Node {
                 node.metrics.fsynced(took);
             }
         }));
+        let (told, waited) = (node.clone(), node.clone());
+        self.shared.gate.tell(
+            move |report| {
+                let Some(node) = told.upgrade() else { return };
+                node.feed.role();
+                let data = SyncData {
+                    databases: patterns(report.databases.clone()),
+                    state: report.state,
+                    acks: report.acks,
+                    connected: report.connected,
+                };
+                node.events.publish(Event::Sync { data });
+            },
+            move |took| {
+                if let Some(node) = waited.upgrade() {
+                    node.metrics.acknowledged(took);
+                }
+            },
+        );
         self.shared.on_notice(move |notice| {
             let Some(node) = node.upgrade() else { return };
             match &notice {
@@ -223,6 +262,11 @@ impl Node {
             });
         });
     }
+}
+
+/// Patterns of a rule, for others.
+fn patterns(databases: Vec<String>) -> Vec<String> {
+    if databases.is_empty() { vec!["**".into()] } else { databases }
 }
 
 impl Service for Node {
@@ -278,6 +322,7 @@ impl NodeView for Node {
             mount: MountStatus { dir: config.mount.dir.clone(), door: door.into(), passthrough },
             databases,
             followers,
+            sync: self.sync_statuses(),
             log: LogStatus {
                 oldest_lsn: self.shared.log.oldest().0,
                 durable_lsn: self.shared.log.durable().0,

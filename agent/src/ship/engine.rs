@@ -126,7 +126,7 @@ pub enum EngineError {
     Other(String),
 }
 
-/// The side that is followed. `epoch`, `position` and `follower_position` are called on the async threads and must
+/// The side that is followed. `epoch`, `position` and what tells of followers are called on the async threads and must
 /// not wait for the disk; all others may.
 pub trait Source: Send + Sync + 'static {
     /// This node's identity.
@@ -151,6 +151,12 @@ pub trait Source: Send + Sync + 'static {
     fn pages(&self, name: &DatabaseName, range: RangeInclusive<u32>) -> Result<PageRange, EngineError>;
     /// Says how far a follower is, while it is connected, so that retention keeps what it needs. `None`: it left.
     fn follower_position(&self, follower: u64, name: &DatabaseName, needs_after: Option<Txid>);
+    /// A follower of this identity and name is connected.
+    fn follower_joined(&self, _follower: u64, _name: &str) {}
+    /// A follower has this position, of whatever history, durably in its log.
+    fn follower_acknowledged(&self, _follower: u64, _name: &DatabaseName, _position: Pos) {}
+    /// A follower is not connected any more.
+    fn follower_left(&self, _follower: u64) {}
 }
 
 /// The side that follows. All methods may block: call them off the async threads.
@@ -166,8 +172,14 @@ pub trait Sink: Send + Sync + 'static {
     /// Position of one database (0/0 when unknown).
     fn position(&self, name: &DatabaseName) -> Pos;
     /// Appends consecutive records to the log, makes them durable, applies them. Returns the new position:
-    /// everything up to it is durable in this node's log, and visible here.
-    fn receive(&self, name: &DatabaseName, records: Vec<ShippedRecord>) -> Result<Pos, EngineError>;
+    /// everything up to it is durable in this node's log, and visible here. `durable` is told a position as soon as
+    /// it is durable, before readers can see it.
+    fn receive(
+        &self,
+        name: &DatabaseName,
+        records: Vec<ShippedRecord>,
+        durable: &mut dyn FnMut(Pos),
+    ) -> Result<Pos, EngineError>;
     /// Where staged snapshots and large records may be kept; on the file system of the databases.
     fn staging_dir(&self) -> PathBuf;
     /// Makes a staged snapshot the database. `common`: last transaction shared with the upstream, when known;

@@ -3,6 +3,7 @@
 //! TXIDs, checksums and node ids are strings of 16 hex digits (JSON numbers are not exact above 2^53); points
 //! in time are milliseconds since 1970.
 
+use crate::sync::RuleState;
 use ltx::{Checksum, Txid};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -25,6 +26,9 @@ pub struct Status {
     pub databases: Vec<DatabaseStatus>,
     /// Nodes that follow this one now.
     pub followers: Vec<FollowerStatus>,
+    /// On a primary, how commits fare that wait for followers: one for each rule of the configuration.
+    #[serde(default)]
+    pub sync: Vec<SyncStatus>,
     /// The commit log.
     pub log: LogStatus,
     /// Files in the cluster's directory that are no SQLite databases and stay on this host.
@@ -206,6 +210,43 @@ pub struct FollowerDatabase {
     pub txid: Txid,
     /// Transactions that it has not acknowledged.
     pub lag_transactions: u64,
+}
+
+/// A rule for synchronous commits, and how they fare.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SyncStatus {
+    /// Names and patterns of its databases; `**` for all that have no other rule.
+    pub databases: Vec<String>,
+    /// So many members must have a commit.
+    pub acks: usize,
+    /// Names of hosts that count; none: all followers.
+    pub members: Vec<String>,
+    /// Of those, the ones that are connected; without members, all followers.
+    pub connected: Vec<String>,
+    /// What happens to commits that are not acknowledged within `timeout_ms`: `wait`, `degrade` or `refuse`.
+    pub on_timeout: String,
+    /// Milliseconds.
+    pub timeout_ms: u64,
+    /// How commits fare.
+    pub state: RuleState,
+    /// Commits that wait now.
+    pub waiting: u64,
+    /// How long the oldest of them has waited, in milliseconds.
+    pub oldest_wait_ms: Option<u64>,
+}
+
+impl SyncStatus {
+    /// What is wrong, if anything is.
+    pub fn trouble(&self) -> Option<String> {
+        let what = match self.state {
+            RuleState::Synchronous => return None,
+            RuleState::Waiting => "commits wait for acknowledgements",
+            RuleState::Degraded => "commits succeed WITHOUT acknowledgements",
+            RuleState::Refusing => "commits are refused",
+        };
+        let (databases, connected) = (self.databases.join(", "), self.connected.len());
+        Some(format!("{databases}: {what} of {} members, {connected} are connected", self.acks))
+    }
 }
 
 /// The commit log.

@@ -6,6 +6,7 @@
 use super::api::{RoleName, RoleStatus, hex};
 use super::handler::Body;
 use crate::DatabaseName;
+use crate::sync::RuleState;
 use bytes::Bytes;
 use futures_util::stream;
 use http_body::Frame;
@@ -59,6 +60,11 @@ pub enum Event {
         db: DatabaseName,
         /// Where they are.
         data: DivergenceData,
+    },
+    /// Commits that wait for followers fare differently now.
+    Sync {
+        /// How.
+        data: SyncData,
     },
     /// Nothing happened for a while.
     Heartbeat {
@@ -127,6 +133,19 @@ pub struct QuarantineData {
 pub struct DivergenceData {
     /// Directory of the files.
     pub kept: std::path::PathBuf,
+}
+
+/// How commits fare that wait for followers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SyncData {
+    /// Names and patterns of databases.
+    pub databases: Vec<String>,
+    /// How they fare.
+    pub state: RuleState,
+    /// So many members must have a commit.
+    pub acks: usize,
+    /// So many are connected.
+    pub connected: usize,
 }
 
 /// A sign of life.

@@ -42,6 +42,7 @@ pub fn status() -> Status {
             connected_since_unix_ms: 1500,
             databases: vec![FollowerDatabase { name: "a.db".into(), txid: Txid(40), lag_transactions: 2 }],
         }],
+        sync: vec![],
         log: LogStatus { oldest_lsn: 0, durable_lsn: 4096, bytes: 4096 },
         files_not_replicated: vec![],
     }
@@ -182,6 +183,10 @@ impl BusView for FakeNode {
 
     fn followers(&self) -> Vec<FollowerStatus> {
         self.status.lock().followers.clone()
+    }
+
+    fn sync(&self) -> Vec<SyncStatus> {
+        self.status.lock().sync.clone()
     }
 
     fn follower_names(&self) -> Vec<String> {

@@ -25,12 +25,14 @@ pub const DISK_FULL: &str = "0b4c790e2d744fc89e3f28b5f3600d5e";
 pub const RETENTION_CUT: &str = "292b5cf3a8444850a9b5999d29a5d9c3";
 /// A reload found mistakes in the configuration.
 pub const CONFIGURATION_REFUSED: &str = "2e7c72dc445f4cfcb160c4d532a172aa";
+/// Commits of synchronous databases fare differently now.
+pub const SYNC_STATE: &str = "ef3e8d97d71d472b860af993e39f154c";
 /// A hook failed.
 pub const HOOK_FAILED: &str = "fb2a8ecb3cd64ed69db43252a34bae9d";
 
 /// All of them: name in this module, and id.
 #[cfg(test)]
-const ALL: [(&str, &str); 12] = [
+const ALL: [(&str, &str); 13] = [
     ("ROLE_CHANGED", ROLE_CHANGED),
     ("UPSTREAM_CONNECTED", UPSTREAM_CONNECTED),
     ("UPSTREAM_LOST", UPSTREAM_LOST),
@@ -42,6 +44,7 @@ const ALL: [(&str, &str); 12] = [
     ("DISK_FULL", DISK_FULL),
     ("RETENTION_CUT", RETENTION_CUT),
     ("CONFIGURATION_REFUSED", CONFIGURATION_REFUSED),
+    ("SYNC_STATE", SYNC_STATE),
     ("HOOK_FAILED", HOOK_FAILED),
 ];
 

@@ -65,6 +65,17 @@ struct FollowerLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SyncLabel {
+    databases: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SyncStateLabel {
+    databases: String,
+    state: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct HookLabel {
     hook: String,
     result: &'static str,
@@ -87,6 +98,7 @@ pub struct Metrics {
     applies: Family<DatabaseLabel, Count>,
     fsync: Histogram,
     hooks: Family<HookLabel, Count>,
+    sync_wait: Histogram,
 }
 
 impl Default for Metrics {
@@ -101,7 +113,14 @@ impl Default for Metrics {
         registry.register("litefs_log_fsync_seconds", "Time to make the commit log durable", fsync.clone());
         let hooks = Family::default();
         registry.register("litefs_hook_run_count", "Runs of a hook", hooks.clone());
-        Metrics { registry, commits, applies, fsync, hooks }
+        // From a fast network with fast disks to a time-out.
+        let sync_wait = Histogram::new(exponential_buckets(100e-6, 2.0, 20));
+        registry.register(
+            "litefs_sync_wait_seconds",
+            "Time that a synchronous commit waited for followers",
+            sync_wait.clone(),
+        );
+        Metrics { registry, commits, applies, fsync, hooks, sync_wait }
     }
 }
 
@@ -125,6 +144,11 @@ impl Metrics {
     /// Counts one fsync of the commit log.
     pub fn fsynced(&self, took: Duration) {
         self.fsync.observe(took.as_secs_f64());
+    }
+
+    /// Counts one commit that waited for followers.
+    pub fn acknowledged(&self, waited: Duration) {
+        self.sync_wait.observe(waited.as_secs_f64());
     }
 
     /// Counts one run of a hook.
@@ -203,6 +227,17 @@ impl Collector for Gauges {
         many(&mut out, "litefs_db_lag_transactions", "Transactions behind the upstream", lags)?;
         let lags = databases().filter_map(|(db, label)| Some((label, db.lag?.ms as f64 / 1000.0)));
         many(&mut out, "litefs_db_lag_seconds", "Time behind the upstream", lags)?;
+
+        let rules =
+            || status.sync.iter().map(|rule| (rule, SyncLabel { databases: rule.databases.join(" ") }));
+        let waiting = rules().map(|(rule, label)| (label, rule.waiting));
+        many(&mut out, "litefs_sync_waiting", "Commits that wait for followers now", waiting)?;
+        let connected = rules().map(|(rule, label)| (label, rule.connected.len() as u64));
+        many(&mut out, "litefs_sync_connected", "Members that are connected", connected)?;
+        let states = rules().map(|(rule, label)| {
+            (SyncStateLabel { databases: label.databases, state: rule.state.as_str().to_owned() }, 1u64)
+        });
+        many(&mut out, "litefs_sync_state", "1 for the state of synchronous replication", states)?;
 
         let followers = || {
             status.followers.iter().flat_map(|node| {

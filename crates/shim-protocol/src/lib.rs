@@ -147,6 +147,8 @@ pub const POSTED: u32 = 2;
 pub const SERVED: u32 = 3;
 /// [`Slot::state`]: answered; the thread gives it back.
 pub const DONE: u32 = 4;
+/// [`Slot::state`]: the agent is done with it and waits for followers, without limit.
+pub const WAITING: u32 = 5;
 
 /// One request and its answer. The state says whose the other fields are.
 #[repr(C)]

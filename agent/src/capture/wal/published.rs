@@ -75,7 +75,7 @@ pub fn capture_published(
     }
     let mut logged = None;
     for commit in commits {
-        logged = capture(db, st, file, commit)?.or(logged);
+        logged = capture(db, st, file, commit, false)?.or(logged);
     }
     Ok(logged)
 }
@@ -119,7 +119,7 @@ pub fn capture_held(
     let before = newest.keys().map(|pgno| (*pgno, st.wal.committed.get(pgno).copied())).collect();
     let last = LastCommit { start: begin, before, page_count: st.page_count };
     let frames = Frames { newest, page_count: header.commit, end: held.offset + bytes };
-    let logged = capture(db, st, file, frames)?;
+    let logged = capture(db, st, file, frames, true)?;
     st.wal.last = Some(last);
     Ok(logged)
 }
@@ -220,6 +220,7 @@ fn capture(
     st: &mut State,
     file: &File,
     frames: Frames,
+    may_hold: bool,
 ) -> Result<Option<Logged>, CaptureError> {
     let Some(generation) = st.wal.generation else { return Ok(None) };
     let Frames { newest, page_count, end } = frames;
@@ -232,7 +233,8 @@ fn capture(
         pages.dedup();
     }
     let wal = WalEnd { salt1: generation.salt1, salt2: generation.salt2, end_offset: end };
-    let commit = Commit { page_size: generation.page_size, page_count, pages: &pages, wal: Some(wal) };
+    let commit =
+        Commit { page_size: generation.page_size, page_count, pages: &pages, wal: Some(wal), may_hold };
     let committed = std::mem::take(&mut st.wal.committed);
     let database = if pages.len() > newest.len() { st.database_file(db).ok() } else { None };
     let mut read = |pgno: u32, buf: &mut [u8]| match newest.get(&pgno).or_else(|| committed.get(&pgno)) {

@@ -5,10 +5,11 @@ use super::names::Kind;
 use super::rename;
 use super::staged::StagedWrite;
 use super::workers::Workers;
-use crate::capture::{CaptureError, rollback, wal};
+use crate::capture::{CaptureError, Logged, rollback, wal};
 use crate::database::{Database, State};
 use crate::log::Lsn;
 use crate::status::messages;
+use crate::sync::Hold;
 use fuse_session::HandleTable;
 use fuse_session::fuse::{Errno, INodeNo, Notifier, ReplyEmpty};
 use parking_lot::{Mutex, RwLock};
@@ -138,6 +139,8 @@ pub enum Answer {
     Now,
     /// When the log is durable up to here.
     WhenDurable(Lsn),
+    /// When followers have the commit.
+    WhenAcknowledged(Hold),
     /// When the file is synced.
     WhenSynced,
 }
@@ -221,15 +224,31 @@ impl OpenFile {
             && self.kind == Kind::Wal
             && wal::already_written(&st, &self.file, offset, data).is_ok_and(|done| done)
         {
-            return Ok(Answer::Now);
+            let hold = wal::ends_commit(&st, offset, data).then(|| db.hold_of(&st, None, false)).flatten();
+            return Ok(hold.map_or(Answer::Now, Answer::WhenAcknowledged));
         }
         let result = match self.kind {
-            Kind::Wal => wal::written(db, &mut st, &self.file, offset, data).map(|_| Answer::Now),
+            Kind::Wal => wal::written(db, &mut st, &self.file, offset, data).map(|_| {
+                let (position, end) = (st.position, st.logged_end);
+                match st.wal.withholds_commit() {
+                    true => Answer::WhenAcknowledged(Hold { position, end, durable: false }),
+                    false => Answer::Now,
+                }
+            }),
             Kind::Journal => journal_written(db, &mut st, &self.file, offset, data),
             Kind::Main => main_written(db, &mut st, &self.file, offset, data),
             Kind::Shm | Kind::SuperJournal => return plain(&self.file).map(|()| Answer::Now),
         };
         result.map_err(|e| errno_of(db, "write", &e))
+    }
+
+    /// Does what a write to this file was held for: see [`Answer`].
+    pub fn finish_held_write(&self, db: &Database, offset: u64, data: &[u8]) -> Result<(), i32> {
+        if self.kind == Kind::Wal {
+            let published = wal::publish_held(db, &mut db.state(), &self.file);
+            return published.map_err(|e| errno_of(db, "commit", &e));
+        }
+        self.file.write_all_at(data, offset).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
     }
 
     /// Keeps the pages after `end` in the kernel's cache, in advance. The kernel ends a write at a page that it only
@@ -276,8 +295,9 @@ impl OpenFile {
             }
             Kind::Main if st.copiers == 0 && st.rollback.is_dirty() && !db.load_journal_mode(&mut st) => {
                 // journal_mode=MEMORY or OFF: SQLite syncs the file once all of a transaction is in it.
-                capture_unjournaled(db, &mut st).map_err(|e| errno_of(db, "sync", &e))?;
-                Ok(Answer::WhenDurable(st.logged_end))
+                let logged = capture_unjournaled(db, &mut st, true).map_err(|e| errno_of(db, "sync", &e))?;
+                let hold = db.hold_of(&st, logged, true);
+                Ok(hold.map_or(Answer::WhenDurable(st.logged_end), Answer::WhenAcknowledged))
             }
             Kind::Main | Kind::SuperJournal => Ok(Answer::WhenSynced),
             Kind::Shm => Ok(Answer::Now),
@@ -349,7 +369,7 @@ pub fn adopt(db: &Database, st: &mut State) -> Result<(), CaptureError> {
         return Ok(());
     }
     st.rollback.mark_unknown();
-    capture_unjournaled(db, st)?;
+    capture_unjournaled(db, st, false)?;
     if st.page_count > 0
         && let Ok(file) = File::open(&db.paths().wal)
     {
@@ -360,11 +380,15 @@ pub fn adopt(db: &Database, st: &mut State) -> Result<(), CaptureError> {
 }
 
 /// Captures a file that was written without a journal; a plain file is left alone.
-fn capture_unjournaled(db: &Database, st: &mut State) -> Result<(), CaptureError> {
-    match db.capture_rollback(st) {
-        Ok(_) => Ok(()),
-        Err(CaptureError::NotADatabase(_)) if st.page_count == 0 => Ok(()),
-        Err(e) => Err(e),
+fn capture_unjournaled(
+    db: &Database,
+    st: &mut State,
+    may_hold: bool,
+) -> Result<Option<Logged>, CaptureError> {
+    let captured = if may_hold { db.capture_rollback_to_hold(st) } else { db.capture_rollback(st) };
+    match captured {
+        Err(CaptureError::NotADatabase(_)) if st.page_count == 0 => Ok(None),
+        captured => captured,
     }
 }
 
@@ -418,14 +442,15 @@ fn journal_written(
 /// The journal is about to be ended by the application: captures the transaction. The journal must stay until
 /// the answer's point is reached.
 pub fn journal_ends(db: &Database, st: &mut State) -> Result<Answer, CaptureError> {
-    let logged = match db.capture_rollback(st) {
+    let logged = match db.capture_rollback_to_hold(st) {
         // Not the journal of a database.
         Err(CaptureError::NotADatabase(_)) if st.page_count == 0 => None,
         logged => logged?,
     };
     let synced = std::mem::take(&mut st.rollback.synced);
-    Ok(match logged {
-        Some(logged) if synced => Answer::WhenDurable(logged.end),
+    Ok(match (db.hold_of(st, logged, synced), logged) {
+        (Some(hold), _) => Answer::WhenAcknowledged(hold),
+        (None, Some(logged)) if synced => Answer::WhenDurable(logged.end),
         _ => Answer::Now,
     })
 }
@@ -530,6 +555,14 @@ impl Invalidator {
     }
 }
 
+/// Answers an empty reply.
+pub fn finish(result: Result<(), Errno>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(e),
+    }
+}
+
 /// Answers an empty reply at its time.
 pub fn answer_empty(workers: &Workers, file: &OpenFile, answer: Result<Answer, i32>, reply: ReplyEmpty) {
     match (answer, &file.db) {
@@ -547,6 +580,13 @@ pub fn answer_empty(workers: &Workers, file: &OpenFile, answer: Result<Answer, i
                     Ok(()) => reply.ok(),
                     Err(_) => reply.error(Errno::from_i32(libc::EIO)),
                 }),
+            );
+        }
+        (Ok(Answer::WhenAcknowledged(hold)), Some(db)) => {
+            db.when_acknowledged(
+                hold,
+                |_| Ok(()),
+                move |result| finish(result.map_err(Errno::from_i32), reply),
             );
         }
         (Ok(_), _) => reply.ok(),

@@ -2,7 +2,9 @@
 //! [`super::files`].
 
 use super::Threads;
-use super::files::{self, Answer, Handle, Handles, Invalidator, OpenFile, PLAIN_BIT, answer_empty, flags};
+use super::files::{
+    self, Answer, Handle, Handles, Invalidator, OpenFile, PLAIN_BIT, answer_empty, finish, flags,
+};
 use super::inodes::{Inode, Inodes, Node, OpenState, ROOT, SPECIAL_BIT, Special};
 use super::names::{Kind, POSITION_SUFFIX, classify};
 use super::predecessor::Predecessor;
@@ -12,7 +14,7 @@ use super::staged::StagedWrite;
 use super::workers::Workers;
 use crate::DatabaseName;
 use crate::capture::CaptureError;
-use crate::database::Shared;
+use crate::database::{Database, Shared};
 use fuse_session::fuse::*;
 use fuse_session::{Backing, Backings, Connection, OpenHandle, RESENT};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -304,10 +306,11 @@ impl LitefsFilesystem {
             _ => None,
         };
 
-        let adopts = !replaces
-            && kind == Kind::Main
-            && !tracked
-            && (plain_program || (created && flags & libc::O_EXCL != 0));
+        let adopts = match kind {
+            Kind::Main => !replaces && !tracked && (plain_program || (created && flags & libc::O_EXCL != 0)),
+            Kind::Wal => plain_program,
+            Kind::Journal | Kind::Shm | Kind::SuperJournal => false,
+        };
         let truncated = flags & libc::O_TRUNC != 0;
         let mut table_flags = files::flags::OPEN;
         for (set, flag) in [
@@ -440,6 +443,12 @@ impl LitefsFilesystem {
         let mut st = db.state();
         let result = match kind {
             Kind::Journal => match files::journal_ends(&db, &mut st) {
+                Ok(Answer::WhenAcknowledged(hold)) => {
+                    drop(st);
+                    let publish = move |_: &Database| remove().map_err(|e| e.code());
+                    let answer = |result: Result<(), i32>| finish(result.map_err(Errno::from_i32), reply);
+                    return db.when_acknowledged(hold, publish, answer);
+                }
                 Ok(Answer::WhenDurable(end)) => {
                     drop(st);
                     let done = Box::new(move |result: Result<(), _>| match result {
@@ -488,8 +497,9 @@ fn fopen_flags(handle: &Handle, passthrough: bool) -> FopenFlags {
         // The kernel must not keep what is written: the database is as it was until the copy is complete.
         Handle::Staged(_) => fopen |= FopenFlags::FOPEN_DIRECT_IO,
         Handle::File(file) => {
-            // A flush of the agent's own handles would be a request of a dying process to itself.
-            if file.internal || !file.adopt && file.kind != Kind::Wal {
+            // A flush of the agent's own handles would be a request of a dying process to itself. And the kernel locks the
+            // file for it: whoever closes a WAL would wait for a commit in it that waits for followers.
+            if file.internal || !file.adopt {
                 fopen |= FopenFlags::FOPEN_NOFLUSH;
             }
             if file.kind == Kind::Journal {
@@ -508,13 +518,6 @@ fn fopen_flags(handle: &Handle, passthrough: bool) -> FopenFlags {
 /// Whether another server has read this request before, and may have carried it out.
 fn again(req: &Request) -> bool {
     req.unique().0 & RESENT != 0
-}
-
-fn finish(result: Result<(), Errno>, reply: ReplyEmpty) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(e),
-    }
 }
 
 /// The kernel has checked the application's rights (`default_permissions`); the agent's own suffice for both ways.
@@ -684,6 +687,23 @@ impl Filesystem for LitefsFilesystem {
             let handle = fh.and_then(|fh| self.handles.get(fh.0));
             let result = match handle.as_deref() {
                 Some(Handle::File(file)) => match file.set_len(size) {
+                    Ok(Answer::WhenAcknowledged(hold)) => {
+                        let Some(db) = &file.db else { return reply.error(Errno::EIO) };
+                        let (cut, shown) = (file.file.clone(), file.file.clone());
+                        let publish = move |_: &Database| {
+                            cut.set_len(size).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
+                        };
+                        let answer = move |result: Result<(), i32>| {
+                            let cut = result
+                                .map_err(Errno::from_i32)
+                                .and_then(|()| shown.metadata().map_err(errno));
+                            match cut {
+                                Ok(meta) => reply.attr(&KEEP, &attr_of(ino.0, &meta)),
+                                Err(e) => reply.error(e),
+                            }
+                        };
+                        return db.when_acknowledged(hold, publish, answer);
+                    }
                     Ok(Answer::WhenDurable(end)) => {
                         let file = file.file.clone();
                         let done = move |durable: Result<(), _>| {
@@ -934,6 +954,22 @@ impl Filesystem for LitefsFilesystem {
                         };
                     return self.shared.log.on_durable(end, Box::new(done));
                 }
+                Ok(Answer::WhenAcknowledged(hold)) => {
+                    file.keep_ahead_cached(&self.invalidator, offset + data.len() as u64);
+                    let Some(db) = &file.db else { return reply.error(Errno::EIO) };
+                    let (handle, written) = (handle.clone(), data.len() as u32);
+                    // What a WAL lacks is a header that the database's state keeps.
+                    let data = if file.kind == Kind::Wal { Vec::new() } else { data.to_vec() };
+                    let publish = move |db: &Database| match handle.as_deref() {
+                        Some(Handle::File(file)) => file.finish_held_write(db, offset, &data),
+                        _ => Err(libc::EBADF),
+                    };
+                    let answer = move |result: Result<(), i32>| match result {
+                        Ok(()) => reply.written(written),
+                        Err(e) => reply.error(Errno::from_i32(e)),
+                    };
+                    return db.when_acknowledged(hold, publish, answer);
+                }
                 other => {
                     file.keep_ahead_cached(&self.invalidator, offset + data.len() as u64);
                     other.map(|_| ())
@@ -972,7 +1008,13 @@ impl Filesystem for LitefsFilesystem {
         reply: ReplyEmpty,
     ) {
         match self.handles.remove(fh.0).as_deref() {
-            Some(Handle::File(file)) => self.close_file(&file.inode, Some(file)),
+            Some(Handle::File(file)) => {
+                if file.kind == Kind::Wal && !file.adopt {
+                    // Whoever wrote it in another way than SQLite; what fails is told, and tried with the next write.
+                    let _ = file.closed();
+                }
+                self.close_file(&file.inode, Some(file));
+            }
             Some(Handle::Staged(_)) => {
                 if let Some(inode) = self.tree.inodes.get(ino.0) {
                     self.close_file(&inode, None);
@@ -1132,7 +1174,8 @@ fn truncate_by_path(node: &Node, path: &Path, size: u64) -> Result<(), i32> {
         match kind {
             Kind::Main if st.page_count > 0 => return Err(libc::EPERM),
             Kind::Journal if size == 0 => {
-                files::journal_ends(db, &mut st).map_err(|e| files::errno_of(db, "commit", &e))?;
+                // Not how SQLite ends a journal: nothing is held for it.
+                db.capture_rollback(&mut st).map_err(|e| files::errno_of(db, "commit", &e))?;
             }
             Kind::Wal if size == 0 => {
                 files::wal_ends(db, &mut st).map_err(|e| files::errno_of(db, "truncate the WAL", &e))?;

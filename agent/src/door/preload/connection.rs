@@ -102,6 +102,18 @@ impl Connection {
             match self.request(serving, slot) {
                 Ok(Answer::Now(answer)) => finish(slot, answer, 0),
                 Err(errno) => finish(slot, 0, errno),
+                Ok(Answer::WhenAcknowledged(hold)) => match self.database(slot) {
+                    Ok(db) => {
+                        // However long it takes: the process looks only whether this agent is there.
+                        slot.state.store(protocol::WAITING, Ordering::Release);
+                        let memory = self.memory.clone();
+                        let answer = move |result: Result<(), i32>| {
+                            finish(&memory.page().slots[index], 0, result.err().unwrap_or(0));
+                        };
+                        db.when_acknowledged(hold, |_| Ok(()), answer);
+                    }
+                    Err(errno) => finish(slot, 0, errno),
+                },
                 Ok(Answer::WhenDurable(end)) => {
                     let memory = self.memory.clone();
                     self.shared.log.on_durable(
@@ -128,7 +140,7 @@ impl Connection {
             return self.attach(&bytes).map(Answer::Now);
         }
         let number = slot.database.load(Ordering::Relaxed);
-        let db = self.attached.lock().get(number as usize).cloned().flatten().ok_or(libc::EBADF)?;
+        let db = self.database(slot)?;
         let data = slot.data.iter().take(count).map(|word| word.load(Ordering::Relaxed));
         let flags = slot.flags.load(Ordering::Relaxed);
         match op {
@@ -147,6 +159,11 @@ impl Connection {
             Op::Drop => requests::will_drop(&db),
             Op::Attach => Err(libc::ENOSYS),
         }
+    }
+
+    fn database(&self, slot: &Slot) -> Result<Arc<Database>, i32> {
+        let number = slot.database.load(Ordering::Relaxed) as usize;
+        self.attached.lock().get(number).cloned().flatten().ok_or(libc::EBADF)
     }
 
     fn attach(&self, name: &[u8]) -> Result<u32, i32> {

@@ -210,7 +210,7 @@ impl Connections {
         if self.shared.is_writable() {
             mode |= protocol::MODE_WRITABLE;
         }
-        if self.hold {
+        if self.hold || self.shared.gate.is_used() {
             mode |= protocol::MODE_HELD;
         }
         page.mode.store(mode, Ordering::Release);

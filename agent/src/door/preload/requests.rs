@@ -4,6 +4,7 @@ use crate::capture::wal::published::HeldCommit;
 use crate::capture::{CaptureError, unix_ms};
 use crate::database::{Database, State};
 use crate::log::Lsn;
+use crate::sync::Hold;
 use parking_lot::MutexGuard;
 use shim_protocol::{FLAG_SYNCED, FLAG_UNJOURNALED, FLAG_UNKNOWN, write_of};
 use sqlite_file::locks::{self, LockGuard, LockKind};
@@ -18,6 +19,8 @@ pub enum Answer {
     Now(u32),
     /// When the log is durable up to here.
     WhenDurable(Lsn),
+    /// When followers have the commit.
+    WhenAcknowledged(Hold),
 }
 
 /// Writes to a database file, as the library saw them.
@@ -124,12 +127,13 @@ pub fn commit(db: &Arc<Database>, flags: u32, writes: &Writes) -> Result<Answer,
         st.rollback = Default::default();
         return Ok(Answer::Now(0));
     }
-    let logged = db.capture_rollback(&mut st).map_err(|e| errno_of(db, "commit", &e))?;
+    let logged = db.capture_rollback_to_hold(&mut st).map_err(|e| errno_of(db, "commit", &e))?;
     let synced = std::mem::take(&mut st.rollback.synced);
-    match logged {
-        Some(logged) if synced => Ok(Answer::WhenDurable(logged.end)),
-        _ => Ok(Answer::Now(0)),
-    }
+    Ok(match (db.hold_of(&st, logged, synced), logged) {
+        (Some(hold), _) => Answer::WhenAcknowledged(hold),
+        (None, Some(logged)) if synced => Answer::WhenDurable(logged.end),
+        _ => Answer::Now(0),
+    })
 }
 
 /// The WAL is about to begin anew or go.
@@ -151,9 +155,10 @@ pub fn wal_commit(db: &Arc<Database>, data: &[u64]) -> Result<Answer, i32> {
         bytes.copy_from_slice(&word.to_ne_bytes());
     }
     let mut st = db.state();
-    db.capture_held_commit(&mut st, &HeldCommit { offset, header })
+    let logged = db
+        .capture_held_commit(&mut st, &HeldCommit { offset, header })
         .map_err(|e| errno_of(db, "commit", &e))?;
-    Ok(Answer::Now(0))
+    Ok(db.hold_of(&st, logged, false).map_or(Answer::Now(0), Answer::WhenAcknowledged))
 }
 
 /// The database is about to be removed. That it is gone is noticed afterwards: the removal may fail.

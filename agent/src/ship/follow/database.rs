@@ -476,13 +476,14 @@ async fn receive(
     let mut attempts = 0;
     loop {
         let received = {
-            let (name, records) = (name.clone(), batch.records.clone());
+            let (name, records, acks) = (name.clone(), batch.records.clone(), Arc::clone(&shared));
             let call = move |sink: &dyn crate::ship::engine::Sink| {
                 if let Some(epoch) = new_epoch {
                     // The record came before the heartbeat that tells its epoch.
                     sink.observe_epoch(epoch)?;
                 }
-                sink.receive(&name, records)
+                let database = name.clone();
+                sink.receive(&name, records, &mut |pos| acks.acks.put(database.clone(), pos))
             };
             shared.with_database(call).await.map_err(Trouble::Own)?
         };

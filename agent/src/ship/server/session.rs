@@ -73,6 +73,7 @@ impl Session {
     }
 
     fn forget(&self) {
+        self.source.follower_left(self.identity.node_id);
         let mut noted = self.noted.lock();
         for name in noted.drain() {
             self.source.follower_position(self.identity.node_id, &name, None);
@@ -163,6 +164,7 @@ pub(super) async fn open(
         noted: Mutex::default(),
     });
     server.sessions.enter(Arc::clone(&session)).await;
+    server.source.follower_joined(session.identity.node_id, &session.identity.node_name);
     let entered = Entered { server: Arc::clone(server), session };
     let (sender, body) = body::channel(4);
     let mut response = Response::new(body);
@@ -319,6 +321,7 @@ fn heard(server: &Server, session: &Session, frame: Frame, telling: &mut Telling
             if needs_after.0 > 0 {
                 session.note(&name, needs_after);
             }
+            server.source.follower_acknowledged(session.identity.node_id, &name, pos);
             telling.told.insert(name, pos);
         }
         Frame::Listed if !telling.listed => {
@@ -328,6 +331,7 @@ fn heard(server: &Server, session: &Session, frame: Frame, telling: &mut Telling
         Frame::Ack { name, pos } if telling.listed => {
             if server.position(&name).is_some() {
                 session.note(&name, pos.txid);
+                server.source.follower_acknowledged(session.identity.node_id, &name, pos);
                 session.acknowledged.lock().insert(name, pos);
             }
         }

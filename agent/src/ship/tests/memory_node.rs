@@ -403,7 +403,12 @@ impl Sink for MemoryNode {
         self.pos(name)
     }
 
-    fn receive(&self, name: &DatabaseName, records: Vec<ShippedRecord>) -> Result<Pos, EngineError> {
+    fn receive(
+        &self,
+        name: &DatabaseName,
+        records: Vec<ShippedRecord>,
+        _durable: &mut dyn FnMut(Pos),
+    ) -> Result<Pos, EngineError> {
         let mut faults = self.faults.lock();
         while faults.held.contains(name) {
             self.wait(&mut faults);

@@ -8,7 +8,8 @@ use super::objects::Objects;
 use super::view::{BusView, Constants};
 use crate::DatabaseName;
 use crate::status::RoleRequest;
-use crate::status::api::{NodeId, RoleName, RoleStatus, troubles};
+use crate::status::api::{NodeId, RoleName, RoleStatus, SyncStatus, troubles};
+use crate::sync::RuleState;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -53,7 +54,9 @@ impl ManagerObject {
     fn troubles_now(&self) -> Vec<String> {
         let quarantined = self.quarantined.lock();
         let databases = quarantined.iter().map(|(name, reason)| (name.as_str(), Some(reason.as_str())));
-        troubles(&self.view.role(), databases)
+        let mut troubles = troubles(&self.view.role(), databases);
+        troubles.extend(self.view.sync().iter().filter_map(SyncStatus::trouble));
+        troubles
     }
 
     async fn role_request(
@@ -257,6 +260,13 @@ impl ManagerObject {
         let mut names = self.view.follower_names();
         names.sort();
         names
+    }
+
+    /// How commits fare that wait for followers: `synchronous`, `waiting`, `degraded` or `refusing`, the worst of all
+    /// rules; empty where none wait, and on a replica.
+    #[zbus(property)]
+    fn sync_state(&self) -> &'static str {
+        self.view.sync().iter().map(|rule| rule.state).max().map_or("", RuleState::as_str)
     }
 
     /// `ok`, or `degraded`: see `Troubles`.

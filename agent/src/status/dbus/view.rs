@@ -1,7 +1,7 @@
 //! What the D-Bus service needs of the node.
 
 use crate::DatabaseName;
-use crate::status::api::{DatabaseStatus, FollowerStatus, RoleStatus};
+use crate::status::api::{DatabaseStatus, FollowerStatus, RoleStatus, SyncStatus};
 use crate::status::changes::ChangeFeed;
 use crate::status::{NodeView, ViewError};
 use ltx::Pos;
@@ -41,6 +41,9 @@ pub trait BusView: NodeView {
 
     /// Connected followers and how far they are.
     fn followers(&self) -> Vec<FollowerStatus>;
+
+    /// How commits fare that wait for followers. Blocks for a moment at most.
+    fn sync(&self) -> Vec<SyncStatus>;
 
     /// Names of connected followers. Blocks for a moment at most.
     fn follower_names(&self) -> Vec<String>;
