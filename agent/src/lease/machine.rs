@@ -63,6 +63,8 @@ pub enum Event {
     Unseen,
     /// A claim ended. `sent`: when it was sent.
     Claimed {
+        /// Its term: an answer that comes late is no answer to a later question.
+        epoch: Epoch,
         /// When it was sent.
         sent: Time,
         /// `None`: no answer.
@@ -70,6 +72,8 @@ pub enum Event {
     },
     /// A renewal ended.
     Renewed {
+        /// Its term: an answer that comes late is no answer to a later question.
+        epoch: Epoch,
         /// When it was sent.
         sent: Time,
         /// `None`: no answer.
@@ -210,6 +214,13 @@ struct Leading {
     handing: Option<Handing>,
 }
 
+impl Leading {
+    /// The record is about to change: a renewal would be in the way.
+    fn is_giving(&self) -> bool {
+        matches!(self.handing, Some(Handing::Waiting(_) | Handing::Giving(_)))
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Handing {
     Preparing(Member),
@@ -345,8 +356,11 @@ impl RoleMachine {
     /// When [`Event::Tick`] is due.
     pub fn wake_at(&self) -> Option<Time> {
         let own = match &self.state {
-            State::Leading(l) => [l.until.filter(|_| !l.fenced), l.renew_at.filter(|_| !l.renewing)],
-            State::Following => [self.expires_at(), self.retry_at],
+            State::Leading(l) => {
+                [l.until.filter(|_| !l.fenced), l.renew_at.filter(|_| !l.renewing && !l.is_giving())]
+            }
+            // Nothing is done before the time of the retry.
+            State::Following => [self.retry_at.or_else(|| self.expires_at()), None],
             _ => [None, None],
         };
         own.into_iter().flatten().min()
@@ -355,7 +369,7 @@ impl RoleMachine {
     /// When the holder that is seen is over, if it is not already and is not this node.
     fn expires_at(&self) -> Option<Time> {
         let view = self.current()?;
-        if !self.candidate || self.is_released(view) || self.is_own(view) {
+        if !self.can_stand() || self.is_released(view) || self.is_own(view) {
             return None;
         }
         self.ends_at()
@@ -404,16 +418,18 @@ impl RoleMachine {
             Event::Unseen => self.unseen = true,
             Event::Tick => self.look(now, &mut out),
             Event::Heard { round, own, answers } => self.heard(now, round, own, &answers, &mut out),
-            Event::Claimed { sent, outcome } => {
-                if let State::Claiming { epoch } = self.state {
+            Event::Claimed { epoch, sent, outcome } => {
+                if self.state == (State::Claiming { epoch }) {
                     self.taken(now, sent, epoch, outcome, &mut out);
                 }
             }
-            Event::Renewed { sent, outcome } => match self.state {
-                State::Resuming { epoch } => self.taken(now, sent, epoch, outcome, &mut out),
-                State::Leading(_) => self.renewed(now, sent, outcome, &mut out),
-                _ => {}
-            },
+            Event::Renewed { epoch, sent, outcome } => {
+                if self.state == (State::Resuming { epoch }) {
+                    self.taken(now, sent, epoch, outcome, &mut out);
+                } else if self.holds() == Some(epoch) {
+                    self.renewed(now, sent, outcome, &mut out);
+                }
+            }
             Event::HandOver { to } => self.hand_over(now, to, &mut out),
             Event::Prepared(ready) => self.successor_prepared(now, ready, &mut out),
             Event::Given { outcome } => self.given(now, outcome, &mut out),
@@ -468,14 +484,14 @@ impl RoleMachine {
 
     fn renew_if_due(&mut self, now: Time, out: &mut Vec<Action>) {
         let State::Leading(leading) = &mut self.state else { return };
-        let giving = matches!(leading.handing, Some(Handing::Waiting(_) | Handing::Giving(_)));
-        if leading.renew_at.is_some_and(|at| now >= at) && !leading.renewing && !giving {
+        if leading.renew_at.is_some_and(|at| now >= at) && !leading.renewing && !leading.is_giving() {
             leading.renewing = true;
             out.push(Action::Renew { epoch: leading.epoch });
         }
     }
 
     fn follow_or_stand(&mut self, now: Time, out: &mut Vec<Action>) {
+        self.retry_at = self.retry_at.filter(|at| now < *at);
         if self.stopping {
             return;
         }
@@ -808,3 +824,7 @@ impl RoleMachine {
 #[cfg(test)]
 #[path = "machine_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "machine_simulation.rs"]
+mod simulation;

@@ -47,7 +47,7 @@ fn leading(sent: Time) -> RoleMachine {
     let heard = Event::Heard { round: 1, own: standing(5), answers: Vec::new() };
     let claim = Action::Claim { version: 7, from: None, epoch: Epoch(4) };
     assert_eq!(m.handle(sent, heard), [claim]);
-    let actions = m.handle(sent, Event::Claimed { sent, outcome: Some(Some(8)) });
+    let actions = m.handle(sent, Event::Claimed { epoch: Epoch(4), sent, outcome: Some(Some(8)) });
     assert_eq!(actions, [Action::Lead { epoch: Epoch(4), until: Some(sent + at(9000)) }]);
     m
 }
@@ -110,7 +110,7 @@ fn a_primary_is_fenced_before_the_ttl_ends_when_the_store_hangs() {
     assert_eq!(m.leads(at(10_000)), None);
     assert_eq!(m.handle(at(10_000), Event::Tick), [Action::StopWrites]);
     // An answer counts from when the question was sent: this one comes too late to help.
-    let late = Event::Renewed { sent: at(3500), outcome: Some(Some(9)) };
+    let late = Event::Renewed { epoch: Epoch(4), sent: at(3500), outcome: Some(Some(9)) };
     assert!(
         matches!(m.handle(at(12_000), late)[..], [Action::Lead { until, .. }, ..] if until == Some(at(12_500)))
     );
@@ -121,7 +121,7 @@ fn a_primary_is_fenced_before_the_ttl_ends_when_the_store_hangs() {
 fn a_robbed_primary_stops_and_old_views_do_not_bring_it_back() {
     let mut m = leading(at(0));
     assert_eq!(m.handle(at(2500), Event::Tick), [Action::Renew { epoch: Epoch(4) }]);
-    let actions = m.handle(at(2600), Event::Renewed { sent: at(2500), outcome: Some(None) });
+    let actions = m.handle(at(2600), Event::Renewed { epoch: Epoch(4), sent: at(2500), outcome: Some(None) });
     assert_eq!(actions, [Action::Read, Action::StopWrites, Action::Follow(None)]);
     assert_eq!(m.handle(at(2700), Event::Seen(view(7, Some((2, Epoch(3))), true))), []);
     let actions = m.handle(at(2800), Event::Seen(view(9, Some((2, Epoch(5))), false)));
@@ -144,7 +144,7 @@ fn stopping_while_a_claim_is_under_way_releases_what_it_got() {
     m.handle(at(0), Event::Seen(view(7, Some((2, Epoch(3))), true)));
     m.handle(at(1), Event::Heard { round: 1, own: standing(5), answers: vec![] });
     assert_eq!(m.handle(at(2), Event::Stop), []);
-    let actions = m.handle(at(3), Event::Claimed { sent: at(1), outcome: Some(Some(8)) });
+    let actions = m.handle(at(3), Event::Claimed { epoch: Epoch(4), sent: at(1), outcome: Some(Some(8)) });
     assert!(matches!(
         actions[..],
         [Action::Lead { .. }, Action::StopWrites, Action::Release { epoch: Epoch(4) }]

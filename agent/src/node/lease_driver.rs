@@ -333,7 +333,7 @@ impl Driver {
                         Box::pin(async move {
                             let sent = clock::now();
                             let claim = Claim { version, from, term };
-                            Event::Claimed { sent, outcome: told("claim", lease.claim(claim).await) }
+                            Event::Claimed { epoch, sent, outcome: told("claim", lease.claim(claim).await) }
                         })
                     },
                     epoch,
@@ -341,10 +341,10 @@ impl Driver {
             }
             Action::Renew { epoch } => {
                 self.spawn_write(
-                    |lease, term| {
+                    move |lease, term| {
                         Box::pin(async move {
                             let sent = clock::now();
-                            Event::Renewed { sent, outcome: told("renew", lease.renew(term).await) }
+                            Event::Renewed { epoch, sent, outcome: told("renew", lease.renew(term).await) }
                         })
                     },
                     epoch,
