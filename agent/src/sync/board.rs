@@ -49,6 +49,9 @@ pub enum Refused {
 /// What is called when a held commit may go on, or must not.
 pub type OnDecided = Box<dyn FnOnce(Result<(), Fenced>) + Send>;
 
+/// Whom to call, and with what.
+pub type Decided = (OnDecided, Result<(), Fenced>);
+
 /// How commits under a rule fare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -279,11 +282,7 @@ impl Board {
     }
 
     /// Decides what can be decided: commits to let go or to fail, and rules whose state is another.
-    pub fn settle(
-        &mut self,
-        now: Instant,
-        world: &dyn World,
-    ) -> (Vec<(OnDecided, Result<(), Fenced>)>, Vec<Report>) {
+    pub fn settle(&mut self, now: Instant, world: &dyn World) -> (Vec<Decided>, Vec<Report>) {
         let fenced = self.fenced || !world.may_publish();
         let mut late = vec![false; self.rules.len()];
         let mut decided = Vec::new();

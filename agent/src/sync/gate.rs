@@ -163,14 +163,14 @@ impl Gate {
             return;
         }
         let deadline = Instant::now() + patience;
-        while !(inner.board.is_idle() && !inner.deciding) {
+        while !inner.board.is_idle() || inner.deciding {
             if self.idle.wait_until(&mut inner, deadline).timed_out() {
                 break;
             }
         }
         inner.board.fence(true);
         self.settle_again(&mut inner);
-        while !(inner.board.is_idle() && !inner.deciding) {
+        while !inner.board.is_idle() || inner.deciding {
             self.idle.wait(&mut inner);
         }
     }
