@@ -57,6 +57,45 @@ fn install_enable_write_read() {
     a.wait_for("systemctl is-active litefs-primary@db.target");
     b.wait_for("systemctl is-active litefs-replica@db.target");
     fails(b, "systemctl is-active litefs-primary@db.target");
+    // What docs/decisions/0023 says.
+    a.run("systemd-analyze security --no-pager --threshold=53 litefs@db");
+
+    // The plug is pulled: both come back with what they had, and go on.
+    b.power_off();
+    sql(a, "INSERT INTO t VALUES (2)");
+    assert_eq!(b.boot(), "running");
+    wait_sql(b, "SELECT count(*) FROM t", "2");
+    a.power_off();
+    assert_eq!(a.boot(), "running");
+    sql(a, "INSERT INTO t VALUES (3)");
+    wait_sql(b, "SELECT count(*) FROM t", "3");
+
+    // The roles are exchanged by a reload of both.
+    let configure = |host: &Host, lease: &str| {
+        host.push("/etc/litefs/db.toml", format!("[http]\nlisten = \"0.0.0.0:20202\"\n[lease]\n{lease}"));
+        host.run("systemctl reload litefs@db");
+    };
+    configure(a, "role = \"replica\"\nprimary-url = \"http://host-b:20202\"\n");
+    configure(b, "role = \"primary\"\n");
+    sql(b, "INSERT INTO t VALUES (4)");
+    wait_sql(a, "SELECT count(*) FROM t", "4");
+    a.wait_for("systemctl is-active litefs-replica@db.target");
+    b.wait_for("systemctl is-active litefs-primary@db.target");
+    fails(a, "systemctl is-active litefs-primary@db.target");
+
+    // A host that has lost its FUSE: the same path, through the preload library, by its name.
+    b.apt_install("liblitefs");
+    b.power_off();
+    b.remove_fuse();
+    assert_eq!(b.boot(), "running");
+    b.run("test -L /srv/litefs/db");
+    b.run(&format!("litefs exec -- sqlite3 {DB} 'INSERT INTO t VALUES (5)'"));
+    b.run(&format!("LD_PRELOAD=liblitefs.so sqlite3 {DB} 'INSERT INTO t VALUES (6)'"));
+    wait_sql(a, "SELECT count(*) FROM t", "6");
+
+    // Purging leaves the databases, and nothing else.
+    a.run("apt-get purge -y -qq litefs");
+    a.run("test -f /var/lib/litefs/db/files/app.db && ! test -e /run/litefs && ! pgrep -x litefs");
 }
 
 #[test]
