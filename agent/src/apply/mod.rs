@@ -23,6 +23,7 @@ mod error;
 mod files;
 mod hold;
 mod in_place;
+mod page_count;
 mod rollback_journal;
 mod source;
 #[cfg(test)]
@@ -30,6 +31,7 @@ mod tests;
 
 pub use error::ApplyError;
 pub use hold::WriterHold;
+pub use page_count::is_page_count_missing;
 pub use source::{LtxTransactions, TransactionHeader, TransactionSource};
 
 use crate::DatabaseName;

@@ -334,6 +334,15 @@ impl Database {
         })
     }
 
+    /// States the number of pages in a wal-index that does not have it (see [`crate::apply::Applier::state_page_count`]),
+    /// unless somebody else is at work there. Goes through the mount: never on a thread that serves it.
+    pub(crate) fn state_page_count(&self) -> Result<bool, ApplyError> {
+        match self.apply.try_lock() {
+            Some(mut side) => side.applier.state_page_count(),
+            None => Ok(false),
+        }
+    }
+
     /// Lets go of everything applying holds, if nobody else has the database open.
     pub fn detach(&self) -> Result<bool, ApplyError> {
         self.apply.lock().applier.detach()

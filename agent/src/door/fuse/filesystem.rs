@@ -7,6 +7,7 @@ use super::files::{
 };
 use super::inodes::{Inode, Inodes, Node, OpenState, ROOT, SPECIAL_BIT, Special};
 use super::names::{Kind, POSITION_SUFFIX, classify};
+use super::page_count;
 use super::predecessor::Predecessor;
 use super::rename::{Tree, errno};
 use super::special::RoleView;
@@ -634,7 +635,7 @@ impl Filesystem for LitefsFilesystem {
         self.tree.inodes.forget(ino.0, nlookup);
     }
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, req: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
         let Ok(inode) = self.inode(ino.0) else { return reply.error(Errno::ENOENT) };
         if let Node::Special(special) = inode.node() {
             return match special.content(&*self.view.0) {
@@ -649,7 +650,14 @@ impl Filesystem for LitefsFilesystem {
         });
         let open = open.or_else(|| inode.open.lock().file.as_ref().and_then(|f| f.metadata().ok()));
         match open.map_or_else(|| self.backing(&inode.path()).symlink_metadata(), Ok) {
-            Ok(meta) => reply.attr(&KEEP, &self.attr(&inode, &meta)),
+            Ok(meta) => {
+                let attr = self.attr(&inode, &meta);
+                let answer = move || reply.attr(&KEEP, &attr);
+                match page_count::asked_for_size(&inode) {
+                    Some(db) if !is_internal(req) => page_count::state_then(db, answer),
+                    _ => answer(),
+                }
+            }
             Err(e) => reply.error(errno(e)),
         }
     }

@@ -5,6 +5,7 @@
 //! id, or none is.
 
 use super::names::Kind;
+use super::page_count::SizesAsked;
 use crate::database::Database;
 use fuse_session::Backing;
 use parking_lot::{Mutex, RwLock};
@@ -52,6 +53,8 @@ pub struct Inode {
     lookups: AtomicU64,
     /// How it is open.
     pub open: Mutex<OpenState>,
+    /// Of a database: requests for its size.
+    pub sizes_asked: SizesAsked,
 }
 
 /// How an inode is open.
@@ -84,6 +87,7 @@ impl Inode {
             place: RwLock::new((path.to_owned(), node)),
             lookups: AtomicU64::new(lookups),
             open: Mutex::default(),
+            sizes_asked: SizesAsked::default(),
         })
     }
 }

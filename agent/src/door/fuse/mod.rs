@@ -15,6 +15,7 @@ mod files;
 mod filesystem;
 mod inodes;
 mod names;
+mod page_count;
 mod predecessor;
 mod rename;
 mod special;

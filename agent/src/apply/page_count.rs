@@ -1,0 +1,60 @@
+//! The number of pages, stated in a wal-index that does not have it.
+
+use super::connection::{self, WalConnection};
+use super::files::Patience;
+use super::{Applier, ApplyError};
+use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
+use sqlite_file::wal_index::IndexHeader;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Whether SQLite asks for the file's size at each read: after a recovery that found no frames the wal-index does not say
+/// how many pages there are. From the first commit on it does, also when the WAL begins anew.
+pub fn is_page_count_missing(header: &IndexHeader) -> bool {
+    header.max_frame == 0 && header.page_count == 0
+}
+
+impl Applier {
+    /// Where the wal-index does not state the number of pages, states the one that SQLite takes from the file's size.
+    /// Changes nothing for a reader but that it need not ask. Waits for nobody; says whether it did.
+    pub fn state_page_count(&mut self) -> Result<bool, ApplyError> {
+        let patience = Patience::new(Duration::ZERO);
+        let files = Arc::clone(&self.files);
+        if let Some(connection) = &mut self.connection
+            && connection.is_current()?
+        {
+            return connection.state_page_count(&patience);
+        }
+        if !connection::exists(&files, &files.shm)? {
+            return Ok(false);
+        }
+        match WalConnection::open(&files, &patience)? {
+            Some(mut connection) => connection.state_page_count(&patience),
+            None => Ok(false),
+        }
+    }
+}
+
+impl WalConnection {
+    fn state_page_count(&mut self, patience: &Patience) -> Result<bool, ApplyError> {
+        // Whoever writes this header, recovers or checkpoints into the file holds this lock, or brings a header with a
+        // number of pages; and SHARED on the database keeps everyone else from its file.
+        let _writer = self.write_lock(patience)?;
+        let header = self.header_for_writing(patience)?;
+        if !is_page_count_missing(&header) {
+            return Ok(false);
+        }
+        let files = &*self.files;
+        let mut start = [0; HEADER_BYTES];
+        self.database.read_exact_at(&mut start, 0).map_err(files.io("read", &files.database))?;
+        let Ok(database) = DatabaseHeader::parse(&start) else { return Ok(false) };
+        let bytes = self.database.metadata().map_err(files.io("inspect", &files.database))?.len();
+        // Rounded up, as SQLite's pager does; what page 1 says of the size is compared with it by the reader.
+        let Ok(page_count) = u32::try_from(bytes.div_ceil(u64::from(database.page_size))) else {
+            return Ok(false);
+        };
+        self.index.write_header(&IndexHeader { page_count, ..header });
+        Ok(true)
+    }
+}

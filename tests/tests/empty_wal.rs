@@ -1,0 +1,69 @@
+//! Readers of a database that nobody has written since it was opened: the agent states in the wal-index how many pages it
+//! has, and nobody notices.
+
+use litefs_tests::{FILL, Fleet, Host, PATIENCE, Shell, ask, assert_equal, exec, set_journal_mode, wait_for};
+use sqlite_file::wal_index::IndexHeader;
+use std::fs::File;
+
+/// Frames and pages that the wal-index states.
+fn stated(host: &Host, name: &str) -> (u32, u32) {
+    let index = File::open(host.path(&format!("{name}-shm"))).unwrap();
+    let header = IndexHeader::read(&index).unwrap().expect("a header");
+    (header.max_frame, header.page_count)
+}
+
+/// A database in WAL mode that both hosts have and nobody has open.
+fn filled(primary: &Host, replica: &Host) {
+    let db = primary.open("x.db");
+    set_journal_mode(&db, "wal");
+    exec(&db, "CREATE TABLE t(id INTEGER PRIMARY KEY, v);");
+    exec(&db, FILL);
+    drop(db);
+    assert_equal(primary, replica, "x.db");
+}
+
+#[test]
+fn readers_of_an_empty_wal_stop_asking_for_the_size_and_see_every_commit() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    filled(&primary, &replica);
+    let reader = primary.open("x.db");
+    let pages: u32 = ask(&reader, "PRAGMA page_count").parse().unwrap();
+    assert_eq!(stated(&primary, "x.db"), (0, 0));
+    wait_for("the wal-index states the number of pages", PATIENCE, || {
+        assert_eq!(ask(&reader, "SELECT count(*) FROM t"), "300");
+        (stated(&primary, "x.db") == (0, pages)).then_some(())
+    });
+    assert_eq!(ask(&reader, "PRAGMA page_count"), pages.to_string());
+    let mut writer = Shell::open(&primary.path("x.db"));
+    for rows in 1..=50 {
+        writer.run("INSERT INTO t(v) VALUES (randomblob(3000));");
+        assert_eq!(ask(&reader, "SELECT count(*) FROM t"), (300 + rows).to_string());
+    }
+    assert_eq!(ask(&reader, "PRAGMA integrity_check"), "ok");
+    drop((reader, writer));
+    assert_equal(&primary, &replica, "x.db");
+}
+
+#[test]
+fn a_reader_that_becomes_a_writer_never_meets_the_lock() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    filled(&primary, &replica);
+    for round in 0..20 {
+        let db = primary.open("x.db");
+        exec(&db, "PRAGMA busy_timeout=0;");
+        for read in 0..70 {
+            assert_eq!(ask(&db, "SELECT count(*) FROM t"), (300 + round).to_string(), "read {read}");
+        }
+        exec(&db, "INSERT INTO t(v) VALUES (1)");
+        // In turns from the start of a run and from its middle.
+        if round % 2 == 0 {
+            set_journal_mode(&db, "delete");
+            exec(&db, "VACUUM");
+            set_journal_mode(&db, "wal");
+        }
+    }
+    assert_equal(&primary, &replica, "x.db");
+    assert_eq!(replica.sql("x.db", "PRAGMA integrity_check"), "ok");
+}
