@@ -4,6 +4,7 @@ use super::connection::{self, WalConnection};
 use super::files::Patience;
 use super::{Applier, ApplyError};
 use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
+use sqlite_file::locks::{LockKind, WAL_READERS, WAL_WRITE};
 use sqlite_file::wal_index::IndexHeader;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -24,24 +25,26 @@ impl Applier {
         if let Some(connection) = &mut self.connection
             && connection.is_current()?
         {
-            return connection.state_page_count(&patience);
+            return connection.state_page_count();
         }
         if !connection::exists(&files, &files.shm)? {
             return Ok(false);
         }
         match WalConnection::open(&files, &patience)? {
-            Some(mut connection) => connection.state_page_count(&patience),
+            Some(mut connection) => connection.state_page_count(),
             None => Ok(false),
         }
     }
 }
 
 impl WalConnection {
-    fn state_page_count(&mut self, patience: &Patience) -> Result<bool, ApplyError> {
-        // Whoever writes this header, recovers or checkpoints into the file holds this lock, or brings a header with a
-        // number of pages; and SHARED on the database keeps everyone else from its file.
-        let _writer = self.write_lock(patience)?;
-        let header = self.header_for_writing(patience)?;
+    fn state_page_count(&mut self) -> Result<bool, ApplyError> {
+        // First the marks of all readers: who reads keeps what it compares with when it begins to write, and who begins to
+        // read tries again. A writer reads first, so nobody meets the second lock.
+        let Some(_readers) = self.try_lock(LockKind::Write, WAL_READERS)? else { return Ok(false) };
+        let Some(_writer) = self.try_lock(LockKind::Write, WAL_WRITE)? else { return Ok(false) };
+        // A broken one is for those who recover.
+        let Some(header) = self.index.read_header() else { return Ok(false) };
         if !is_page_count_missing(&header) {
             return Ok(false);
         }
