@@ -336,10 +336,13 @@ impl Database {
 
     /// States the number of pages in a wal-index that does not have it (see [`crate::apply::Applier::state_page_count`]),
     /// unless somebody else is at work there. Goes through the mount: never on a thread that serves it.
-    pub(crate) fn state_page_count(&self) -> Result<bool, ApplyError> {
+    pub(crate) fn state_page_count(&self, connected: impl FnOnce()) -> Result<bool, ApplyError> {
         match self.apply.try_lock() {
-            Some(mut side) => side.applier.state_page_count(),
-            None => Ok(false),
+            Some(mut side) => side.applier.state_page_count(connected),
+            None => {
+                connected();
+                Ok(false)
+            }
         }
     }
 

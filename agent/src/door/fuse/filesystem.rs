@@ -651,11 +651,11 @@ impl Filesystem for LitefsFilesystem {
         let open = open.or_else(|| inode.open.lock().file.as_ref().and_then(|f| f.metadata().ok()));
         match open.map_or_else(|| self.backing(&inode.path()).symlink_metadata(), Ok) {
             Ok(meta) => {
-                reply.attr(&KEEP, &self.attr(&inode, &meta));
-                if !is_internal(req)
-                    && let Some(db) = page_count::asked_for_size(&inode)
-                {
-                    page_count::state_soon(db);
+                let attr = self.attr(&inode, &meta);
+                let answer = move || reply.attr(&KEEP, &attr);
+                match page_count::asked_for_size(&inode) {
+                    Some(db) if !is_internal(req) => page_count::state_soon(db, answer),
+                    _ => answer(),
                 }
             }
             Err(e) => reply.error(errno(e)),

@@ -6,18 +6,14 @@ use super::inodes::{Inode, Node};
 use super::names::Kind;
 use crate::apply::is_page_count_missing;
 use crate::database::Database;
+use parking_lot::Mutex;
 use sqlite_file::wal_index::IndexHeader;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 /// Requests for the size of a database file, from one to the next look at its wal-index. A look costs less than a request.
 const SIZES_ASKED_MAX: u32 = 64;
-
-/// A reading transaction is short; between two there is a moment for this.
-const TRIES: u32 = 32;
-const BETWEEN_TRIES: Duration = Duration::from_micros(50);
 
 /// How often somebody has asked for the size of a file since the wal-index was looked at.
 #[derive(Debug, Default)]
@@ -45,23 +41,25 @@ pub fn asked_for_size(inode: &Inode) -> Option<Arc<Database>> {
     matches!(index, Ok(Some(header)) if is_page_count_missing(&header)).then_some(db)
 }
 
-/// States the number of pages at a moment at which nobody reads. Through the mount, so on a thread of its own: what others
-/// do through the mount may wait for readers.
-pub fn state_soon(db: Arc<Database>) {
+/// States the number of pages at a moment at which nobody reads, and gives `answer` to the one who asked as soon as it may
+/// close the database. Through the mount, so on a thread of its own: what others do there may wait for readers.
+pub fn state_soon(db: Arc<Database>, answer: impl FnOnce() + Send + 'static) {
+    let answer = Arc::new(Mutex::new(Some(answer)));
+    let ours = answer.clone();
     let thread = std::thread::Builder::new().name("door-page-count".to_owned()).spawn(move || {
-        for _ in 0..TRIES {
-            match db.state_page_count() {
-                Ok(true) => {
-                    return tracing::debug!(database = %db.name(), "the wal-index states the number of pages");
-                }
-                Ok(false) => std::thread::sleep(BETWEEN_TRIES),
-                Err(error) => {
-                    return tracing::debug!(database = %db.name(), %error, "the wal-index stays as it is");
-                }
-            }
+        match db.state_page_count(|| give(&ours)) {
+            Ok(stated) => tracing::debug!(database = %db.name(), stated, "number of pages in the wal-index"),
+            Err(error) => tracing::debug!(database = %db.name(), %error, "the wal-index stays as it is"),
         }
     });
     if let Err(error) = thread {
         tracing::debug!(%error, "cannot start a thread of the mount");
+        give(&answer);
+    }
+}
+
+fn give<F: FnOnce()>(answer: &Mutex<Option<F>>) {
+    if let Some(answer) = answer.lock().take() {
+        answer();
     }
 }
