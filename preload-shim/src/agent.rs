@@ -269,7 +269,7 @@ pub fn may_write(cluster: usize) -> bool {
     if lost != 0 && now.saturating_sub(lost) > wait_ms() * 1_000_000 {
         return false;
     }
-    if page.mode.load(Ordering::Acquire) & protocol::MODE_WRITABLE == 0 {
+    if page.mode.load(Ordering::SeqCst) & protocol::MODE_WRITABLE == 0 {
         return false;
     }
     let until = page.write_until_ns.load(Ordering::Relaxed);
@@ -293,6 +293,8 @@ pub fn give_up(fd: i32) {
     for connection in &CONNECTION {
         if connection.socket.compare_exchange(fd, -1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
             connection.lost_ns.store(sys::now_ns().max(1), Ordering::Relaxed);
+            // The agent is there, and has nobody to tell of changes until there is another connection.
+            connection.checked_ns.store(0, Ordering::Relaxed);
         }
     }
 }
@@ -356,7 +358,8 @@ fn attach_on(
             Ok(Ok(number)) => number,
             Ok(Err(libc::EINVAL)) => PLAIN,
             Ok(Err(error)) => return Err(Some(error)),
-            Err(Lost::HungUp | Lost::TimedOut) => return Err(None),
+            Err(Lost::HungUp) => return Err(None),
+            Err(Lost::TimedOut) => return Err(Some(libc::ETIMEDOUT)),
         };
     database.attached.store(u64::from(generation) << 32 | u64::from(number), Ordering::Release);
     Ok(number)
@@ -383,8 +386,10 @@ pub fn ask(database: &Database, op: Op, flags: u32, data: &[u64], wait_ms: u64) 
             Ok(answer) => return answer,
             Err(Lost::HungUp) => connection.lose(generation),
             Err(Lost::TimedOut) => {
-                connection.lose(generation);
-                say(&[b"the agent did not answer in time: the transaction is refused"]);
+                // A WAL that does not end goes on: nothing is refused.
+                if op != Op::WalEnd {
+                    say(&[b"the agent did not answer in time: the transaction is refused"]);
+                }
                 return Err(libc::ETIMEDOUT);
             }
         }
@@ -483,7 +488,11 @@ fn post(
             return Err(Lost::HungUp);
         }
         if state != protocol::WAITING && sys::now_ns() >= deadline_ns {
-            return Err(Lost::TimedOut);
+            // What the agent has not begun is taken back; what it has, it frees.
+            let after = if state == protocol::POSTED { protocol::FREE } else { protocol::ABANDONED };
+            if slot.state.compare_exchange(state, after, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                return Err(Lost::TimedOut);
+            }
         }
     }
     let (error, answer) = (slot.error.load(Ordering::Relaxed), slot.answer.load(Ordering::Relaxed));
@@ -509,11 +518,75 @@ fn number_on_page(database: &Database) -> Option<(&'static Page, u32)> {
     (current && (number as usize) < protocol::DATABASES).then_some((page, number))
 }
 
+/// A commit in WAL mode is about to be written. From now on the agent waits for it before it ends a term; `false`: the
+/// term has ended.
+pub fn begin_commit(database: &Database) -> bool {
+    let cluster = database.cluster();
+    if !database.committing.load(Ordering::Relaxed).is_null() {
+        // The header of the same commit again, with another checksum.
+        return true;
+    }
+    if let Some(page) = CONNECTION[cluster].page() {
+        // Before the look at the mode: the agent clears that first and looks at this afterwards.
+        page.committing.fetch_add(1, Ordering::SeqCst);
+        database.committing.store(core::ptr::from_ref(page).cast_mut(), Ordering::Relaxed);
+    }
+    let may = may_write(cluster);
+    if !may {
+        end_commit(database);
+    }
+    may
+}
+
+/// The commit is published, or will not be.
+pub fn end_commit(database: &Database) {
+    let page = database.committing.swap(core::ptr::null_mut(), Ordering::Relaxed);
+    // SAFETY: a page stays mapped as long as the process lives.
+    if let Some(page) = unsafe { page.as_ref() } {
+        page.committing.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 /// A commit is visible in the WAL: nobody waits for anything. An agent that is not there now finds it later.
 pub fn committed(database: &Database) {
     if let Some((page, number)) = number_on_page(database) {
+        let bytes = database.wal_bytes.swap(0, Ordering::Relaxed);
+        page.written[number as usize].fetch_add(bytes, Ordering::SeqCst);
         page.changed[number as usize].fetch_or(protocol::CHANGED, Ordering::SeqCst);
         ring(page, protocol::ASLEEP);
+    }
+    end_commit(database);
+}
+
+/// Waits until the agent is near enough for another transaction. Where no agent is it does not wait: how long commits go
+/// on without one is limited elsewhere.
+pub fn wait_until_near(database: &Database) -> Result<(), i32> {
+    let connection = &CONNECTION[database.cluster()];
+    let mut deadline = 0;
+    loop {
+        let Some((page, number)) = number_on_page(database) else { return Ok(()) };
+        let seen = page.caught_up.load(Ordering::SeqCst);
+        let captured = page.captured[number as usize].load(Ordering::SeqCst);
+        let written = page.written[number as usize].load(Ordering::Relaxed);
+        if written.saturating_sub(captured) <= protocol::AHEAD_BYTES {
+            return Ok(());
+        }
+        let now = sys::now_ns();
+        if deadline == 0 {
+            deadline = now + wait_ms() * 1_000_000;
+            // A wake-up may have been missed.
+            page.changed[number as usize].fetch_or(protocol::CHANGED, Ordering::SeqCst);
+            ring(page, protocol::ASLEEP);
+        }
+        let socket = connection.socket.load(Ordering::Acquire);
+        if socket < 0 || sys::hung_up(socket) {
+            return Ok(());
+        }
+        if now >= deadline {
+            say(&[b"the agent does not keep up with this database: a transaction has to wait"]);
+            return Err(libc::EAGAIN);
+        }
+        sys::futex_wait(&page.caught_up, seen, LOOK_MS);
     }
 }
 

@@ -183,9 +183,13 @@ fn wal_write(
     offset: u64,
     real: &dyn Fn() -> isize,
 ) -> isize {
+    database.wal_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
     if data.len() == FRAME_HEADER && offset >= WAL_HEADER as u64 {
         if data[4..8] != [0; 4] {
-            if !agent::may_write(database.cluster()) {
+            if database.shms.load(Ordering::Relaxed) == 0 && agent::wait_until_near(database).is_err() {
+                return fail(libc::EIO) as isize;
+            }
+            if !agent::begin_commit(database) {
                 return fail(libc::EROFS) as isize;
             }
             database.committed.store(1, Ordering::Relaxed);
@@ -406,9 +410,13 @@ fn lock_shm(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) ->
             if !agent::may_write(database.cluster()) {
                 return fail(libc::EAGAIN);
             }
+            if let Err(error) = agent::wait_until_near(database) {
+                return fail(error);
+            }
         }
         let locked = real();
         if locked == 0 {
+            agent::end_commit(database);
             database.committed.store(0, Ordering::Relaxed);
             if agent::holds(database.cluster())
                 && let Some(mut transaction) = database.transaction.lock()

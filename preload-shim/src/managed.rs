@@ -68,6 +68,8 @@ struct Cluster {
     /// Where its agent's files are.
     runtime: [u8; 108],
     runtime_len: usize,
+    /// Its registration is there. Otherwise it is no cluster any more, and its inode may be another directory's.
+    registered: bool,
 }
 
 /// All that were ever found; an index stays what it is.
@@ -177,7 +179,8 @@ pub fn forked() {
 
 impl Clusters {
     fn index_of(&self, (device, inode): (u64, u64)) -> Option<usize> {
-        self.known.iter().position(|c| c.is_some_and(|c| c.device == device && c.inode == inode))
+        let is = |c: &Cluster| c.registered && (c.device, c.inode) == (device, inode);
+        self.known.iter().position(|c| c.as_ref().is_some_and(is))
     }
 
     /// Reads the runtime directories.
@@ -190,6 +193,7 @@ impl Clusters {
             // SAFETY: a string of the environment.
             unsafe { CStr::from_ptr(variable) }.to_bytes()
         };
+        self.known.iter_mut().flatten().for_each(|cluster| cluster.registered = false);
         for dir in dirs.split(|b| *b == b':').filter(|dir| !dir.is_empty()) {
             let mut path = PathBuffer::<108>::new();
             if !path.push(dir) {
@@ -239,8 +243,8 @@ impl Clusters {
         let read = sys::read(fd, &mut text);
         sys::close(fd);
         let Some(found) = read.ok().and_then(|count| Registration::parse(&text[..count])) else { return };
-        let mut cluster =
-            Cluster { device: found.device, inode: found.inode, runtime: [0; 108], runtime_len: len };
+        let Registration { device, inode, .. } = found;
+        let mut cluster = Cluster { device, inode, runtime: [0; 108], runtime_len: len, registered: true };
         cluster.runtime[..len].copy_from_slice(path.bytes());
         let same_place = |c: &Cluster| c.runtime[..c.runtime_len] == *path.bytes();
         // The directory of a cluster can be made anew; its place is then the same.

@@ -6,8 +6,8 @@
 use crate::lock::{Guard, Lock};
 use crate::managed::{CLUSTERS, Managed, NAME_MAX, PathBuffer};
 use crate::{agent, sys};
-use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
-use shim_protocol::write_word;
+use core::sync::atomic::{AtomicPtr, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use shim_protocol::{Page, write_word};
 
 /// Descriptors from here on cannot be databases.
 pub const DESCRIPTORS: usize = 1 << 16;
@@ -81,6 +81,10 @@ pub struct Database {
     pub journals: AtomicU32,
     /// A commit frame was written since the write lock was taken.
     pub committed: AtomicU32,
+    /// Where its commit is counted as under way: see [`agent::begin_commit`].
+    pub committing: AtomicPtr<Page>,
+    /// Bytes written to the WAL that the agent was not told of.
+    pub wal_bytes: AtomicU64,
     pub transaction: Lock<Transaction>,
 }
 
@@ -157,6 +161,8 @@ impl Database {
             shms: AtomicU32::new(0),
             journals: AtomicU32::new(0),
             committed: AtomicU32::new(0),
+            committing: AtomicPtr::new(core::ptr::null_mut()),
+            wal_bytes: AtomicU64::new(0),
             transaction: Lock::new(Transaction::new()),
         }
     }
@@ -292,6 +298,7 @@ pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
     for count in [&database.wals, &database.shms, &database.journals, &database.committed] {
         count.store(0, Ordering::Relaxed);
     }
+    database.wal_bytes.store(0, Ordering::Relaxed);
     if let Some(mut transaction) = database.transaction.lock() {
         transaction.clear();
         transaction.held = None;
@@ -398,6 +405,9 @@ pub fn forked() {
             database.name.forget_holder();
             database.transaction.forget_holder();
             database.attached.store(0, Ordering::Relaxed);
+            // What is under way is the parent's.
+            database.committing.store(core::ptr::null_mut(), Ordering::Relaxed);
+            database.committed.store(0, Ordering::Relaxed);
             if let Some(mut transaction) = database.transaction.lock() {
                 transaction.clear();
                 transaction.held = None;

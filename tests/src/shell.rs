@@ -1,5 +1,6 @@
 //! Other processes: the SQLite shell, once or as a conversation, and anything else.
 
+use crate::door::is_preload;
 use std::io::{BufRead, BufReader, PipeReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -25,10 +26,15 @@ pub fn run(command: &mut Command) -> String {
     }
 }
 
+/// How long shells wait for other writers. Behind the preload door a write that is refused waits as long.
+fn busy_timeout() -> &'static str {
+    if is_preload() { ".timeout 4000" } else { ".timeout 20000" }
+}
+
 fn shell_command(database: &Path) -> Command {
     let mut command = Command::new("sqlite3");
     // Without the user's ~/.sqliterc; errors end it; it waits for others as applications do.
-    command.args(["-batch", "-bail", "-init", "/dev/null", "-cmd", ".timeout 20000"]).arg(database);
+    command.args(["-batch", "-bail", "-init", "/dev/null", "-cmd", busy_timeout()]).arg(database);
     command
 }
 
@@ -79,7 +85,7 @@ impl Shell {
     pub fn open(database: &Path) -> Shell {
         let (output, writer) = std::io::pipe().expect("a pipe");
         let mut command = Command::new("sqlite3");
-        command.args(["-batch", "-init", "/dev/null", "-cmd", ".timeout 20000"]).arg(database);
+        command.args(["-batch", "-init", "/dev/null", "-cmd", busy_timeout()]).arg(database);
         command.stdin(Stdio::piped()).stdout(writer.try_clone().expect("a pipe")).stderr(writer);
         let mut child = command.spawn().expect("sqlite3 runs");
         let input = child.stdin.take().expect("stdin was piped");

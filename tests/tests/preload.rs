@@ -292,6 +292,46 @@ fn without_an_agent_writes_end_with_an_error_after_a_while() {
 }
 
 #[test]
+fn a_writer_waits_for_an_agent_that_does_not_keep_up() {
+    use nix::sys::signal::{Signal, kill};
+    let script = r#"
+import sqlite3, sys
+c = sqlite3.connect(sys.argv[1] + "/x.db", isolation_level=None, timeout=0)
+c.execute("PRAGMA journal_mode=WAL")
+c.execute("PRAGMA synchronous=OFF")
+c.execute("PRAGMA wal_autocheckpoint=0")
+c.execute("CREATE TABLE t(v)")
+for line in sys.stdin:
+    try:
+        for _ in range(200):
+            c.execute("INSERT INTO t VALUES(randomblob(100000))")
+        print("written", flush=True)
+    except sqlite3.OperationalError as e:
+        print(e, c.execute("SELECT count(*) FROM t").fetchone()[0], flush=True)
+"#;
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "fuse"));
+    let mut command = python(&primary, script, &[]);
+    let mut client = Client::start(command.env("LITEFS_WAIT_MS", "300").stderr(Stdio::null()));
+    assert_eq!(client.tell("go"), "written");
+    let pid = nix::unistd::Pid::from_raw(primary.pid().try_into().expect("a process id"));
+    assert_follows(&primary, &replica, "x.db", 200);
+    kill(pid, Signal::SIGSTOP).expect("the agent runs");
+    let before = std::fs::metadata(primary.path("x.db-wal")).expect("there is a WAL").len();
+    let answer = client.tell("go");
+    let ahead = std::fs::metadata(primary.path("x.db-wal")).expect("there is a WAL").len() - before;
+    kill(pid, Signal::SIGCONT).expect("the agent is there");
+    let rows = answer.strip_prefix("database is locked ").unwrap_or_else(|| panic!("{answer}"));
+    let rows: u64 = rows.parse().expect("a number of rows");
+    assert!((4 << 20..5 << 20).contains(&ahead), "the writer was {ahead} bytes ahead");
+    primary.wait_for("the agent has caught up", || client.tell("go") == "written");
+    let all = self::rows(&primary, "x.db");
+    assert!(all >= rows + 200, "{all} rows, {rows} when the agent was stopped");
+    assert_follows(&primary, &replica, "x.db", all);
+    primary.assert_no_errors();
+}
+
+#[test]
 fn threads_and_processes_write_one_database() {
     let script = r#"
 import os, sqlite3, sys, threading

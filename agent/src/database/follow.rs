@@ -4,7 +4,6 @@ use super::recovery::WAL_IS_FROM_THE_LOG;
 use super::{Database, State};
 use crate::capture::wal::published::{self, HeldCommit};
 use crate::capture::{CaptureError, Logged, wal};
-use sqlite_file::locks::{self, LockKind};
 use sqlite_file::wal::{Scanner, WalEnd, WalError, WalHeader};
 use sqlite_file::wal_index::IndexHeader;
 use std::fs::File;
@@ -97,13 +96,6 @@ impl Database {
         st.wal.reset();
         st.followed = Followed::default();
         Ok(())
-    }
-
-    /// Whether somebody holds the lock of a WAL's writer.
-    pub fn is_being_written(&self) -> bool {
-        let Ok(index) = File::open(&self.paths.shm) else { return false };
-        locks::conflicting_holder(&index, LockKind::Write, locks::WAL_WRITE)
-            .is_ok_and(|holder| holder.is_some())
     }
 
     /// Reads the WAL that transactions of a primary were written to, so that what applications add is told from it.

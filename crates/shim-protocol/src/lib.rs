@@ -18,7 +18,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// Version of everything in this crate.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// First word of handshake and page: `LFSH`.
 pub const MAGIC: u32 = 0x4853_464c;
 /// File, beside the agent's socket, that names the managed directory: see [`Registration`].
@@ -34,6 +34,9 @@ pub const WAIT_VARIABLE: &str = "LITEFS_WAIT_MS";
 /// The default of it.
 pub const WAIT_MS: u64 = 10_000;
 
+/// Bytes of a WAL that a process may be ahead of the agent. A writer that is farther waits before its next transaction:
+/// else a fast one could outrun the agent without limit.
+pub const AHEAD_BYTES: u64 = 4 << 20;
 /// Requests of one process that can be under way at once.
 pub const SLOTS: usize = 32;
 /// Databases of one cluster that one process can have open at once.
@@ -131,8 +134,18 @@ pub struct Page {
     pub reserved: AtomicU32,
     /// Writes begin only before this moment (`CLOCK_MONOTONIC`, nanoseconds): the primary's lease as far as it is known.
     pub write_until_ns: AtomicU64,
+    /// Commits in WAL mode between the shim's look at [`Page::mode`] and their publication. The agent ends a term by
+    /// clearing [`MODE_WRITABLE`] and waiting until there are none.
+    pub committing: AtomicU32,
+    /// Counted up by the agent when it has caught up with something; writers that are too far ahead wait on it (futex).
+    pub caught_up: AtomicU32,
     /// One word for each attached database: [`CHANGED`] and [`CLOSED`], set by the shim, taken by the agent.
     pub changed: [AtomicU32; DATABASES],
+    /// For each attached database: bytes that this process has written to its WAL. Counted by the shim before
+    /// [`CHANGED`] is set.
+    pub written: [AtomicU64; DATABASES],
+    /// What of `written` the agent has looked at: see [`AHEAD_BYTES`].
+    pub captured: [AtomicU64; DATABASES],
     /// Requests.
     pub slots: [Slot; SLOTS],
 }
@@ -149,6 +162,8 @@ pub const SERVED: u32 = 3;
 pub const DONE: u32 = 4;
 /// [`Slot::state`]: the agent is done with it and waits for followers, without limit.
 pub const WAITING: u32 = 5;
+/// [`Slot::state`]: the thread has given up while the agent worked on it; the agent frees it when it is done.
+pub const ABANDONED: u32 = 6;
 
 /// One request and its answer. The state says whose the other fields are.
 #[repr(C)]

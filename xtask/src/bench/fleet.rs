@@ -50,8 +50,8 @@ impl Side {
         wait_for(&format!("the replica has {name} as the primary has it"), || {
             self.primary.check_running()?;
             self.replica.check_running()?;
-            let position = self.primary.position(name);
-            Ok((position.is_some() && position == self.replica.position(name)).then(|| begin.elapsed()))
+            let position = self.primary.position(name)?;
+            Ok((position.is_some() && position == self.replica.position(name)?).then(|| begin.elapsed()))
         })
         .with_context(|| format!("the log of the replica says:\n{}", self.replica.log()))
     }

@@ -120,8 +120,8 @@ impl Side {
         }
         let begin = Instant::now();
         let mut joining = Agent::start(&self.litefs, self.door, &self.dir, "replica", Some(&self.primary))?;
-        let position = self.primary.position(NAME).context("the primary has no position of the database")?;
-        while joining.position(NAME).as_ref() != Some(&position) {
+        let position = self.primary.position(NAME)?.context("the primary has no position of the database")?;
+        while joining.position(NAME)?.as_ref() != Some(&position) {
             joining.check_running()?;
             self.primary.check_running()?;
             process::check_interrupted()?;
@@ -143,7 +143,7 @@ impl Side {
         driver.ask(&json!({"do": "close", "name": NAME}))?;
         let replica = self.replica.as_ref().context("no replica")?;
         wait_for("the replica has the last commits", || {
-            Ok((self.primary.position(NAME) == replica.position(NAME)).then_some(()))
+            Ok((self.primary.position(NAME)? == replica.position(NAME)?).then_some(()))
         })
     }
 }

@@ -132,9 +132,14 @@ impl Agent {
     pub fn wait_until_ready(&mut self) -> Result<Value> {
         wait_for(&format!("the {} gets ready", self.name), || {
             self.check_running()?;
-            let status = self.command(&["status", "--json"]).output().context("cannot run litefs status")?;
-            Ok(if status.status.success() { serde_json::from_slice(&status.stdout).ok() } else { None })
+            self.status()
         })
+    }
+
+    /// What `litefs status` says; `None` unless all is well.
+    fn status(&self) -> Result<Option<Value>> {
+        let status = self.command(&["status", "--json"]).output().context("cannot run litefs status")?;
+        Ok(if status.status.success() { serde_json::from_slice(&status.stdout).ok() } else { None })
     }
 
     /// Fails with its log if the agent has ended.
@@ -145,9 +150,14 @@ impl Agent {
         Ok(())
     }
 
-    /// The position of a database, as its special file tells it; `None` while there is no such database.
-    pub fn position(&self, database: &str) -> Option<String> {
-        fs::read_to_string(self.path(&format!("{database}-pos"))).ok()
+    /// The position of a database; `None` while there is no such database, or something is not well.
+    pub fn position(&self, database: &str) -> Result<Option<String>> {
+        let status = self.status()?;
+        let databases = status.as_ref().and_then(|status| status["databases"].as_array());
+        let mut found = databases.into_iter().flatten().filter(|found| found["name"] == database);
+        Ok(found
+            .next()
+            .and_then(|found| Some(format!("{}/{}", found["txid"].as_str()?, found["checksum"].as_str()?))))
     }
 
     /// A line of `/proc/PID/status` in KiB.

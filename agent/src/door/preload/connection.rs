@@ -94,18 +94,19 @@ impl Connection {
     fn serve_requests(self: &Arc<Self>, serving: &mut Serving) -> bool {
         let mut busy = false;
         for (index, slot) in self.memory.page().slots.iter().enumerate() {
-            if slot.state.load(Ordering::Acquire) != protocol::POSTED {
+            if slot.state.load(Ordering::Relaxed) != protocol::POSTED
+                || !pass(slot, protocol::POSTED, protocol::SERVED)
+            {
                 continue;
             }
             busy = true;
-            slot.state.store(protocol::SERVED, Ordering::Relaxed);
             match self.request(serving, slot) {
                 Ok(Answer::Now(answer)) => finish(slot, answer, 0),
                 Err(errno) => finish(slot, 0, errno),
                 Ok(Answer::WhenAcknowledged(hold)) => match self.database(slot) {
                     Ok(db) => {
                         // However long it takes: the process looks only whether this agent is there.
-                        slot.state.store(protocol::WAITING, Ordering::Release);
+                        pass(slot, protocol::SERVED, protocol::WAITING);
                         let memory = self.memory.clone();
                         let answer = move |result: Result<(), i32>| {
                             finish(&memory.page().slots[index], 0, result.err().unwrap_or(0));
@@ -186,7 +187,21 @@ impl Connection {
         };
         tracing::debug!(database = %name, pid = self.peer.pid, "opened through the preload library");
         attached[number] = Some(db);
+        // The number may have been another database's.
+        let page = self.memory.page();
+        page.captured[number].store(page.written[number].load(Ordering::SeqCst), Ordering::SeqCst);
         Ok(number as u32)
+    }
+
+    /// Writers that wait until the agent is near enough look again.
+    fn has_captured(&self, number: usize, written: u64) {
+        let page = self.memory.page();
+        let before = page.captured[number].swap(written, Ordering::SeqCst);
+        // Whoever waits was that far ahead.
+        if written.saturating_sub(before) > protocol::AHEAD_BYTES / 2 {
+            page.caught_up.fetch_add(1, Ordering::SeqCst);
+            memory::wake(&page.caught_up);
+        }
     }
 
     fn look_at_changed(&self) -> bool {
@@ -201,7 +216,10 @@ impl Connection {
             let Some(db) = self.attached.lock().get(number).cloned().flatten() else { continue };
             busy = true;
             if what & protocol::CHANGED != 0 {
-                requests::follow(&db);
+                let written = page.written[number].load(Ordering::SeqCst);
+                if requests::follow(&db) {
+                    self.has_captured(number, written);
+                }
             }
             if what & protocol::CLOSED != 0 {
                 self.attached.lock()[number] = None;
@@ -212,9 +230,17 @@ impl Connection {
     }
 }
 
+/// Takes a slot from one state to another, unless the process has done so.
+fn pass(slot: &Slot, from: u32, to: u32) -> bool {
+    slot.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
+}
+
 fn finish(slot: &Slot, answer: u32, errno: i32) {
     slot.answer.store(answer, Ordering::Relaxed);
     slot.error.store(errno.unsigned_abs(), Ordering::Relaxed);
-    slot.state.store(protocol::DONE, Ordering::Release);
-    memory::wake(&slot.state);
+    if slot.state.swap(protocol::DONE, Ordering::AcqRel) == protocol::ABANDONED {
+        slot.state.store(protocol::FREE, Ordering::Release);
+    } else {
+        memory::wake(&slot.state);
+    }
 }

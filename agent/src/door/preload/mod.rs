@@ -30,8 +30,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long the end of a term waits for commits that have begun.
-const COMMIT_PATIENCE: Duration = Duration::from_millis(100);
+/// How long the end of a term waits for commits that are being written and published: a process may be stopped meanwhile,
+/// and an fsync may be among it.
+const COMMIT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How the door is opened.
 #[derive(Debug, Clone)]
@@ -82,6 +83,8 @@ struct Connections {
     hold: bool,
     /// What applications were told last.
     writable: AtomicBool,
+    /// The term ends: processes that connect now are not told that they may write.
+    ending: AtomicBool,
 }
 
 /// The open door.
@@ -100,11 +103,14 @@ impl Door {
             all: Mutex::default(),
             hold: options.hold,
             writable: AtomicBool::new(shared.is_writable()),
+            ending: AtomicBool::new(false),
         });
         let told = connections.clone();
         shared.follow_wals(move |step| told.role_step(step));
         // What was committed while no agent ran.
-        shared.known().iter().for_each(requests::follow);
+        for db in shared.known() {
+            requests::follow(&db);
+        }
         let socket = options.runtime_dir.join(SOCKET);
         let listener = Listener::start(&socket, connections.clone())
             .map_err(|source| DoorError::Io { path: socket, source })?;
@@ -207,10 +213,10 @@ impl Connections {
         let until = self.shared.write_limit().map_or(u64::MAX, monotonic_ns);
         page.write_until_ns.store(until, Ordering::Release);
         let mut mode = 0;
-        if self.shared.is_writable() {
+        if self.shared.is_writable() && !self.ending.load(Ordering::SeqCst) {
             mode |= protocol::MODE_WRITABLE;
         }
-        if self.hold || self.shared.gate.is_used() {
+        if self.holds() {
             mode |= protocol::MODE_HELD;
         }
         page.mode.store(mode, Ordering::Release);
@@ -220,6 +226,9 @@ impl Connections {
         match step {
             RoleStep::Changed => {
                 let writable = self.shared.is_writable();
+                if !writable {
+                    self.ending.store(false, Ordering::SeqCst);
+                }
                 if !self.writable.swap(writable, Ordering::AcqRel) && writable {
                     self.read_applied_wals();
                 }
@@ -240,19 +249,33 @@ impl Connections {
 
     /// No process begins a commit any more; what has been committed is captured while this node may still do so.
     fn end_writes(&self) {
-        let all = self.all.lock().clone();
+        let all = {
+            let all = self.all.lock();
+            self.ending.store(true, Ordering::SeqCst);
+            all.clone()
+        };
         for connection in &all {
             let mode = &connection.memory().page().mode;
             mode.fetch_and(!protocol::MODE_WRITABLE, Ordering::SeqCst);
         }
-        let deadline = Instant::now() + COMMIT_PATIENCE;
+        // Held commits are in the log before they are written.
+        let deadline = Instant::now() + if self.holds() { Duration::ZERO } else { COMMIT_PATIENCE };
+        while self.is_any_committing() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(200));
+        }
         for db in all.iter().flat_map(|connection| connection.databases()) {
-            // A commit frame is written and published under the write lock.
-            while db.is_being_written() && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_micros(200));
-            }
             requests::follow(&db);
         }
+    }
+
+    /// Whether a process that is still there has looked whether it may commit, and has not published its commit.
+    fn is_any_committing(&self) -> bool {
+        self.all.lock().iter().any(|c| c.memory().page().committing.load(Ordering::SeqCst) > 0)
+    }
+
+    /// Whether commits in WAL mode are held until the log has them.
+    fn holds(&self) -> bool {
+        self.hold || self.shared.gate.is_used()
     }
 }
 

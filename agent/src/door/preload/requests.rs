@@ -84,23 +84,26 @@ fn note_replaced(db: &Database, st: &mut State) {
     }
 }
 
-/// Captures what is published. Nobody waits for it; what fails is tried again.
-pub fn follow(db: &Arc<Database>) {
+/// Captures what is published. What fails is tried again; `false`: the log lacks something, and writers that are far
+/// ahead have to wait.
+pub fn follow(db: &Arc<Database>) -> bool {
     let mut st = db.state();
-    if let Err(error) = db.follow_wal(&mut st) {
-        match error {
-            CaptureError::NotADatabase(reason) => {
-                let path = db.paths().wal.display();
-                st.quarantine(db, format!("{path}: {reason}"));
-            }
-            CaptureError::Quarantined(_) | CaptureError::NotPrimary => {}
-            error => {
-                tracing::error!(database = %db.name(), %error, "commits in the WAL cannot be captured yet; trying again");
-            }
+    let followed = match db.follow_wal(&mut st) {
+        Ok(_) | Err(CaptureError::NotPrimary) => true,
+        Err(CaptureError::NotADatabase(reason)) => {
+            let path = db.paths().wal.display();
+            st.quarantine(db, format!("{path}: {reason}"));
+            false
         }
-    }
+        Err(CaptureError::Quarantined(_)) => false,
+        Err(error) => {
+            tracing::error!(database = %db.name(), %error, "commits in the WAL cannot be captured yet; trying again");
+            false
+        }
+    };
     // A fast writer has the next commit ready; streams, exports and other processes have their turn first.
     MutexGuard::unlock_fair(st);
+    followed
 }
 
 /// A transaction without WAL is about to end.
