@@ -135,6 +135,8 @@ pub struct State {
     pub wal: WalCapture,
     /// Up to here the kernel's cache has pages of the WAL in advance, until somebody asks how long the file is.
     pub wal_cached_end: u64,
+    /// The application has synced the WAL since its last commit, as with `synchronous=FULL`.
+    pub wal_synced: bool,
     /// The running rollback-mode transaction.
     pub rollback: RollbackCapture,
     /// Open handles through which the door does not see writes.

@@ -209,9 +209,15 @@ impl CommitLog {
         let _ = self.shared.flush.on_sync.set(told);
     }
 
-    /// As [`CommitLog::on_durable`], for something that is not waited for: many commits share a sync.
+    /// As [`CommitLog::on_durable`], for something that nobody waits for: it is called up to 4 ms later, many together, and
+    /// does not make a sync begin sooner.
     pub fn on_durable_paced(&self, lsn: Lsn, callback: OnDurable) {
         self.shared.on_durable(lsn, callback, false);
+    }
+
+    /// Somebody will soon wait for everything before `lsn` to be durable: the sync begins at once.
+    pub fn hasten(&self, lsn: Lsn) {
+        self.shared.hasten(lsn);
     }
 
     /// Asks for durability without waiting. The flusher does it by itself as soon as something is appended.

@@ -11,9 +11,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
-/// Between the beginnings of two syncs that nobody waits for: followers get what was committed without a sync this much
-/// later at most, and a commit costs the CPU of a fraction of a sync.
+/// Between two times that callbacks are called which nobody waits for, and between the syncs for them: followers get what
+/// was committed this much later at most, and a commit costs a fraction of a sync and of a shipment.
 const PACE: Duration = Duration::from_millis(1);
+/// The same while commits come fast: followers then get more at once, and leave the disk and the CPUs to the commits.
+const PACE_BUSY: Duration = Duration::from_millis(4);
+/// Commits come fast when so many callbacks or more fall into the shorter interval.
+const BUSY_CALLBACKS: u128 = 2;
 
 /// Gets the time each sync took.
 pub type OnSync = Box<dyn Fn(Duration) + Send + Sync>;
@@ -45,6 +49,12 @@ struct FlushState {
     /// Somebody waits for everything before this; what comes after may wait for the pace.
     urgent: Lsn,
     callbacks: Vec<(Lsn, OnDurable)>,
+    /// Callbacks that nobody waits for, in the order in which they came.
+    paced: Vec<(Lsn, OnDurable)>,
+    /// They wait until then, also when they are due.
+    paced_until: Option<Instant>,
+    /// How long they wait.
+    paced_interval: Duration,
     stop: bool,
     /// No flusher will ever run again.
     stopped: bool,
@@ -128,9 +138,11 @@ impl Shared {
     pub(super) fn on_durable(&self, lsn: Lsn, callback: OnDurable, urgent: bool) {
         let mut state = self.flush.state.lock();
         if !state.stopped {
-            state.callbacks.push((lsn, callback));
             if urgent {
+                state.callbacks.push((lsn, callback));
                 state.urgent = state.urgent.max(lsn);
+            } else {
+                state.paced.push((lsn, callback));
             }
             drop(state);
             if urgent || self.durable() >= lsn {
@@ -141,6 +153,16 @@ impl Shared {
         drop(state);
         let durable = self.durable() >= lsn;
         callback(if durable { Ok(()) } else { Err(LogError::Closed(self.dir.clone())) });
+    }
+
+    /// Somebody will soon wait for everything before `lsn`: the sync begins at once.
+    pub(super) fn hasten(&self, lsn: Lsn) {
+        let mut state = self.flush.state.lock();
+        if state.urgent < lsn {
+            state.urgent = lsn;
+            drop(state);
+            self.flush.work.notify_one();
+        }
     }
 
     /// Syncs what was appended so far and publishes it. After an error the log takes nothing more.
@@ -172,11 +194,14 @@ impl Shared {
     fn publish_durable(&self, target: Lsn) {
         let mut state = self.flush.state.lock();
         self.flush.durable.store(target.0, Ordering::Release);
-        let ready = take_ready(&mut state, |lsn| lsn <= target);
+        let ready = take_ready(&mut state.callbacks, |lsn| lsn <= target);
+        let paced = state.take_paced(false, |lsn| lsn <= target);
         drop(state);
+        // First those whom an application waits for.
+        ready.into_iter().for_each(|callback| callback(Ok(())));
         self.flush.done.notify_all();
         self.flush.published.send_if_modified(|published| std::mem::replace(published, target) != target);
-        ready.into_iter().for_each(|callback| callback(Ok(())));
+        paced.into_iter().for_each(|callback| callback(Ok(())));
     }
 
     /// Stops the log for good after a failed fsync; everyone who waits is told. Returns the error to answer.
@@ -203,13 +228,19 @@ impl Shared {
             }
             let failure = self.flush.failure();
             let durable = self.durable();
-            let ready = take_ready(&mut state, |lsn| failure.is_some() || lsn <= durable);
+            let due = |lsn: Lsn| failure.is_some() || lsn <= durable;
+            let mut ready = take_ready(&mut state.callbacks, due);
+            let at_once = failure.is_some() || state.stop;
+            ready.extend(state.take_paced(at_once, due));
+            let next = state.paced_until;
             drop(state);
             for callback in ready {
                 callback(failure.clone().map_or(Ok(()), Err));
             }
             if failure.is_none() && self.appended.load(Ordering::SeqCst) > durable.0 {
-                paced_until = Instant::now() + PACE;
+                let begun = Instant::now();
+                // A sync for the followers alone goes with the next shipment.
+                paced_until = next.filter(|next| *next > begun).unwrap_or(begun + PACE);
                 // A failure is told to everyone by the next round.
                 let _ = self.flush_once();
             } else if stop {
@@ -228,9 +259,16 @@ impl Shared {
             let failed = self.flush.failed.get().is_some();
             let durable = self.durable();
             let pending = !failed && self.appended.load(Ordering::SeqCst) > durable.0;
-            let ready = state.callbacks.iter().any(|(lsn, _)| failed || *lsn <= durable);
-            if pending || ready || state.stop {
+            let due =
+                |callbacks: &[(Lsn, OnDurable)]| callbacks.iter().any(|(lsn, _)| failed || *lsn <= durable);
+            let paced = due(&state.paced);
+            let wait = state.paced_until.filter(|until| paced && !failed && *until > Instant::now());
+            if pending || due(&state.callbacks) || state.stop || paced && wait.is_none() {
                 break;
+            }
+            if let Some(until) = wait {
+                self.flush.work.wait_until(state, until);
+                continue;
             }
             match mark_due {
                 Some(after) if self.flush.work.wait_for(state, after).timed_out() => {
@@ -255,7 +293,8 @@ impl Shared {
     pub(super) fn stop_waiting(&self) {
         let mut state = self.flush.state.lock();
         state.stopped = true;
-        let left = std::mem::take(&mut state.callbacks);
+        let mut left = std::mem::take(&mut state.callbacks);
+        left.append(&mut state.paced);
         drop(state);
         self.flush.done.notify_all();
         for (lsn, callback) in left {
@@ -265,9 +304,30 @@ impl Shared {
     }
 }
 
+impl FlushState {
+    /// Takes the callbacks that are due and that nobody waits for, if it is time for them or they go `at_once`; then the
+    /// next ones wait.
+    fn take_paced(&mut self, at_once: bool, due: impl Fn(Lsn) -> bool) -> Vec<OnDurable> {
+        let now = Instant::now();
+        if !at_once && self.paced_until.is_some_and(|until| until > now) {
+            return Vec::new();
+        }
+        let ready = take_ready(&mut self.paced, due);
+        if !ready.is_empty() {
+            let since = self.paced_until.map_or(Duration::MAX, |until| now - until.min(now));
+            // The last interval was at least the shorter one, and the time since.
+            let interval = self.paced_interval + since.min(PACE_BUSY);
+            let busy = ready.len() as u128 * PACE.as_micros() >= BUSY_CALLBACKS * interval.as_micros();
+            self.paced_interval = if busy { PACE_BUSY } else { PACE };
+            self.paced_until = Some(now + self.paced_interval);
+        }
+        ready
+    }
+}
+
 /// Takes the callbacks that are due, in the order of their LSNs.
-fn take_ready(state: &mut FlushState, due: impl Fn(Lsn) -> bool) -> Vec<OnDurable> {
-    let mut ready: Vec<_> = state.callbacks.extract_if(.., |(lsn, _)| due(*lsn)).collect();
+fn take_ready(callbacks: &mut Vec<(Lsn, OnDurable)>, due: impl Fn(Lsn) -> bool) -> Vec<OnDurable> {
+    let mut ready: Vec<_> = callbacks.extract_if(.., |(lsn, _)| due(*lsn)).collect();
     ready.sort_by_key(|(lsn, _)| *lsn);
     ready.into_iter().map(|(_, callback)| callback).collect()
 }

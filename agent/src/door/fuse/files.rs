@@ -228,7 +228,13 @@ impl OpenFile {
             return Ok(hold.map_or(Answer::Now, Answer::WhenAcknowledged));
         }
         let result = match self.kind {
-            Kind::Wal => wal::written(db, &mut st, &self.file, offset, data).map(|_| {
+            Kind::Wal => wal::written(db, &mut st, &self.file, offset, data).map(|logged| {
+                if let Some(logged) = logged
+                    // This commit is synced if the last one was: the log is synced while the application comes for it.
+                    && std::mem::take(&mut st.wal_synced)
+                {
+                    db.shared().log.hasten(logged.end);
+                }
                 let (position, end) = (st.position, st.logged_end);
                 match st.wal.withholds_commit() {
                     true => Answer::WhenAcknowledged(Hold { position, end, durable: false }),
@@ -278,6 +284,7 @@ impl OpenFile {
         match self.kind {
             Kind::Wal => {
                 wal::capture_foreign(db, &mut st, &self.file).map_err(|e| errno_of(db, "sync", &e))?;
+                st.wal_synced = true;
                 // The log is the truth: recovery puts back what the WAL lost.
                 Ok(Answer::WhenDurable(st.logged_end))
             }
