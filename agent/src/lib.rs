@@ -17,6 +17,7 @@
 //! | [`hooks`]    | what runs when a database changed on this host                                     |
 //! | [`systemd`]  | the agent as a service: sockets, watchdog, status line, units per role, secrets    |
 //! | [`tls`]      | certificates between hosts                                                        |
+//! | `write_out`  | data on its way to the disk in small pieces, so that no sync of the log waits long   |
 //! | [`config`], [`cli`] | the configuration file and the command line                                 |
 
 pub mod apply;
@@ -35,5 +36,6 @@ pub mod status;
 pub mod sync;
 pub mod systemd;
 pub mod tls;
+mod write_out;
 
 pub use name::DatabaseName;

@@ -2,7 +2,8 @@
 
 use super::connection::WalConnection;
 use super::files::{Files, Patience};
-use super::{ApplyError, DatabaseShape, TransactionHeader, TransactionSource};
+use super::{ApplyError, DatabaseShape, Durability, TransactionHeader, TransactionSource};
+use crate::write_out;
 use sqlite_file::header::lock_page;
 use sqlite_file::wal::{
     FRAME_HEADER_BYTES, FrameHeader, Salts, WAL_HEADER_BYTES, WalChecksum, WalHeader, frame_offset,
@@ -49,8 +50,11 @@ impl FrameWriter<'_> {
             return Ok(());
         }
         let first = self.frames - count + 1;
+        let (offset, bytes) = (frame_offset(first, self.header.page_size), self.batch.len() as u64);
+        // In a mount, the door starts it.
         self.wal
-            .write_all_at(&self.batch, frame_offset(first, self.header.page_size))
+            .write_all_at(&self.batch, offset)
+            .and_then(|()| write_out::begin_full_pieces(self.wal, offset, bytes))
             .map_err(self.files.io("write", &self.files.wal))?;
         for (frame, pgno) in (first..).zip(&self.pages) {
             self.index.append(frame, *pgno).map_err(|e| self.files.index_error(e))?;
@@ -75,7 +79,7 @@ impl WalConnection {
         let resizes = shape.page_size != first.page_size;
         if resizes {
             // The frames of a WAL have one size.
-            self.checkpoint()?;
+            self.checkpoint(Durability::Files)?;
         }
         let _writer = self.write_lock(patience)?;
         let published = self.header_for_writing(patience)?;

@@ -14,9 +14,19 @@ use std::os::unix::fs::FileExt;
 /// Pages are written in batches of at most about this many bytes.
 const BATCH_BYTES: usize = 1 << 20;
 
+/// What makes the frames durable that a checkpoint copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// The files are synced, in SQLite's order.
+    Files,
+    /// The log has the frames, durably: after a power failure it is rolled forward over whatever the files are, so they
+    /// need no sync. A sync of a whole WAL would hold up those of the log.
+    Log,
+}
+
 impl WalConnection {
     /// Copies what no reader is in the way of, like SQLite's passive checkpoint.
-    pub fn checkpoint(&mut self) -> Result<CheckpointOutcome, ApplyError> {
+    pub fn checkpoint(&mut self, durability: Durability) -> Result<CheckpointOutcome, ApplyError> {
         let files = std::sync::Arc::clone(&self.files);
         let nothing = CheckpointOutcome { frames: 0, backfilled: 0 };
         // Somebody else is at it; or a header is being written: the next checkpoint will see.
@@ -59,10 +69,15 @@ impl WalConnection {
             }
         }
         self.index.set_backfill_attempted(safe);
-        self.wal.sync_data().map_err(files.io("sync", &files.wal))?;
+        if durability == Durability::Files {
+            self.wal.sync_data().map_err(files.io("sync", &files.wal))?;
+        }
         copy_frames(&files, &self.wal, &self.database, header.page_size, &newest)?;
         if self.index.read_header().is_some_and(|now| now.max_frame == safe) {
-            finish_database(&files, &self.database, header.page_size, header.page_count)?;
+            resize_database(&files, &self.database, header.page_size, header.page_count)?;
+            if durability == Durability::Files {
+                self.database.sync_all().map_err(files.io("sync", &files.database))?;
+            }
         }
         self.index.set_backfill(safe);
         Ok(CheckpointOutcome { frames: header.max_frame, backfilled: safe })
@@ -93,7 +108,8 @@ pub(super) fn fold_wal(files: &Files, database: &File) -> Result<(), ApplyError>
         wal.sync_data().map_err(files.io("sync", &files.wal))?;
         let page_size = committed.header.page_size;
         copy_frames(files, &wal, database, page_size, &committed.newest)?;
-        finish_database(files, database, page_size, committed.end.commit)?;
+        resize_database(files, database, page_size, committed.end.commit)?;
+        database.sync_all().map_err(files.io("sync", &files.database))?;
     }
     remove_wal(files)
 }
@@ -104,11 +120,9 @@ pub(super) fn remove_wal(files: &Files) -> Result<(), ApplyError> {
     files.remove(&files.shm)
 }
 
-/// Gives the database its size and makes it durable, so that the WAL may go.
-fn finish_database(files: &Files, database: &File, page_size: u32, pages: u32) -> Result<(), ApplyError> {
+fn resize_database(files: &Files, database: &File, page_size: u32, pages: u32) -> Result<(), ApplyError> {
     let bytes = u64::from(pages) * u64::from(page_size);
-    database.set_len(bytes).map_err(files.io("resize", &files.database))?;
-    database.sync_all().map_err(files.io("sync", &files.database))
+    database.set_len(bytes).map_err(files.io("resize", &files.database))
 }
 
 /// Copies for each page the given frame; neighbours are written together.

@@ -29,6 +29,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 
+pub use backfill::Durability;
 pub use error::ApplyError;
 pub use hold::WriterHold;
 pub use page_count::is_page_count_missing;
@@ -186,7 +187,7 @@ impl Applier {
             if matches!(exclusive, Ok(true)) {
                 // Nobody else can read or write now, so a checkpoint can only be complete, unless the wal-index is
                 // broken; then the WAL itself says what counts.
-                if let Err(error) = connection.checkpoint() {
+                if let Err(error) = connection.checkpoint(Durability::Files) {
                     connection.lock.make_shared().map_err(files.io("lock", &files.database))?;
                     exclusive = Err(error);
                 }
@@ -271,9 +272,9 @@ impl Applier {
     }
 
     /// Copies frames of the WAL into the database as far as readers allow, so that the WAL can begin anew.
-    pub fn checkpoint(&mut self) -> Result<CheckpointOutcome, ApplyError> {
+    pub fn checkpoint(&mut self, durability: Durability) -> Result<CheckpointOutcome, ApplyError> {
         match &mut self.connection {
-            Some(connection) => connection.checkpoint(),
+            Some(connection) => connection.checkpoint(durability),
             None => Ok(CheckpointOutcome { frames: 0, backfilled: 0 }),
         }
     }
@@ -282,7 +283,7 @@ impl Applier {
     /// is a WAL.
     pub fn checkpoint_now(&mut self, bound: Duration) -> Result<CheckpointOutcome, ApplyError> {
         if self.connection.is_some() {
-            return self.checkpoint();
+            return self.checkpoint(Durability::Files);
         }
         let files = Arc::clone(&self.files);
         let nothing = CheckpointOutcome { frames: 0, backfilled: 0 };
@@ -290,7 +291,7 @@ impl Applier {
             return Ok(nothing);
         }
         match WalConnection::open(&files, &Patience::new(bound))? {
-            Some(mut connection) => connection.checkpoint(),
+            Some(mut connection) => connection.checkpoint(Durability::Files),
             None => Ok(nothing),
         }
     }

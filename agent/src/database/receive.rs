@@ -4,7 +4,9 @@
 use super::checksums::Mark;
 use super::recovery::{RecoveryError, WAL_IS_FROM_THE_LOG, failed};
 use super::{Database, State};
-use crate::apply::{Applier, ApplyError, CheckpointOutcome, DatabaseShape, LtxTransactions, WriterHold};
+use crate::apply::{
+    Applier, ApplyError, CheckpointOutcome, DatabaseShape, Durability, LtxTransactions, WriterHold,
+};
 use crate::capture::{CaptureError, ChecksumOrEmpty};
 use crate::log::{CommitLog, LogError, NewRecord, Payload, RecordInfo, RecordKind};
 use crate::ship::engine::{EngineError, RecordPayload, ShippedRecord};
@@ -298,11 +300,21 @@ impl Database {
 
     /// Moves what applying put into the WAL to the database file, and lets go of the database when nobody else has
     /// it open.
-    pub fn settle_applied(&self) -> Result<(), ApplyError> {
+    pub fn settle_applied(&self) -> Result<(), EngineError> {
         let Some(mut side) = self.apply.try_lock() else { return Ok(()) };
-        if side.pending.is_empty() && side.applier.wal_frames() > 0 {
-            side.applier.checkpoint()?;
+        if !side.pending.is_empty() || side.applier.wal_frames() == 0 {
+            return Ok(());
         }
+        let durability = match self.shared.is_writable() {
+            // Through the preload door, frames may be there that were not captured yet.
+            true => Durability::Files,
+            false => {
+                let logged = self.state().logged_end;
+                self.shared.log.wait_durable(logged).map_err(other)?;
+                Durability::Log
+            }
+        };
+        side.applier.checkpoint(durability).map_err(other)?;
         Ok(())
     }
 

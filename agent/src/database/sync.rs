@@ -57,7 +57,7 @@ impl State {
 
 fn sync_file(path: &Path) -> io::Result<()> {
     match File::open(path) {
-        Ok(file) => file.sync_all(),
+        Ok(file) => crate::write_out::whole(&file).and_then(|()| file.sync_all()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(e),
     }

@@ -51,10 +51,10 @@ struct FlushState {
     callbacks: Vec<(Lsn, OnDurable)>,
     /// Callbacks that nobody waits for, in the order in which they came.
     paced: Vec<(Lsn, OnDurable)>,
+    /// When the sync began after which they were last called.
+    paced_since: Option<Instant>,
     /// They wait until then, also when they are due.
     paced_until: Option<Instant>,
-    /// How long they wait.
-    paced_interval: Duration,
     stop: bool,
     /// No flusher will ever run again.
     stopped: bool,
@@ -184,18 +184,18 @@ impl Shared {
         if let (Some(told), false) = (self.flush.on_sync.get(), work.files.is_empty()) {
             told(begun.elapsed());
         }
-        self.publish_durable(work.target);
+        self.publish_durable(work.target, begun);
         if !work.to_seal.is_empty() {
             self.keeper.seal(work.to_seal);
         }
         Ok(())
     }
 
-    fn publish_durable(&self, target: Lsn) {
+    fn publish_durable(&self, target: Lsn, begun: Instant) {
         let mut state = self.flush.state.lock();
         self.flush.durable.store(target.0, Ordering::Release);
         let ready = take_ready(&mut state.callbacks, |lsn| lsn <= target);
-        let paced = state.take_paced(false, |lsn| lsn <= target);
+        let paced = state.take_paced(begun, false, |lsn| lsn <= target);
         drop(state);
         // First those whom an application waits for.
         ready.into_iter().for_each(|callback| callback(Ok(())));
@@ -217,12 +217,14 @@ impl Shared {
     /// Body of the flusher's thread.
     pub(super) fn run_flusher(&self) {
         let guard = FailOnPanic(self);
-        let mut paced_until = Instant::now();
+        let mut next_sync = Instant::now();
         loop {
             let mut state = self.flush.state.lock();
             let stop = self.flusher_sleep(&mut state);
             while !state.stop && self.flush.failed.get().is_none() && state.urgent <= self.durable() {
-                if self.flush.work.wait_until(&mut state, paced_until).timed_out() {
+                // A sync that nobody waits for begins when its callbacks may be called.
+                let until = state.paced_until.map_or(next_sync, |until| until.max(next_sync));
+                if self.flush.work.wait_until(&mut state, until).timed_out() {
                     break;
                 }
             }
@@ -231,16 +233,13 @@ impl Shared {
             let due = |lsn: Lsn| failure.is_some() || lsn <= durable;
             let mut ready = take_ready(&mut state.callbacks, due);
             let at_once = failure.is_some() || state.stop;
-            ready.extend(state.take_paced(at_once, due));
-            let next = state.paced_until;
+            ready.extend(state.take_paced(Instant::now(), at_once, due));
             drop(state);
             for callback in ready {
                 callback(failure.clone().map_or(Ok(()), Err));
             }
             if failure.is_none() && self.appended.load(Ordering::SeqCst) > durable.0 {
-                let begun = Instant::now();
-                // A sync for the followers alone goes with the next shipment.
-                paced_until = next.filter(|next| *next > begun).unwrap_or(begun + PACE);
+                next_sync = Instant::now() + PACE;
                 // A failure is told to everyone by the next round.
                 let _ = self.flush_once();
             } else if stop {
@@ -305,21 +304,18 @@ impl Shared {
 }
 
 impl FlushState {
-    /// Takes the callbacks that are due and that nobody waits for, if it is time for them or they go `at_once`; then the
-    /// next ones wait.
-    fn take_paced(&mut self, at_once: bool, due: impl Fn(Lsn) -> bool) -> Vec<OnDurable> {
-        let now = Instant::now();
-        if !at_once && self.paced_until.is_some_and(|until| until > now) {
+    /// Takes the callbacks that are due and that nobody waits for, if it is time for them or they go `at_once`; the next
+    /// ones then wait. `begun`: when the sync began that made them durable.
+    fn take_paced(&mut self, begun: Instant, at_once: bool, due: impl Fn(Lsn) -> bool) -> Vec<OnDurable> {
+        if !at_once && self.paced_until.is_some_and(|until| until > begun) {
             return Vec::new();
         }
         let ready = take_ready(&mut self.paced, due);
         if !ready.is_empty() {
-            let since = self.paced_until.map_or(Duration::MAX, |until| now - until.min(now));
-            // The last interval was at least the shorter one, and the time since.
-            let interval = self.paced_interval + since.min(PACE_BUSY);
-            let busy = ready.len() as u128 * PACE.as_micros() >= BUSY_CALLBACKS * interval.as_micros();
-            self.paced_interval = if busy { PACE_BUSY } else { PACE };
-            self.paced_until = Some(now + self.paced_interval);
+            let elapsed = self.paced_since.map_or(Duration::MAX, |since| begun - since.min(begun));
+            let busy = ready.len() as u128 * PACE.as_nanos() >= BUSY_CALLBACKS * elapsed.as_nanos();
+            self.paced_since = Some(begun);
+            self.paced_until = Some(begun + if busy { PACE_BUSY } else { PACE });
         }
         ready
     }

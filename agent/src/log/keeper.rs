@@ -16,6 +16,7 @@ use super::sealed::Summary;
 use super::segments::{Sealed, Segment};
 use super::storage::StorageFile;
 use crate::status::messages;
+use crate::write_out;
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -26,7 +27,7 @@ const RECYCLED_MAX: usize = 2;
 /// Damaged places that are remembered; a disk that has more needs no longer list.
 const DAMAGES_MAX: usize = 1000;
 /// Zeros written at once.
-const ZEROS_BYTES: u64 = 1 << 20;
+const ZEROS_BYTES: u64 = write_out::PIECE_BYTES;
 
 /// A segment without a place in the log.
 pub struct Spare {
@@ -236,7 +237,9 @@ impl Shared {
             if file.len()? != size {
                 let zeros = vec![0; ZEROS_BYTES.min(size) as usize];
                 for at in (0..size).step_by(zeros.len()) {
-                    file.write_at(&zeros[..(size - at).min(ZEROS_BYTES) as usize], at)?;
+                    let piece = (size - at).min(ZEROS_BYTES);
+                    file.write_at(&zeros[..piece as usize], at)?;
+                    file.write_out(at..at + piece)?;
                 }
                 file.set_len(size)?;
             }

@@ -1,8 +1,10 @@
 //! The file system under the log, as narrow as the log can do with, so that tests can put a disk there that
 //! loses, tears and refuses writes.
 
+use crate::write_out;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -31,6 +33,10 @@ pub trait StorageFile: Send + Sync {
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()>;
     /// Makes everything written, and the size, durable.
     fn sync_data(&self) -> io::Result<()>;
+    /// Writes a range to the disk, so that the next sync holds up others less; durable it is only then.
+    fn write_out(&self, _range: Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
     /// Size in bytes.
     fn len(&self) -> io::Result<u64>;
     /// Cuts or extends the file.
@@ -101,6 +107,10 @@ impl StorageFile for File {
 
     fn sync_data(&self) -> io::Result<()> {
         File::sync_data(self)
+    }
+
+    fn write_out(&self, range: Range<u64>) -> io::Result<()> {
+        write_out::finish(self, range)
     }
 
     fn len(&self) -> io::Result<u64> {

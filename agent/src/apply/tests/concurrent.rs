@@ -60,7 +60,7 @@ fn hammer(mode: &str, timeout_ms: u32, readings: usize) {
             states.push(state(round, &primary.db));
             replica.apply(&[file]);
             if round % 7 == 0 {
-                replica.applier.checkpoint().unwrap();
+                replica.applier.checkpoint(Durability::Log).unwrap();
             }
         }
         reading.join().unwrap()

@@ -68,7 +68,7 @@ fn run(seed: u64, switch_modes: bool) {
         }
         match random.below(6) {
             0 => {
-                replica.applier.checkpoint().unwrap();
+                replica.applier.checkpoint(Durability::Log).unwrap();
                 replica.assert_equals(&primary.image);
             }
             1 => assert!(!replica.shape.wal_mode || !replica.applier.detach().unwrap()),

@@ -90,7 +90,7 @@ fn the_wal_restarts_when_all_is_backfilled_and_no_reader_needs_it() {
         let file = primary.insert(20, 700);
         replica.apply(&[file]);
         assert_eq!(reader.digest(), digest_of(&primary.db));
-        let outcome = replica.applier.checkpoint().unwrap();
+        let outcome = replica.applier.checkpoint(Durability::Log).unwrap();
         assert_eq!(outcome.frames, outcome.backfilled);
         assert_eq!(replica.applier.wal_frames(), 0);
         sizes.push(std::fs::metadata(replica.file("-wal")).unwrap().len());
@@ -110,7 +110,7 @@ fn a_reader_at_an_old_mark_holds_the_checkpoint_back_and_loses_nothing() {
     let pinned = replica.applier.wal_frames();
     for _ in 0..5 {
         replica.apply(&[primary.insert(100, 500), primary.exec("delete from t where a % 7 = 3")]);
-        let outcome = replica.applier.checkpoint().unwrap();
+        let outcome = replica.applier.checkpoint(Durability::Log).unwrap();
         assert_eq!(outcome.backfilled as usize, pinned);
         assert!(outcome.frames > outcome.backfilled);
         assert_eq!(old.digest(), before);
@@ -118,9 +118,9 @@ fn a_reader_at_an_old_mark_holds_the_checkpoint_back_and_loses_nothing() {
         replica.assert_equals(&primary.image);
     }
     // A restart is not possible while the reader is there: the WAL only grows.
-    let frames = replica.applier.checkpoint().unwrap().frames;
+    let frames = replica.applier.checkpoint(Durability::Log).unwrap().frames;
     old.ask("commit;");
-    let outcome = replica.applier.checkpoint().unwrap();
+    let outcome = replica.applier.checkpoint(Durability::Log).unwrap();
     assert_eq!((outcome.frames, outcome.backfilled), (frames, frames));
     assert_eq!(old.digest(), digest_of(&primary.db));
     drop(old);
@@ -135,17 +135,17 @@ fn frames_that_a_reader_uses_are_not_overwritten_although_all_are_backfilled() {
     replica.apply(&[primary.insert(200, 500)]);
     // The reader is at the newest frame: it holds no checkpoint back, but the restart that would follow it.
     let before = reader.ask(&format!("begin; {DIGEST}"));
-    let frames = replica.applier.checkpoint().unwrap().frames;
+    let frames = replica.applier.checkpoint(Durability::Log).unwrap().frames;
     assert_eq!(replica.applier.wal_frames(), 0);
     replica.apply(&[primary.exec("update t set b = randomblob(500)")]);
     assert_eq!(reader.digest(), before);
-    assert!(replica.applier.checkpoint().unwrap().frames > frames);
+    assert!(replica.applier.checkpoint(Durability::Log).unwrap().frames > frames);
     reader.ask("commit;");
     assert_eq!(reader.digest(), digest_of(&primary.db));
     // Now nobody does, and the WAL begins anew.
-    replica.applier.checkpoint().unwrap();
+    replica.applier.checkpoint(Durability::Log).unwrap();
     replica.apply(&[primary.insert(1, 1)]);
-    assert!(replica.applier.checkpoint().unwrap().frames < frames);
+    assert!(replica.applier.checkpoint(Durability::Log).unwrap().frames < frames);
     assert_eq!(reader.digest(), digest_of(&primary.db));
     drop(reader);
     replica.assert_file_equals(&primary.image);
@@ -161,7 +161,7 @@ fn checkpoints_by_applications_and_ours_go_together() {
         assert!(answer.starts_with("0|"), "{kind}: {answer}");
         assert_eq!(app.digest(), digest_of(&primary.db));
         if i % 5 == 0 {
-            replica.applier.checkpoint().unwrap();
+            replica.applier.checkpoint(Durability::Log).unwrap();
         }
         replica.assert_equals(&primary.image);
     }
@@ -208,7 +208,7 @@ fn a_database_grows_and_shrinks_under_readers() {
         assert_eq!(reader.digest(), digest_of(&primary.db));
         replica.assert_equals(&primary.image);
         if round % 2 == 0 {
-            replica.applier.checkpoint().unwrap();
+            replica.applier.checkpoint(Durability::Log).unwrap();
             assert_eq!(std::fs::metadata(&replica.path).unwrap().len(), primary.image.bytes.len() as u64);
         }
         assert_eq!(reader.ask("pragma integrity_check;"), "ok");

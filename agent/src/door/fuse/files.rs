@@ -10,6 +10,7 @@ use crate::database::{Database, State};
 use crate::log::Lsn;
 use crate::status::messages;
 use crate::sync::Hold;
+use crate::write_out;
 use fuse_session::HandleTable;
 use fuse_session::fuse::{Errno, INodeNo, Notifier, ReplyEmpty};
 use parking_lot::{Mutex, RwLock};
@@ -207,6 +208,9 @@ impl OpenFile {
             plain(&self.file)?;
             if self.kind == Kind::Wal {
                 db.state().wal.mark_written_from_log();
+                // A sync when the WAL begins anew then has little to do.
+                write_out::begin_full_pieces(&self.file, offset, data.len() as u64)
+                    .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
             }
             return Ok(Answer::Now);
         }
@@ -575,7 +579,7 @@ pub fn answer_empty(workers: &Workers, file: &OpenFile, answer: Result<Answer, i
     match (answer, &file.db) {
         (Ok(Answer::WhenSynced), _) => {
             let file = file.file.clone();
-            workers.sync(move || match file.sync_data() {
+            workers.sync(move || match write_out::whole(&file).and_then(|()| file.sync_data()) {
                 Ok(()) => reply.ok(),
                 Err(e) => reply.error(Errno::from_i32(e.raw_os_error().unwrap_or(libc::EIO))),
             });
