@@ -79,7 +79,7 @@ impl WalConnection {
         let resizes = shape.page_size != first.page_size;
         if resizes {
             // The frames of a WAL have one size.
-            self.checkpoint(Durability::Files)?;
+            self.checkpoint(Durability::Wal)?;
         }
         let _writer = self.write_lock(patience)?;
         let published = self.header_for_writing(patience)?;

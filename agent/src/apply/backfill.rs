@@ -14,13 +14,13 @@ use std::os::unix::fs::FileExt;
 /// Pages are written in batches of at most about this many bytes.
 const BATCH_BYTES: usize = 1 << 20;
 
-/// What makes the frames durable that a checkpoint copies.
+/// Where the frames are durable that a checkpoint copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// The files are synced, in SQLite's order.
-    Files,
-    /// The log has the frames, durably: after a power failure it is rolled forward over whatever the files are, so they
-    /// need no sync. A sync of a whole WAL would hold up those of the log.
+    /// In the WAL, which is synced first.
+    Wal,
+    /// In the log, or in the WAL since the last mark. After a power failure the log is rolled forward over what was
+    /// copied only in part. A sync of a whole WAL would hold up those of the log.
     Log,
 }
 
@@ -69,15 +69,13 @@ impl WalConnection {
             }
         }
         self.index.set_backfill_attempted(safe);
-        if durability == Durability::Files {
+        if durability == Durability::Wal {
             self.wal.sync_data().map_err(files.io("sync", &files.wal))?;
         }
         copy_frames(&files, &self.wal, &self.database, header.page_size, &newest)?;
         if self.index.read_header().is_some_and(|now| now.max_frame == safe) {
-            resize_database(&files, &self.database, header.page_size, header.page_count)?;
-            if durability == Durability::Files {
-                self.database.sync_all().map_err(files.io("sync", &files.database))?;
-            }
+            // Also where the log has them: a mark may count on frames that the WAL now loses.
+            finish_database(&files, &self.database, header.page_size, header.page_count)?;
         }
         self.index.set_backfill(safe);
         Ok(CheckpointOutcome { frames: header.max_frame, backfilled: safe })
@@ -108,8 +106,7 @@ pub(super) fn fold_wal(files: &Files, database: &File) -> Result<(), ApplyError>
         wal.sync_data().map_err(files.io("sync", &files.wal))?;
         let page_size = committed.header.page_size;
         copy_frames(files, &wal, database, page_size, &committed.newest)?;
-        resize_database(files, database, page_size, committed.end.commit)?;
-        database.sync_all().map_err(files.io("sync", &files.database))?;
+        finish_database(files, database, page_size, committed.end.commit)?;
     }
     remove_wal(files)
 }
@@ -120,9 +117,11 @@ pub(super) fn remove_wal(files: &Files) -> Result<(), ApplyError> {
     files.remove(&files.shm)
 }
 
-fn resize_database(files: &Files, database: &File, page_size: u32, pages: u32) -> Result<(), ApplyError> {
+/// Gives the database its size and makes it durable, so that the WAL may go.
+fn finish_database(files: &Files, database: &File, page_size: u32, pages: u32) -> Result<(), ApplyError> {
     let bytes = u64::from(pages) * u64::from(page_size);
-    database.set_len(bytes).map_err(files.io("resize", &files.database))
+    database.set_len(bytes).map_err(files.io("resize", &files.database))?;
+    database.sync_all().map_err(files.io("sync", &files.database))
 }
 
 /// Copies for each page the given frame; neighbours are written together.

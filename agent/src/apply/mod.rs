@@ -187,7 +187,7 @@ impl Applier {
             if matches!(exclusive, Ok(true)) {
                 // Nobody else can read or write now, so a checkpoint can only be complete, unless the wal-index is
                 // broken; then the WAL itself says what counts.
-                if let Err(error) = connection.checkpoint(Durability::Files) {
+                if let Err(error) = connection.checkpoint(Durability::Wal) {
                     connection.lock.make_shared().map_err(files.io("lock", &files.database))?;
                     exclusive = Err(error);
                 }
@@ -283,7 +283,7 @@ impl Applier {
     /// is a WAL.
     pub fn checkpoint_now(&mut self, bound: Duration) -> Result<CheckpointOutcome, ApplyError> {
         if self.connection.is_some() {
-            return self.checkpoint(Durability::Files);
+            return self.checkpoint(Durability::Wal);
         }
         let files = Arc::clone(&self.files);
         let nothing = CheckpointOutcome { frames: 0, backfilled: 0 };
@@ -291,7 +291,7 @@ impl Applier {
             return Ok(nothing);
         }
         match WalConnection::open(&files, &Patience::new(bound))? {
-            Some(mut connection) => connection.checkpoint(Durability::Files),
+            Some(mut connection) => connection.checkpoint(Durability::Wal),
             None => Ok(nothing),
         }
     }

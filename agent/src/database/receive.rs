@@ -307,7 +307,7 @@ impl Database {
         }
         let durability = match self.shared.is_writable() {
             // Through the preload door, frames may be there that were not captured yet.
-            true => Durability::Files,
+            true => Durability::Wal,
             false => {
                 let logged = self.state().logged_end;
                 self.shared.log.wait_durable(logged).map_err(other)?;
