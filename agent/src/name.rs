@@ -9,7 +9,8 @@ pub const ESCAPED_BYTES_MAX: usize = 240;
 
 /// A database's path relative to the cluster's directory, such as `app/config.db`: UTF-8, no empty, `.` or
 /// `..` component, never absolute. Cheap to clone.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct DatabaseName(Arc<str>);
 
 /// Why a path cannot name a database.
@@ -21,6 +22,20 @@ pub enum NameError {
     /// Longer than [`ESCAPED_BYTES_MAX`] once escaped.
     #[error("database name {0:?} is longer than {ESCAPED_BYTES_MAX} bytes (each '/' and '%' counts three)")]
     TooLong(String),
+}
+
+impl TryFrom<String> for DatabaseName {
+    type Error = NameError;
+
+    fn try_from(text: String) -> Result<Self, NameError> {
+        DatabaseName::new(text)
+    }
+}
+
+impl From<DatabaseName> for String {
+    fn from(name: DatabaseName) -> String {
+        name.0.as_ref().to_owned()
+    }
 }
 
 impl DatabaseName {

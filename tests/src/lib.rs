@@ -30,6 +30,7 @@ mod consul;
 mod door;
 mod host;
 mod ports;
+mod roles;
 mod shell;
 mod wait;
 

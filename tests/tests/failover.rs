@@ -6,31 +6,15 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-fn is_primary(host: &Host) -> bool {
-    host.try_status().is_some_and(|status| status["role"]["name"] == "primary")
-}
-
-fn follows(host: &Host, upstream: &Host) -> bool {
-    host.try_status().is_some_and(|status| {
-        status["role"]["name"] == "replica"
-            && status["role"]["upstream"]["hostname"] == upstream.name()
-            && status["role"]["upstream"]["connected"] == true
-    })
-}
-
-fn epoch(host: &Host) -> u64 {
-    host.status()["role"]["epoch"].as_u64().expect("an epoch is a number")
-}
-
 /// A primary `a`, and a candidate `b` that follows it.
 fn pair(fleet: &Fleet, consul: &Consul) -> (Host, Host) {
     let address = consul.address();
     let a = fleet.host("a", Role::Candidate(&address));
     a.start();
-    a.wait_for("the first host is primary", || is_primary(&a));
+    a.wait_for("the first host is primary", || a.is_primary());
     let b = fleet.host("b", Role::Candidate(&address));
     b.start();
-    b.wait_for("the second host follows", || follows(&b, &a));
+    b.wait_for("the second host follows", || b.follows(&a));
     (a, b)
 }
 
@@ -74,13 +58,13 @@ fn when_the_primary_dies_the_other_host_leads_and_the_old_one_follows_it() {
     insert(&a).expect("the primary takes writes");
     assert!(insert(&b).is_err(), "a replica takes no writes");
     a.wait_position_equal(&b, "app.db");
-    let before = epoch(&a);
+    let before = a.epoch();
     a.kill();
-    b.wait_for("the other host leads", || is_primary(&b));
-    assert!(epoch(&b) > before);
+    b.wait_for("the other host leads", || b.is_primary());
+    assert!(b.epoch() > before);
     insert(&b).expect("the new primary takes writes");
     a.start();
-    a.wait_for("the old primary follows", || follows(&a, &b));
+    a.wait_for("the old primary follows", || a.follows(&b));
     assert_equal(&b, &a, "app.db");
     assert_eq!(a.sql("app.db", "SELECT count(*) FROM t"), "2");
     assert!(insert(&a).is_err(), "a replica takes no writes");
@@ -92,13 +76,13 @@ fn a_primary_that_comes_back_within_the_ttl_goes_on() {
     let fleet = Fleet::new();
     let (a, b) = pair(&fleet, &consul);
     create(&a, "WAL");
-    let before = epoch(&a);
+    let before = a.epoch();
     a.kill();
     a.start();
-    a.wait_for("it leads again", || is_primary(&a));
+    a.wait_for("it leads again", || a.is_primary());
     insert(&a).expect("the primary takes writes");
-    assert!(epoch(&a) > before, "each term has an epoch of its own");
-    b.wait_for("the other one follows it", || follows(&b, &a));
+    assert!(a.epoch() > before, "each term has an epoch of its own");
+    b.wait_for("the other one follows it", || b.follows(&a));
     assert_equal(&a, &b, "app.db");
 }
 
@@ -117,7 +101,7 @@ fn a_primary_that_is_stopped_hands_over_first() {
             a.wait_for("the writer is at work", || a.txid("app.db") > 20);
             let begun = Instant::now();
             a.signal(Signal::SIGTERM);
-            b.wait_for("the other host leads", || is_primary(&b));
+            b.wait_for("the other host leads", || b.is_primary());
             eprintln!("{mode}: the other host led after {:?}", begun.elapsed());
             std::mem::forget(failing);
             // What was acknowledged before the old one let go is there.
@@ -130,10 +114,10 @@ fn a_primary_that_is_stopped_hands_over_first() {
         assert_eq!(b.sql("app.db", "SELECT count(*) FROM t"), written.to_string());
         insert(&b).expect("the new primary takes writes");
         a.start();
-        a.wait_for("it follows", || follows(&a, &b));
+        a.wait_for("it follows", || a.follows(&b));
         assert_equal(&b, &a, "app.db");
         run(&mut a.litefs(&["promote"]));
-        b.wait_for("it follows", || follows(&b, &a));
+        b.wait_for("it follows", || b.follows(&a));
         a.sql("app.db", "DROP TABLE t");
     }
 }
@@ -161,7 +145,7 @@ fn the_lease_goes_from_hand_to_hand_and_nothing_is_lost() {
                 1 => run(&mut from.litefs(&["demote"])),
                 _ => run(&mut to.litefs(&["promote"])),
             };
-            to.wait_for("the other host leads", || is_primary(to));
+            to.wait_for("the other host leads", || to.is_primary());
             stalls.push(begun.elapsed());
             std::mem::forget(failing);
             writer.join().expect("the writer does not panic")
@@ -172,7 +156,7 @@ fn the_lease_goes_from_hand_to_hand_and_nothing_is_lost() {
         assert_eq!(to.sql("app.db", "SELECT count(*) FROM t"), written.to_string());
         insert(to).expect("the new primary takes writes");
         written += 1;
-        from.wait_for("the old one follows", || follows(from, to));
+        from.wait_for("the old one follows", || from.follows(to));
         assert_equal(to, from, "app.db");
     }
     eprintln!("from the command to the new primary: {stalls:?}");
@@ -185,7 +169,7 @@ fn an_empty_host_and_one_that_is_no_candidate_never_become_primary_by_themselves
     let address = consul.address();
     let a = fleet.host("a", Role::Candidate(&address));
     a.start();
-    a.wait_for("the first host is primary", || is_primary(&a));
+    a.wait_for("the first host is primary", || a.is_primary());
     create(&a, "WAL");
     // Its position has to be known where the lease is.
     a.wait_for("the lease says what the primary has", || {
@@ -193,21 +177,21 @@ fn an_empty_host_and_one_that_is_no_candidate_never_become_primary_by_themselves
     });
     let c = fleet.host("c", Role::Candidate(&address));
     c.set("lease.candidate=false").start();
-    c.wait_for("it follows", || follows(&c, &a));
+    c.wait_for("it follows", || c.follows(&a));
     a.wait_position_equal(&c, "app.db");
     a.kill();
     let empty = fleet.host("b", Role::Candidate(&address));
     empty.start();
     empty.wait_for("the empty host waits", || empty.log().contains("has none of the last term's data"));
-    assert!(!is_primary(&empty) && !is_primary(&c));
+    assert!(!empty.is_primary() && !c.is_primary());
     let refused = try_run(&mut c.litefs(&["promote"])).unwrap_err();
     assert!(refused.contains("candidate"), "{refused}");
     let refused = try_run(&mut empty.litefs(&["promote"])).unwrap_err();
     assert!(refused.contains("--force"), "{refused}");
     // The one with the data comes back and leads.
     a.start();
-    a.wait_for("it leads", || is_primary(&a));
-    empty.wait_for("the empty host follows it", || follows(&empty, &a));
+    a.wait_for("it leads", || a.is_primary());
+    empty.wait_for("the empty host follows it", || empty.follows(&a));
     assert_equal(&a, &empty, "app.db");
 }
 
@@ -223,10 +207,10 @@ fn a_dead_agents_lease_is_released_at_once() {
         host
     };
     let a = long("a");
-    a.wait_for("the first host is primary", || is_primary(&a));
+    a.wait_for("the first host is primary", || a.is_primary());
     create(&a, "WAL");
     let b = long("b");
-    b.wait_for("it follows", || follows(&b, &a));
+    b.wait_for("it follows", || b.follows(&a));
     a.wait_position_equal(&b, "app.db");
     let release = || {
         let agent = a.agent_command();
@@ -236,10 +220,10 @@ fn a_dead_agents_lease_is_released_at_once() {
     };
     let refused = try_run(&mut release()).unwrap_err();
     assert!(refused.contains("an agent has"), "{refused}");
-    assert!(is_primary(&a));
+    assert!(a.is_primary());
     a.kill();
     assert_eq!(run(&mut release()), "the lease is free");
-    b.wait_for("the other host leads", || is_primary(&b));
+    b.wait_for("the other host leads", || b.is_primary());
     insert(&b).expect("the new primary takes writes");
     assert_eq!(run(&mut release()), "this host has no session");
 }
@@ -253,12 +237,12 @@ fn a_primary_whose_consul_hangs_stops_writing_in_time_and_goes_on_when_it_answer
     a.wait_position_equal(&b, "app.db");
     consul.freeze();
     a.wait_for("the primary is fenced", || insert(&a).is_err());
-    assert!(!is_primary(&b) && insert(&b).is_err());
+    assert!(!b.is_primary() && insert(&b).is_err());
     consul.thaw();
-    wait_for("one of them leads", PATIENCE, || (is_primary(&a) ^ is_primary(&b)).then_some(()));
-    let (new, old) = if is_primary(&a) { (&a, &b) } else { (&b, &a) };
+    wait_for("one of them leads", PATIENCE, || (a.is_primary() ^ b.is_primary()).then_some(()));
+    let (new, old) = if a.is_primary() { (&a, &b) } else { (&b, &a) };
     new.wait_for("it takes writes", || insert(new).is_ok());
-    old.wait_for("the other follows", || follows(old, new));
+    old.wait_for("the other follows", || old.follows(new));
     assert_equal(new, old, "app.db");
 }
 
@@ -274,14 +258,14 @@ fn a_primary_that_was_stopped_like_a_process_takes_no_commit_when_it_goes_on() {
     shell.run("INSERT INTO t DEFAULT VALUES;");
     a.wait_position_equal(&b, "app.db");
     a.signal(Signal::SIGSTOP);
-    b.wait_for("the other host leads", || is_primary(&b));
+    b.wait_for("the other host leads", || b.is_primary());
     insert(&b).expect("the new primary takes writes");
     a.signal(Signal::SIGCONT);
     // Nothing of before is believed: by its own clock its time is over.
     let refused = shell.ask("INSERT INTO t DEFAULT VALUES;");
     assert!(refused.contains("rror"), "{refused}");
     shell.kill();
-    a.wait_for("the old primary follows", || follows(&a, &b));
+    a.wait_for("the old primary follows", || a.follows(&b));
     assert_equal(&b, &a, "app.db");
     assert_eq!(a.sql("app.db", "SELECT count(*) FROM t"), "2");
 }
@@ -293,14 +277,14 @@ fn a_consul_that_lost_its_data_is_taken_up_again() {
     let (a, b) = pair(&fleet, &consul);
     create(&a, "WAL");
     a.wait_position_equal(&b, "app.db");
-    let before = epoch(&a);
+    let before = a.epoch();
     consul.kill();
     consul.restart();
     wait_for("one of them leads in a new term", PATIENCE, || {
-        [&a, &b].into_iter().find(|host| is_primary(host) && epoch(host) > before && insert(host).is_ok())
+        [&a, &b].into_iter().find(|host| host.is_primary() && host.epoch() > before && insert(host).is_ok())
     });
-    let (new, old) = if is_primary(&a) { (&a, &b) } else { (&b, &a) };
-    old.wait_for("the other follows", || follows(old, new));
+    let (new, old) = if a.is_primary() { (&a, &b) } else { (&b, &a) };
+    old.wait_for("the other follows", || old.follows(new));
     assert_equal(new, old, "app.db");
 }
 
@@ -325,9 +309,9 @@ fn the_most_advanced_of_three_hosts_wins_and_three_servers_outlive_one() {
         })
         .collect();
     let [a, b, c] = &hosts[..] else { unreachable!() };
-    assert!(is_primary(a));
+    assert!(a.is_primary());
     for host in [b, c] {
-        host.wait_for("it follows", || follows(host, a));
+        host.wait_for("it follows", || host.follows(a));
     }
     create(a, "WAL");
     insert(a).expect("the primary takes writes");
@@ -339,16 +323,16 @@ fn the_most_advanced_of_three_hosts_wins_and_three_servers_outlive_one() {
     a.wait_position_equal(b, "app.db");
     a.kill();
     c.start();
-    b.wait_for("the one with everything leads", || is_primary(b));
-    c.wait_for("the other one follows it", || follows(c, b));
+    b.wait_for("the one with everything leads", || b.is_primary());
+    c.wait_for("the other one follows it", || c.follows(b));
     assert_equal(b, c, "app.db");
 
     // Losing the leader does not end its term.
-    let term = epoch(b);
+    let term = b.epoch();
     servers.last_mut().expect("there are three").kill();
     let until = Instant::now() + Duration::from_secs(12);
     wait_for("two terms of the TTL pass", PATIENCE, || (Instant::now() > until).then_some(()));
-    assert!(is_primary(b));
-    assert_eq!(epoch(b), term);
+    assert!(b.is_primary());
+    assert_eq!(b.epoch(), term);
     insert(b).expect("the primary takes writes");
 }

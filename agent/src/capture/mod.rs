@@ -80,7 +80,7 @@ impl CaptureError {
     pub fn errno(&self) -> i32 {
         let io = |e: &io::Error| e.raw_os_error().unwrap_or(libc::EIO);
         match self {
-            CaptureError::NotPrimary => libc::EROFS,
+            CaptureError::NotPrimary | CaptureError::Log(LogError::Fenced { .. }) => libc::EROFS,
             CaptureError::WalIsNeeded | CaptureError::NotAllApplied => libc::EBUSY,
             CaptureError::RefusedBefore { errno } => *errno,
             CaptureError::Io { source, .. } => io(source),
@@ -129,6 +129,7 @@ pub fn log_transaction(
     commit: &Commit<'_>,
     read: &mut ReadPage<'_>,
 ) -> Result<Option<Logged>, CaptureError> {
+    let term = db.shared.term();
     db.shared.check_writable()?;
     st.check_health()?;
     // What is in the files lacks these transactions: a commit on top of it would not be their successor.
@@ -164,7 +165,7 @@ pub fn log_transaction(
         wal_salt1: 0,
         wal_salt2: 0,
         node_id: db.shared.node_id,
-        epoch: db.shared.epoch().0,
+        epoch: term.epoch.0,
         owner: st.database_file(db).ok().and_then(|f| owner_of(&f)),
     };
     let timestamp_ms = header.timestamp_ms;
@@ -205,7 +206,7 @@ pub fn log_transaction(
     let record = NewRecord {
         database: &db.name,
         kind: RecordKind::Transaction,
-        epoch: db.shared.epoch(),
+        epoch: term.epoch,
         min_txid: txid,
         max_txid: txid,
         pre_apply: before.checksum_or_empty(),
@@ -214,13 +215,14 @@ pub fn log_transaction(
         commit: commit.page_count,
         timestamp_ms,
         wal: commit.wal,
+        fence: Some(&term),
     };
     let (end, payload) = spool.append(db, record)?;
 
     // The log has it: from here on nothing can fail.
     match payload {
         Some(bytes) => st.recent.push(ShippedRecord {
-            epoch: db.shared.epoch(),
+            epoch: term.epoch,
             min_txid: txid,
             max_txid: txid,
             post_apply: rolling,

@@ -44,7 +44,7 @@ impl Case {
         let options = Options { segment_bytes: 1 << 20, inline_bytes_max: 1 << 18, ..Options::default() };
         let log = CommitLog::open(&dirs.log, options).unwrap();
         let shared = Shared::new(Arc::new(log), dirs, 1, Epoch(1));
-        shared.set_role(Epoch(1), true);
+        shared.begin_writes(Epoch(1));
         shared.database_or_new(&DatabaseName::new("a.db").unwrap())
     }
 
@@ -104,9 +104,9 @@ fn a_refused_commit_stays_refused_until_the_frame_is_written_anew() {
     }
     let position = db.state().position;
     let (offset, page) = *last;
-    db.shared().set_role(Epoch(1), false);
+    db.shared().end_writes(std::time::Duration::ZERO);
     assert!(written(&db, &mut db.state(), &file, offset, &page[..100]).is_err());
-    db.shared().set_role(Epoch(1), true);
+    db.shared().begin_writes(Epoch(1));
     // The first piece was taken by the kernel, so SQLite goes on with the rest.
     db.state().wal.refused = Some((offset - 24, libc::ENOSPC));
     let rest = written(&db, &mut db.state(), &file, offset + 100, &page[100..]);

@@ -369,7 +369,7 @@ pub const KEYS: &[Key] = &[
         path: "sync.members",
         default: "[]",
         doc: "Names (`node.name`) of the hosts whose acknowledgements count; the primary may be among them and is not \
-              counted. Empty: every host that follows this one counts.",
+              counted. Empty: every host that follows this one counts; hosts that choose the primary by a lease need the names.",
         set: |config, value| sync::members(value).map(|members| config.sync.members = members),
     },
     Key {

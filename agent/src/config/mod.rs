@@ -646,6 +646,18 @@ impl Config {
         if let Some((message, help)) = self.sync.problem(&self.node.name) {
             problem("sync.acks", format!("sync {message}"), help);
         }
+        let is_blind = |policy: &SyncPolicy| policy.acks > 0 && policy.members.is_empty();
+        if self.lease.kind != LeaseKind::Static
+            && (is_blind(&self.sync) || self.sync_rules.iter().any(|rule| is_blind(&rule.policy)))
+        {
+            problem(
+                "sync.acks",
+                "hosts choose the primary by themselves, but sync.members does not say whose acknowledgements count"
+                    .to_owned(),
+                "set sync.members to the names (node.name) of these hosts: only then a new primary can know that it has \
+                 every acknowledged commit",
+            );
+        }
         if self.has_sync() && self.preload.hold == Hold::Never {
             problem(
                 "preload.hold",

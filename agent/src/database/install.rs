@@ -63,6 +63,7 @@ impl Database {
             commit: snapshot.commit,
             timestamp_ms: unix_ms(),
             wal: None,
+            fence: None,
         };
         let end = self.shared.log.append(&record, &[]).map_err(other)?;
         self.shared.log.wait_durable(end).map_err(other)?;

@@ -168,6 +168,7 @@ impl Database {
             commit: header.commit,
             timestamp_ms: header.timestamp_ms,
             wal: Some(WAL_IS_FROM_THE_LOG),
+            fence: None,
         };
         let end = match &record.payload {
             RecordPayload::Bytes(bytes) => self.shared.log.append(&new, bytes),

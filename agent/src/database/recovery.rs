@@ -241,6 +241,7 @@ impl Database {
             commit: mark.page_count,
             timestamp_ms: unix_ms(),
             wal: None,
+            fence: None,
         };
         self.shared.log.append(&record, &[]).map_err(failed)?;
         Ok(())

@@ -5,7 +5,7 @@ use crate::DatabaseName;
 use crate::capture::CaptureError;
 use crate::door::fuse::NameInvalidator;
 use crate::lease;
-use crate::log::CommitLog;
+use crate::log::{CommitLog, Fence};
 use crate::ship::engine::Epoch;
 use crate::sync::Gate;
 use parking_lot::{Mutex, RwLock};
@@ -19,8 +19,6 @@ use tokio::sync::broadcast;
 /// Change notices kept for a slow receiver; one that lags reads all positions again.
 const CHANGES_BACKLOG: usize = 4096;
 
-/// How long the end of a term waits for followers to acknowledge commits that are held.
-const HELD_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Directories of a node.
 #[derive(Debug, Clone)]
@@ -95,6 +93,20 @@ pub enum Notice {
     Diverged(DatabaseName, PathBuf),
 }
 
+/// A term as commits see it: none is appended to the log after its end (see [`Fence`]).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RunningTerm<'a> {
+    shared: &'a Shared,
+    /// Its number.
+    pub epoch: Epoch,
+}
+
+impl Fence for RunningTerm<'_> {
+    fn is_open(&self) -> bool {
+        self.shared.is_writable() && self.shared.epoch() == self.epoch
+    }
+}
+
 type RoleHook = Box<dyn Fn(RoleStep) + Send + Sync>;
 type NoticeHook = Box<dyn Fn(Notice) + Send + Sync>;
 
@@ -164,19 +176,32 @@ impl Shared {
         Epoch(self.epoch.load(Ordering::Acquire))
     }
 
-    /// Sets role and epoch, which the doors look at for every write.
-    pub fn set_role(&self, epoch: Epoch, writable: bool) {
-        let was_writable = self.writable.load(Ordering::Acquire);
-        if !writable && was_writable {
-            self.role_step(RoleStep::WritesEnd);
-        }
-        if writable && !was_writable {
+    /// The term that runs, or would.
+    pub(crate) fn term(&self) -> RunningTerm<'_> {
+        RunningTerm { shared: self, epoch: self.epoch() }
+    }
+
+    /// Writes are taken from now on, in this epoch. The doors look at it for every write.
+    pub fn begin_writes(&self, epoch: Epoch) {
+        if !self.writable.load(Ordering::Acquire) {
             self.gate.begin_term();
         }
         self.epoch.store(epoch.0, Ordering::Release);
-        self.writable.store(writable, Ordering::Release);
-        if !writable && was_writable {
-            self.gate.end_term(HELD_PATIENCE);
+        self.writable.store(true, Ordering::Release);
+        self.role_step(RoleStep::Changed);
+    }
+
+    /// No writes are taken from now on. When this returns nothing more of this term comes into the log, and nothing is
+    /// published; commits that are held have at most `patience` to be acknowledged by followers.
+    pub fn end_writes(&self, patience: Duration) {
+        let was_writable = self.writable.load(Ordering::Acquire);
+        if was_writable {
+            self.role_step(RoleStep::WritesEnd);
+        }
+        self.writable.store(false, Ordering::Release);
+        if was_writable {
+            self.log.let_appends_end();
+            self.gate.end_term(patience);
         }
         self.role_step(RoleStep::Changed);
     }

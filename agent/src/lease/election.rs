@@ -1,8 +1,12 @@
 //! Who goes first when the lease is free.
 
-use super::Peer;
+use super::{Peer, Term};
+use crate::DatabaseName;
 use crate::ship::engine::Epoch;
+use crate::sync::quorum::{self, Promise, Unheard};
+use ltx::Pos;
 use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How far a node is. The order is that of elections: more is better.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -20,6 +24,27 @@ impl Standing {
     }
 }
 
+/// How far a node is with one database.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Epoch of its newest record; 0 when that is no longer kept.
+    pub epoch: Epoch,
+    /// Where it is, durably.
+    #[serde(with = "position")]
+    pub position: Pos,
+}
+
+impl Progress {
+    /// Whether a node that is here has everything that one at `other` has.
+    fn reaches(&self, other: &Progress) -> bool {
+        self.position == other.position
+            || (self.epoch, self.position.txid.0) > (other.epoch, other.position.txid.0)
+    }
+}
+
+/// How far a node is with each database.
+pub type Databases = BTreeMap<DatabaseName, Progress>;
+
 /// What a node says when it is asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
@@ -33,6 +58,9 @@ pub struct Answer {
     /// How far it is.
     #[serde(flatten)]
     pub standing: Standing,
+    /// With each database, when that was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub databases: Option<Databases>,
 }
 
 /// What a candidate does.
@@ -46,6 +74,22 @@ pub enum Choice {
     Behind,
     /// It has none of the data of the last term, or of any: it must not become primary by itself.
     Stale,
+    /// Too few members were heard: commits that were acknowledged may be unknown.
+    Unheard {
+        /// Who was not heard.
+        members: Vec<String>,
+        /// So many of them are needed.
+        needed: usize,
+    },
+    /// This one has everything that this candidate has, and an acknowledged commit that it lacks.
+    CatchUp(Peer),
+    /// An acknowledged commit of this database is with this node, which lacks others.
+    Lacks {
+        /// The database.
+        database: DatabaseName,
+        /// Who has it.
+        with: Peer,
+    },
 }
 
 /// Chooses for the candidate `own`, which has asked all others; `last` is how far the last holder was.
@@ -70,9 +114,72 @@ pub fn choose(own: (u64, Standing), last: Option<Standing>, answers: &[Answer]) 
     }
 }
 
+/// Whether the candidate `own` has every commit that was acknowledged to an application under `promises`: among those
+/// it heard is one that has it, and nobody it heard is further than itself with such a database. `last`: what the last
+/// primary wrote into the lease.
+///
+/// # Errors
+/// What it does instead of standing.
+pub fn proves_all_acknowledged(
+    own: &Answer,
+    last: Option<&Term>,
+    answers: &[Answer],
+    promises: &[Promise],
+) -> Result<(), Choice> {
+    let had_data = last.is_some_and(|term| !term.standing.is_empty());
+    // A host that came back with an empty disk cannot tell what it had acknowledged.
+    let tells = |answer: &&Answer| answer.databases.is_some() && !(had_data && answer.standing.is_empty());
+    let told: Vec<&Answer> = std::iter::once(own).chain(answers).filter(tells).collect();
+    let mut heard: BTreeSet<&str> = told.iter().map(|answer| &*answer.peer.name).collect();
+    let last_primary = last.map(|term| &term.holder);
+    if let Some(primary) = last_primary
+        && !told.iter().any(|answer| answer.peer.node_id == primary.node_id)
+    {
+        // Not another host of its name.
+        heard.remove(&*primary.name);
+    }
+    for promise in promises {
+        quorum::knows_all_acknowledged(promise, &heard, last_primary.map(|primary| &*primary.name))
+            .map_err(|Unheard { members, needed }| Choice::Unheard { members, needed })?;
+    }
+    let progress = |answer: &Answer, name: &DatabaseName| {
+        answer.databases.as_ref().and_then(|all| all.get(name)).copied().unwrap_or_default()
+    };
+    for other in &told {
+        for (name, theirs) in other.databases.iter().flatten() {
+            if !Promise::is_made_for(name.as_str(), promises) || progress(own, name).reaches(theirs) {
+                continue;
+            }
+            // Following it must not cost anything that this node has, also of other databases.
+            let covers = |other: &&&Answer| {
+                own.databases.iter().flatten().all(|(name, mine)| progress(other, name).reaches(mine))
+            };
+            return Err(match told.iter().filter(|other| progress(other, name).reaches(theirs)).find(covers) {
+                Some(other) => Choice::CatchUp(other.peer.clone()),
+                None => Choice::Lacks { database: name.clone(), with: other.peer.clone() },
+            });
+        }
+    }
+    Ok(())
+}
+
+mod position {
+    use ltx::Pos;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(position: &Pos, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(position)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Pos, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ltx::{Checksum, Txid};
 
     fn standing(record_epoch: u64, transactions: u64) -> Standing {
         Standing { record_epoch: Epoch(record_epoch), transactions }
@@ -80,7 +187,7 @@ mod tests {
 
     fn answer(node_id: u64, can_stand: bool, standing: Standing) -> Answer {
         let peer = Peer { node_id, name: format!("n{node_id}"), url: String::new() };
-        Answer { peer, can_stand, epoch: Epoch(9), standing }
+        Answer { peer, can_stand, epoch: Epoch(9), standing, databases: None }
     }
 
     #[test]
@@ -112,5 +219,62 @@ mod tests {
         // Where nobody ever had data somebody has to begin.
         assert_eq!(choose((1, standing(0, 0)), Some(standing(0, 0)), &[]), Choice::Stand);
         assert_eq!(choose((1, standing(0, 0)), None, &[]), Choice::Stand);
+    }
+
+    fn has(node_id: u64, databases: &[(&str, u64, u64)]) -> Answer {
+        let entry = |&(name, epoch, txid): &(&str, u64, u64)| {
+            let position = Pos { txid: Txid(txid), checksum: Checksum(epoch << 32 | txid) };
+            (DatabaseName::new(name).unwrap(), Progress { epoch: Epoch(epoch), position })
+        };
+        let transactions = databases.iter().map(|(.., txid)| txid).sum();
+        let databases = Some(databases.iter().map(entry).collect());
+        Answer { databases, ..answer(node_id, false, Standing { transactions, record_epoch: Epoch(5) }) }
+    }
+
+    fn prove(own: &Answer, last: u64, answers: &[Answer]) -> Result<(), Choice> {
+        let promise = |databases: &[&str], acks| Promise {
+            databases: databases.iter().map(|&d| d.to_owned()).collect(),
+            acks,
+            members: ["n1", "n2", "n3"].map(str::to_owned).to_vec(),
+        };
+        let holder = Peer { node_id: last, name: format!("n{}", last % 10), url: String::new() };
+        let term =
+            Term { holder, epoch: Epoch(5), standing: standing(5, 9), released: false, beat: 1, sync: vec![] };
+        proves_all_acknowledged(own, Some(&term), answers, &[promise(&["cache"], 0), promise(&[], 1)])
+    }
+
+    #[test]
+    fn a_candidate_must_hear_enough_members_to_know_every_acknowledged_commit() {
+        let own = has(1, &[("app", 5, 9)]);
+        let unheard =
+            |members: &[&str]| Err(Choice::Unheard { members: members.iter().map(|&m| m.into()).collect(), needed: 1 });
+        // The last primary n3 is dead: this one or n2 has what it acknowledged.
+        assert_eq!(prove(&own, 3, &[]), unheard(&["n2", "n3"]));
+        assert_eq!(prove(&own, 3, &[has(2, &[("app", 5, 9)])]), Ok(()));
+        // One that lost its disk cannot tell.
+        assert_eq!(prove(&own, 3, &[has(2, &[])]), unheard(&["n2", "n3"]));
+        // The last primary itself knows, but not another host of its name.
+        assert_eq!(prove(&own, 3, &[has(3, &[("app", 5, 9)])]), Ok(()));
+        assert_eq!(prove(&own, 13, &[has(3, &[("app", 5, 9)])]), unheard(&["n2", "n3"]));
+        assert_eq!(prove(&own, 1, &[]), Ok(()));
+    }
+
+    #[test]
+    fn a_candidate_gets_what_it_lacks_from_one_that_has_everything() {
+        let own = has(1, &[("app", 5, 9), ("cache", 5, 7)]);
+        let further = has(2, &[("app", 5, 10), ("cache", 5, 7)]);
+        assert_eq!(prove(&own, 3, std::slice::from_ref(&further)), Err(Choice::CatchUp(further.peer)));
+        let newer = has(2, &[("app", 6, 2), ("cache", 5, 8)]);
+        assert_eq!(prove(&own, 3, std::slice::from_ref(&newer)), Err(Choice::CatchUp(newer.peer)));
+        // It lacks something, and following it would cut that off.
+        let incomparable = has(2, &[("app", 5, 10), ("cache", 5, 6)]);
+        let lacks = Choice::Lacks { database: DatabaseName::new("app").unwrap(), with: incomparable.peer.clone() };
+        assert_eq!(prove(&own, 3, &[incomparable]), Err(lacks));
+        // Nothing is promised of a cache.
+        assert_eq!(prove(&own, 3, &[has(2, &[("app", 5, 9), ("cache", 5, 8)])]), Ok(()));
+        // A record that is no longer kept: the position tells that it is the same.
+        let mut idle = has(2, &[("app", 5, 9)]);
+        idle.databases.as_mut().unwrap().values_mut().for_each(|progress| progress.epoch = Epoch(0));
+        assert_eq!(prove(&own, 3, &[idle]), Ok(()));
     }
 }

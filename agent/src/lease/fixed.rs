@@ -40,7 +40,7 @@ impl StaticLease {
             Some(url) => Peer { node_id: 0, name: String::new(), url },
         };
         // Each term of this host begins with its start, or with the configuration that makes it primary.
-        let term = Term { holder, epoch: Epoch(0), standing: Standing::default(), released: false, beat: 0 };
+        let term = Term { holder, epoch: Epoch(0), standing: Standing::default(), released: false, beat: 0, sync: Vec::new() };
         let record = Record { version, taken: 0, session: Some(SESSION.to_owned()), term: Some(term) };
         View { index: version, resets: 0, record, members: Vec::new(), session }
     }
@@ -70,7 +70,7 @@ impl Lease for StaticLease {
         refused()
     }
 
-    fn renew(&self, _: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>> {
+    fn renew(&self, _: u64, _: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>> {
         Box::pin(async move { Ok(self.held()) })
     }
 
@@ -78,7 +78,7 @@ impl Lease for StaticLease {
         refused()
     }
 
-    fn release(&self, _: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>> {
+    fn release(&self, _: u64, _: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>> {
         Box::pin(async move { Ok(self.held()) })
     }
 

@@ -26,11 +26,14 @@
 //! lost, as a lease in its own name: `Resuming`.
 //!
 //! Views may be old when they arrive. Every successful change tells the version that it made, and views of before are
-//! not looked at.
+//! not looked at. Every change names the version it was decided on, so one that arrives late changes nothing. One whose
+//! answer was lost may have made a version that this node does not know: the next one is refused then, and the record is
+//! read again.
 
-use super::election::{Answer, Choice, choose};
-use super::{Member, Outcome, Peer, Standing, Term, Time, View};
+use super::election::{Answer, Choice, choose, proves_all_acknowledged};
+use super::{Member, Outcome, Peer, Record, Term, Time, View};
 use crate::ship::engine::Epoch;
+use crate::sync::quorum::Promise;
 use std::time::Duration;
 
 /// How long things take.
@@ -83,10 +86,12 @@ pub enum Event {
     Heard {
         /// Which question.
         round: u64,
-        /// How far this node is.
-        own: Standing,
+        /// What this node would answer.
+        own: Answer,
         /// Those that answered.
         answers: Vec<Answer>,
+        /// What this node promises as a primary.
+        promises: Vec<Promise>,
     },
     /// The lease is to be given to this node.
     HandOver {
@@ -141,6 +146,8 @@ pub enum Action {
     StopWrites,
     /// Follow this node, or nobody.
     Follow(Option<Peer>),
+    /// There is no primary. Get from this node what this candidate lacks; it is no primary either.
+    CatchUp(Peer),
     /// The record is not what was seen: read it again.
     Read,
     /// Ask these how far they are; ends with [`Event::Heard`].
@@ -161,6 +168,8 @@ pub enum Action {
     },
     /// [`super::Lease::renew`].
     Renew {
+        /// Version of the record that this was decided on.
+        version: u64,
         /// The term.
         epoch: Epoch,
     },
@@ -182,6 +191,8 @@ pub enum Action {
     },
     /// [`super::Lease::release`].
     Release {
+        /// Version of the record that this was decided on.
+        version: u64,
         /// The term that ends.
         epoch: Epoch,
     },
@@ -196,7 +207,8 @@ pub enum Action {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum State {
     Following,
-    Asking { round: u64 },
+    /// The others are asked about a record of this version: what they answer counts for no other.
+    Asking { round: u64, version: u64 },
     Claiming { epoch: Epoch },
     Resuming { epoch: Epoch },
     Leading(Leading),
@@ -209,15 +221,20 @@ struct Leading {
     until: Option<Time>,
     /// `until` has passed.
     fenced: bool,
-    renewing: bool,
+    /// The record's, if nobody else changed it; `None`: it has to be read again.
+    version: Option<u64>,
+    /// A renewal of this version is on its way.
+    renewing: Option<u64>,
     renew_at: Option<Time>,
     handing: Option<Handing>,
+    /// This node lets go as soon as the renewal that is on its way has ended: the two would name the same version.
+    letting_go: bool,
 }
 
 impl Leading {
     /// The record is about to change: a renewal would be in the way.
     fn is_giving(&self) -> bool {
-        matches!(self.handing, Some(Handing::Waiting(_) | Handing::Giving(_)))
+        matches!(self.handing, Some(Handing::Waiting(_) | Handing::Giving(..)))
     }
 }
 
@@ -226,7 +243,8 @@ enum Handing {
     Preparing(Member),
     /// Prepared, but a renewal is on its way, which will change the version.
     Waiting(Member),
-    Giving(Member),
+    /// Of this version.
+    Giving(Member, u64),
 }
 
 /// Decides the role of one node.
@@ -248,6 +266,7 @@ pub struct RoleMachine {
     /// Versions below are of before the last change that this node knows of.
     confirmed: u64,
     following: Option<Peer>,
+    catching_up: Option<Peer>,
     round: u64,
     /// Nothing is tried before.
     retry_at: Option<Time>,
@@ -275,6 +294,7 @@ impl RoleMachine {
             resets: 0,
             confirmed: 0,
             following: None,
+            catching_up: None,
             round: 0,
             retry_at: None,
             behind_since: None,
@@ -327,6 +347,11 @@ impl RoleMachine {
         self.candidate && !self.stopping && known && !fenced
     }
 
+    /// Whether the last primary promised something of commits.
+    pub fn has_promises(&self) -> bool {
+        self.current().and_then(|view| view.record.term.as_ref()).is_some_and(|term| !term.sync.is_empty())
+    }
+
     /// Whether a handoff is under way.
     pub fn is_handing_over(&self) -> bool {
         matches!(self.state, State::Leading(Leading { handing: Some(_), .. }))
@@ -357,7 +382,8 @@ impl RoleMachine {
     pub fn wake_at(&self) -> Option<Time> {
         let own = match &self.state {
             State::Leading(l) => {
-                [l.until.filter(|_| !l.fenced), l.renew_at.filter(|_| !l.renewing && !l.is_giving())]
+                let renews = l.renewing.is_none() && !l.is_giving() && !l.letting_go && l.version.is_some();
+                [l.until.filter(|_| !l.fenced), l.renew_at.filter(|_| renews)]
             }
             // Nothing is done before the time of the retry.
             State::Following => [self.retry_at.or_else(|| self.expires_at()), None],
@@ -417,7 +443,9 @@ impl RoleMachine {
             }
             Event::Unseen => self.unseen = true,
             Event::Tick => self.look(now, &mut out),
-            Event::Heard { round, own, answers } => self.heard(now, round, own, &answers, &mut out),
+            Event::Heard { round, own, answers, promises } => {
+                self.heard(now, round, &own, &answers, promises, &mut out);
+            }
             Event::Claimed { epoch, sent, outcome } => {
                 if self.state == (State::Claiming { epoch }) {
                     self.taken(now, sent, epoch, outcome, &mut out);
@@ -442,7 +470,7 @@ impl RoleMachine {
             Event::CannotLead { epoch } => {
                 if self.holds() == Some(epoch) {
                     self.retry_at = Some(now + self.timing.retry);
-                    self.give_up(epoch, &mut out);
+                    self.give_up(&mut out);
                 }
             }
             Event::Stop => self.stop(&mut out),
@@ -469,12 +497,12 @@ impl RoleMachine {
                     }
                 }
                 // The gift may be seen before its success is told.
-                let giving = matches!(leading.handing, Some(Handing::Giving(_)));
-                let mine = giving || self.current().is_none_or(|view| self.is_own(view));
-                if !mine {
-                    self.lost(now, "the lease is in another's name", out);
-                } else {
-                    self.renew_if_due(now, out);
+                let giving = matches!(leading.handing, Some(Handing::Giving(..)));
+                let seen = self.current().map(|view| (view.record.version, self.is_own(view)));
+                match seen {
+                    Some((_, false)) if !giving => self.lost(now, "the lease is in another's name", out),
+                    Some((version, true)) => self.renew_if_due(now, Some(version), out),
+                    _ => self.renew_if_due(now, None, out),
                 }
             }
             State::Following => self.follow_or_stand(now, out),
@@ -482,11 +510,13 @@ impl RoleMachine {
         }
     }
 
-    fn renew_if_due(&mut self, now: Time, out: &mut Vec<Action>) {
+    fn renew_if_due(&mut self, now: Time, seen: Option<u64>, out: &mut Vec<Action>) {
         let State::Leading(leading) = &mut self.state else { return };
-        if leading.renew_at.is_some_and(|at| now >= at) && !leading.renewing && !leading.is_giving() {
-            leading.renewing = true;
-            out.push(Action::Renew { epoch: leading.epoch });
+        leading.version = leading.version.max(seen);
+        let due = leading.renew_at.is_some_and(|at| now >= at) && leading.renewing.is_none();
+        if let Some(version) = leading.version.filter(|_| due && !leading.is_giving() && !leading.letting_go) {
+            leading.renewing = Some(version);
+            out.push(Action::Renew { version, epoch: leading.epoch });
         }
     }
 
@@ -502,12 +532,13 @@ impl RoleMachine {
             }
             let granted = view.record.term.as_ref().map_or(Epoch(0), |term| term.epoch);
             let epoch = granted.max(Epoch(self.epoch.0 + 1));
+            let version = view.record.version;
             self.state = State::Resuming { epoch };
             self.prepared = None;
-            out.push(Action::Renew { epoch });
+            out.push(Action::Renew { version, epoch });
             return;
         }
-        let term = view.record.term.clone();
+        let (version, term) = (view.record.version, view.record.term.clone());
         if !self.is_free(now, view) {
             self.behind_since = None;
             self.forced = false;
@@ -519,8 +550,10 @@ impl RoleMachine {
             return;
         }
         self.round += 1;
-        self.state = State::Asking { round: self.round };
-        let peers = self.candidates().into_iter().map(|member| member.peer).collect();
+        self.state = State::Asking { round: self.round, version };
+        let members = self.view.iter().flat_map(|view| &view.members);
+        let others = members.filter(|member| member.peer.node_id != self.own.node_id);
+        let peers = others.map(|member| member.peer.clone()).collect();
         out.push(Action::Ask { round: self.round, peers });
     }
 
@@ -528,14 +561,23 @@ impl RoleMachine {
         self.waits = None;
         // A node does not follow itself: what is in its name but not held by it is nobody's.
         let peer = peer.filter(|p| p.node_id != self.own.node_id);
-        if self.following != peer {
+        if self.following != peer || self.catching_up.take().is_some() {
             self.following.clone_from(&peer);
             out.push(Action::Follow(peer));
         }
     }
 
-    fn heard(&mut self, now: Time, round: u64, own: Standing, answers: &[Answer], out: &mut Vec<Action>) {
-        if self.state != (State::Asking { round }) {
+    fn heard(
+        &mut self,
+        now: Time,
+        round: u64,
+        own: &Answer,
+        answers: &[Answer],
+        promises: Vec<Promise>,
+        out: &mut Vec<Action>,
+    ) {
+        let State::Asking { round: asked, version } = self.state else { return };
+        if asked != round {
             return;
         }
         self.state = State::Following;
@@ -547,24 +589,26 @@ impl RoleMachine {
         }
         let Some(view) = self.current() else { return };
         let record = view.record.clone();
+        if record.version != version {
+            // There may have been a term in between, of which they did not know.
+            self.retry_at = None;
+            return self.look(now, out);
+        }
         if !self.is_free(now, view) {
             return self.look(now, out);
         }
-        let last = record.term.as_ref().map(|term| term.standing);
-        let choice = choose((self.own.node_id, own), last, answers);
-        let stands = match &choice {
-            Choice::Stand => true,
-            Choice::Stale => self.forced,
-            // The one that is further may be unable to; what the last primary had may never come back.
-            Choice::LetGoFirst(_) | Choice::Behind => {
-                let since = *self.behind_since.get_or_insert(now);
-                self.forced || self.timing.ttl.is_none_or(|ttl| now >= since + ttl)
-            }
-        };
-        if !stands {
+        let choice = self.choose(now, &record, own, answers, promises);
+        if choice != Choice::Stand && !self.forced {
             if self.waits.as_ref() != Some(&choice) {
                 self.waits = Some(choice.clone());
-                out.push(Action::Waits(choice));
+                out.push(Action::Waits(choice.clone()));
+            }
+            if let Choice::CatchUp(peer) = choice
+                && self.catching_up.as_ref() != Some(&peer)
+            {
+                self.following = None;
+                self.catching_up = Some(peer.clone());
+                out.push(Action::CatchUp(peer));
             }
             return;
         }
@@ -574,6 +618,39 @@ impl RoleMachine {
         let epoch = Epoch(newest + 1);
         self.state = State::Claiming { epoch };
         out.push(Action::Claim { version: record.version, from: record.session, epoch });
+    }
+
+    fn choose(
+        &mut self,
+        now: Time,
+        record: &Record,
+        own: &Answer,
+        answers: &[Answer],
+        promises: Vec<Promise>,
+    ) -> Choice {
+        let last = record.term.as_ref();
+        let choice = choose((self.own.node_id, own.standing), last.map(|term| term.standing), answers);
+        match choice {
+            Choice::Stand => {}
+            // The one that is further may be unable to; what the last primary had may never come back.
+            Choice::LetGoFirst(_) | Choice::Behind => {
+                let since = *self.behind_since.get_or_insert(now);
+                if self.timing.ttl.is_some_and(|ttl| now < since + ttl) {
+                    return choice;
+                }
+            }
+            other => return other,
+        }
+        if last.is_none() && self.epoch == Epoch(0) && own.standing.is_empty() {
+            // There has never been a primary that could have promised something.
+            return Choice::Stand;
+        }
+        for promises in [promises, last.map(|term| term.sync.clone()).unwrap_or_default()] {
+            if let Err(lacking) = proves_all_acknowledged(own, last, answers, &promises) {
+                return lacking;
+            }
+        }
+        Choice::Stand
     }
 
     /// A claim, or the first renewal of a lease in this node's name, ended.
@@ -624,11 +701,14 @@ impl RoleMachine {
             epoch,
             until,
             fenced: false,
-            renewing: false,
+            version: Some(version),
+            renewing: None,
             renew_at: self.timing.renew_every().map(|every| sent + every),
             handing: None,
+            letting_go: false,
         });
         (self.following, self.prepared, self.behind_since, self.waits) = (None, None, None, None);
+        self.catching_up = None;
         self.forced = false;
         self.retry_at = None;
         out.push(Action::Lead { epoch, until });
@@ -637,39 +717,59 @@ impl RoleMachine {
     fn renewed(&mut self, now: Time, sent: Time, outcome: Option<Outcome>, out: &mut Vec<Action>) {
         let timing = self.timing;
         let State::Leading(leading) = &mut self.state else { return };
-        leading.renewing = false;
+        let renewed = leading.renewing.take();
+        if let Some(Some(version)) = outcome {
+            self.confirmed = self.confirmed.max(version);
+            leading.version = leading.version.max(Some(version));
+            leading.until = timing.fence().map(|fence| sent + fence);
+            leading.renew_at = timing.renew_every().map(|every| sent + every);
+        }
+        if leading.letting_go {
+            return self.let_go(out);
+        }
         match outcome {
-            Some(Some(version)) => {
-                self.confirmed = self.confirmed.max(version);
-                leading.until = timing.fence().map(|fence| sent + fence);
-                leading.renew_at = timing.renew_every().map(|every| sent + every);
+            Some(Some(_)) => {
                 let (epoch, until) = (leading.epoch, leading.until);
-                if std::mem::take(&mut leading.fenced) {
-                    out.push(Action::Lead { epoch, until });
-                } else {
+                if !leading.fenced {
                     out.push(Action::Extend { until });
-                }
-                if self.stopping {
-                    return self.stop(out);
+                } else if until.is_none_or(|until| now < until) {
+                    leading.fenced = false;
+                    out.push(Action::Lead { epoch, until });
                 }
                 if let Some(Handing::Waiting(to)) = leading.handing.clone() {
                     self.give(to, out);
                 }
             }
-            Some(None) => {
-                self.distrust_view(out);
-                return self.lost(now, "the store says that this node does not hold the lease", out);
-            }
-            None => {
-                leading.renew_at = Some(now + timing.retry);
+            refused => {
+                // Refused: an earlier renewal had its effect, though no answer came; or somebody else changed the
+                // record, which nobody may before this node's time is over. The record tells which.
+                let why = match refused {
+                    Some(_) => "the lease changed meanwhile",
+                    None => "the lease's store does not answer",
+                };
+                leading.renew_at = Some(if refused.is_some() { now } else { now + timing.retry });
                 if let Some(Handing::Waiting(_)) = leading.handing {
                     leading.handing = None;
                     out.push(Action::LetWritersGoOn);
-                    out.push(Action::HandedOver(Err("the lease's store does not answer".into())));
+                    out.push(Action::HandedOver(Err(why.into())));
+                }
+                if let (Some(_), Some(version)) = (refused, renewed) {
+                    self.read_beyond(version, out);
                 }
             }
         }
         self.look(now, out);
+    }
+
+    /// The store says that this is not the record's version any more.
+    fn read_beyond(&mut self, version: u64, out: &mut Vec<Action>) {
+        self.confirmed = self.confirmed.max(version + 1);
+        if let State::Leading(leading) = &mut self.state
+            && leading.version <= Some(version)
+        {
+            leading.version = None;
+            self.distrust_view(out);
+        }
     }
 
     /// The lease is not this node's any more.
@@ -723,7 +823,7 @@ impl RoleMachine {
             out.push(Action::HandedOver(Err(why)));
             return self.look(now, out);
         }
-        if leading.renewing {
+        if leading.renewing.is_some() {
             leading.handing = Some(Handing::Waiting(to));
             return;
         }
@@ -732,43 +832,52 @@ impl RoleMachine {
 
     fn give(&mut self, to: Member, out: &mut Vec<Action>) {
         let State::Leading(leading) = &mut self.state else { return };
-        leading.handing = Some(Handing::Giving(to.clone()));
+        let Some(version) = leading.version else {
+            leading.handing = None;
+            out.push(Action::LetWritersGoOn);
+            out.push(Action::HandedOver(Err("the lease is being read again; try it once more".into())));
+            return;
+        };
+        leading.handing = Some(Handing::Giving(to.clone(), version));
         let epoch = Epoch(leading.epoch.0 + 1);
-        out.push(Action::Give { version: self.confirmed, to, epoch });
+        out.push(Action::Give { version, to, epoch });
     }
 
     fn given(&mut self, now: Time, outcome: Option<Outcome>, out: &mut Vec<Action>) {
         let State::Leading(leading) = &mut self.state else { return };
-        let Some(Handing::Giving(to)) = leading.handing.take() else { return };
-        match outcome {
-            Some(Some(version)) => {
-                self.confirmed = self.confirmed.max(version);
-                self.state = State::Following;
-                out.push(Action::StopWrites);
-                self.following = None;
-                self.follow(Some(to.peer), out);
-                out.push(Action::HandedOver(Ok(())));
-                if self.stopping {
-                    self.state = State::Stopped;
-                    out.push(Action::Stopped);
-                }
+        let Some(Handing::Giving(to, asked)) = leading.handing.take() else { return };
+        if let Some(Some(version)) = outcome {
+            self.confirmed = self.confirmed.max(version);
+            self.state = State::Following;
+            out.push(Action::StopWrites);
+            self.following = None;
+            self.follow(Some(to.peer), out);
+            out.push(Action::HandedOver(Ok(())));
+            if self.stopping {
+                self.state = State::Stopped;
+                out.push(Action::Stopped);
             }
-            Some(None) => {
-                leading.handing = Some(Handing::Giving(to));
-                self.distrust_view(out);
-                self.lost(now, "the lease changed meanwhile", out);
-            }
-            None => {
-                // It may have been given: nothing is written until a renewal says that it was not. The renewal changes
-                // the version, so that a gift that is still on its way comes to nothing.
-                leading.fenced = true;
-                leading.renew_at = Some(now);
-                out.push(Action::StopWrites);
-                out.push(Action::LetWritersGoOn);
-                out.push(Action::HandedOver(Err("the lease's store does not answer".into())));
-                self.look(now, out);
-            }
+            return;
         }
+        // It may have been given, also when the store refuses: a question that was asked twice is refused the second
+        // time. Nothing is written until a renewal says that it was not. The renewal changes the version, so that a gift
+        // that is still on its way comes to nothing.
+        leading.fenced = true;
+        leading.renew_at = Some(now);
+        out.push(Action::StopWrites);
+        out.push(Action::LetWritersGoOn);
+        let why = match outcome {
+            Some(_) => "the lease changed meanwhile",
+            None => "the lease's store does not answer",
+        };
+        out.push(Action::HandedOver(Err(why.into())));
+        if self.stopping {
+            return self.let_go(out);
+        }
+        if outcome.is_some() {
+            self.read_beyond(asked, out);
+        }
+        self.look(now, out);
     }
 
     fn granted(&mut self, now: Time, version: u64, epoch: Epoch, out: &mut Vec<Action>) {
@@ -785,30 +894,27 @@ impl RoleMachine {
     }
 
     /// Leads no more, so that another may.
-    fn give_up(&mut self, epoch: Epoch, out: &mut Vec<Action>) {
-        if let State::Leading(Leading { handing: Some(_), .. }) = self.state {
-            out.push(Action::LetWritersGoOn);
-            out.push(Action::HandedOver(Err("this node cannot lead".into())));
+    fn give_up(&mut self, out: &mut Vec<Action>) {
+        if let State::Leading(leading) = &mut self.state {
+            leading.letting_go = true;
+            if leading.handing.take().is_some() {
+                out.push(Action::LetWritersGoOn);
+                out.push(Action::HandedOver(Err("this node cannot lead".into())));
+            }
         }
-        self.state = State::Following;
-        self.following = None;
-        out.push(Action::StopWrites);
-        out.push(Action::Release { epoch });
-        out.push(Action::Follow(None));
+        self.let_go(out);
     }
 
     fn stop(&mut self, out: &mut Vec<Action>) {
         self.stopping = true;
         match &mut self.state {
-            // Its end comes here again: given, or by way of a renewal.
-            State::Leading(Leading { handing: Some(Handing::Giving(_)), .. }) => {}
+            // Its end comes here again.
+            State::Leading(Leading { handing: Some(Handing::Giving(..)), .. }) => {}
             State::Leading(leading) => {
-                let epoch = leading.epoch;
-                out.push(Action::StopWrites);
                 if leading.handing.take().is_some() {
                     out.push(Action::HandedOver(Err("the agent stops".into())));
                 }
-                out.push(Action::Release { epoch });
+                self.let_go(out);
             }
             State::Following => {
                 self.state = State::Stopped;
@@ -817,6 +923,25 @@ impl RoleMachine {
             // Their end comes here again.
             State::Asking { .. } | State::Claiming { .. } | State::Resuming { .. } => {}
             State::Stopped => out.push(Action::Stopped),
+        }
+    }
+
+    /// Stops writing and releases the lease, once no renewal is on its way that would be in between.
+    fn let_go(&mut self, out: &mut Vec<Action>) {
+        let confirmed = self.confirmed;
+        let State::Leading(leading) = &mut self.state else { return };
+        leading.letting_go = true;
+        leading.fenced = true;
+        out.push(Action::StopWrites);
+        if leading.renewing.is_some() {
+            return;
+        }
+        let version = leading.version.unwrap_or(confirmed);
+        out.push(Action::Release { version, epoch: leading.epoch });
+        if !self.stopping {
+            self.state = State::Following;
+            self.following = None;
+            out.push(Action::Follow(None));
         }
     }
 }

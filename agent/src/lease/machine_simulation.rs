@@ -1,20 +1,23 @@
 //! The role machines of three nodes and one store, in virtual time, with everything that can go wrong: crashes, pauses,
 //! partitions, lost, late and reordered messages. A seed makes a schedule; a failing one is named and can be run alone:
 //! `LITEFS_SEED=7 cargo test simulation`. `LITEFS_SEEDS=100000` runs more.
-//!
-//! Not simulated: a renewal or release that the store carries out after its caller has given up or died. It names the session but
-//! no version, so one of an earlier term of the same session would count (write it down here when that is closed).
+//! In every other seed a commit counts when a follower has it, and each new primary must have all that count. A write may reach the store long after its caller has given up on it, or died.
 
 use super::*;
-use crate::lease::{Record, Term};
+use crate::DatabaseName;
+use crate::lease::election::Progress;
+use crate::lease::{Record, Standing, Term};
+use ltx::{Checksum, Pos, Txid};
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BinaryHeap, HashMap, HashSet};
 
 const TTL: Duration = Duration::from_secs(10);
 const NODES: usize = 3;
 /// Things go wrong for this long; then they must get well again.
 const TROUBLE_MS: u64 = 120_000;
 const CALM_MS: u64 = 90_000;
+/// After so long nobody waits for the store any more.
+const GIVES_UP: Duration = Duration::from_millis(1900);
 
 struct Random(u64);
 
@@ -39,9 +42,20 @@ impl Random {
 #[derive(Clone, Debug)]
 enum Write {
     Claim { version: u64, from: Option<String>, term: Term },
-    Renew { term: Term },
+    Renew { version: u64, term: Term },
     Give { version: u64, session: String, to: usize, term: Term },
-    Release { term: Term },
+    Release { version: u64, term: Term },
+}
+
+impl Write {
+    fn ended(self, sent: Time, outcome: Option<Outcome>) -> Event {
+        match self {
+            Write::Claim { term, .. } => Event::Claimed { epoch: term.epoch, sent, outcome },
+            Write::Renew { term, .. } => Event::Renewed { epoch: term.epoch, sent, outcome },
+            Write::Give { .. } => Event::Given { outcome },
+            Write::Release { .. } => Event::Released,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -82,7 +96,8 @@ struct Node {
     cut_until: u64,
     session: String,
     epoch: Epoch,
-    standing: Standing,
+    /// Its transactions, by number and term.
+    log: Vec<(u64, Epoch)>,
     /// What the door looks at.
     writes: Option<(Epoch, Option<Time>)>,
     leading: Option<Epoch>,
@@ -105,6 +120,9 @@ struct World {
     terms: HashMap<Epoch, usize>,
     newest_commit: Epoch,
     commits: u64,
+    /// Commits count when one follower has them.
+    sync: bool,
+    acknowledged: HashSet<u64>,
 }
 
 fn peer(i: usize) -> Peer {
@@ -133,7 +151,7 @@ impl World {
                     cut_until: 0,
                     session: format!("s{i}-0"),
                     epoch: Epoch(0),
-                    standing: Standing::default(),
+                    log: Vec::new(),
                     writes: None,
                     leading: None,
                     preparing: false,
@@ -154,6 +172,8 @@ impl World {
             terms: HashMap::new(),
             newest_commit: Epoch(0),
             commits: 0,
+            sync: seed % 2 == 1,
+            acknowledged: HashSet::new(),
         };
         for i in 0..NODES {
             world.after(i as u64, i, Happening::Read(0));
@@ -275,9 +295,6 @@ impl World {
                 }
             }
             Happening::Store { life, session, sent, write, answered } => {
-                if self.nodes[i].life != life {
-                    return;
-                }
                 let outcome = self.store(&session, &write);
                 if std::env::var_os("LITEFS_SEED").is_some() {
                     eprintln!("{} n{i} {session} sent {sent:?} {write:?} -> {outcome:?}", self.now);
@@ -295,14 +312,15 @@ impl World {
                         self.after(delay, *to, Happening::Event(life, granted));
                     }
                 }
+                // Who gave up was told so when it did.
+                let waited = ms(self.now).saturating_sub(sent) < GIVES_UP;
                 let outcome = answered.then_some(outcome);
-                let delay = if answered { self.latency() } else { 2000 };
-                let event = match write {
-                    Write::Claim { term, .. } => Event::Claimed { epoch: term.epoch, sent, outcome },
-                    Write::Renew { term } => Event::Renewed { epoch: term.epoch, sent, outcome },
-                    Write::Give { .. } => Event::Given { outcome },
-                    Write::Release { .. } => Event::Released,
+                let delay = match answered && waited {
+                    true => self.latency(),
+                    false if waited => 2000,
+                    false => return,
                 };
+                let event = write.ended(sent, outcome);
                 self.after(delay, i, Happening::Event(life, event));
             }
             Happening::Read(life) => {
@@ -323,7 +341,7 @@ impl World {
                 let asks = self.nodes[asker].life == life;
                 let result = if asks && agrees && self.nodes[i].following == Some(asker) {
                     self.nodes[asker].writes = None;
-                    self.nodes[i].standing = self.nodes[asker].standing;
+                    self.take(i, asker);
                     Ok(())
                 } else {
                     Err("it does not agree".to_owned())
@@ -372,7 +390,7 @@ impl World {
                     && self.nodes[upstream].paused_until <= self.now
                     && self.nodes[upstream].epoch >= self.nodes[i].epoch
                 {
-                    self.nodes[i].standing = self.nodes[upstream].standing;
+                    self.take(i, upstream);
                     self.nodes[i].epoch = self.nodes[upstream].epoch;
                 }
                 self.after(50, i, Happening::Follow);
@@ -393,8 +411,52 @@ impl World {
         assert_eq!(self.terms[&epoch], i, "a write in another's term");
         self.newest_commit = epoch;
         self.commits += 1;
-        let standing = &mut self.nodes[i].standing;
-        *standing = Standing { record_epoch: epoch, transactions: standing.transactions + 1 };
+        self.nodes[i].log.push((self.commits, epoch));
+    }
+
+    /// A follower has in its log what its upstream has in its own, which lets it go if its term has not ended.
+    fn take(&mut self, follower: usize, upstream: usize) {
+        let theirs = std::mem::take(&mut self.nodes[upstream].log);
+        let log = &mut self.nodes[follower].log;
+        let same = |common: usize| common == 0 || log.get(common - 1) == theirs.get(common - 1);
+        // Logs that have the same transaction have the same ones before it.
+        let common = (0..=log.len().min(theirs.len())).rev().find(|common| same(*common)).unwrap_or(0);
+        log.truncate(common);
+        log.extend_from_slice(&theirs[common..]);
+        let may_publish = self.nodes[upstream]
+            .writes
+            .is_some_and(|(_, until)| self.nodes[upstream].up && until.is_none_or(|until| ms(self.now) < until));
+        if self.sync && may_publish {
+            self.acknowledged.extend(theirs[common..].iter().map(|(number, _)| number));
+        }
+        self.nodes[upstream].log = theirs;
+    }
+
+    fn standing(&self, i: usize) -> Standing {
+        let log = &self.nodes[i].log;
+        let record_epoch = log.last().map_or(Epoch(0), |(_, epoch)| *epoch);
+        Standing { record_epoch, transactions: log.len() as u64 }
+    }
+
+    fn answer(&self, i: usize) -> Answer {
+        let node = &self.nodes[i];
+        let progress = node.log.last().map(|&(number, epoch)| Progress {
+            epoch,
+            position: Pos { txid: Txid(node.log.len() as u64), checksum: Checksum(number) },
+        });
+        let name = DatabaseName::new("app.db").unwrap();
+        Answer {
+            peer: peer(i),
+            can_stand: node.machine.can_stand(),
+            epoch: node.epoch,
+            standing: self.standing(i),
+            databases: Some(progress.map(|progress| (name, progress)).into_iter().collect()),
+        }
+    }
+
+    fn promises(&self) -> Vec<Promise> {
+        let members = (0..NODES).map(|i| peer(i).name).collect();
+        if self.sync { vec![Promise { databases: Vec::new(), acks: 1, members }] } else { Vec::new() }
     }
 
     /// What Consul does, in one step.
@@ -415,9 +477,13 @@ impl World {
                 }
                 (Some(to.clone()), term)
             }
-            Write::Renew { term } if held == Some(session) => (Some(session.to_owned()), term),
-            Write::Release { term } if held == Some(session) => (None, term),
-            _ => return None,
+            Write::Renew { version, term } | Write::Release { version, term } => {
+                if held != Some(session) || *version != self.record.version {
+                    return None;
+                }
+                let holds = matches!(write, Write::Renew { .. });
+                (holds.then(|| session.to_owned()), term)
+            }
         };
         let before = self.record.term.as_ref().map_or(Epoch(0), |term| term.epoch);
         assert!(term.epoch >= before, "the epoch of the lease went back from {before:?} to {:?}", term.epoch);
@@ -432,21 +498,21 @@ impl World {
         let answered = !lost && !self.is_lost(i);
         let (life, sent, session) = (self.nodes[i].life, ms(self.now), self.nodes[i].session.clone());
         if lost && self.random.chance(50) {
-            let event = match write {
-                Write::Claim { term, .. } => Event::Claimed { epoch: term.epoch, sent, outcome: None },
-                Write::Renew { term } => Event::Renewed { epoch: term.epoch, sent, outcome: None },
-                Write::Give { .. } => Event::Given { outcome: None },
-                Write::Release { .. } => Event::Released,
-            };
+            let event = write.ended(sent, None);
             return self.after(2000, i, Happening::Event(life, event));
         }
-        let delay = self.latency().min(1900);
+        let delay = self.latency();
+        if ms(delay) >= GIVES_UP {
+            let event = write.clone().ended(sent, None);
+            self.after(2000, i, Happening::Event(life, event));
+        }
         self.after(delay, i, Happening::Store { life, session, sent, write, answered });
     }
 
     fn term(&mut self, i: usize, epoch: Epoch, released: bool) -> Term {
         self.beat += 1;
-        Term { holder: peer(i), epoch, standing: self.nodes[i].standing, released, beat: self.beat }
+        let (standing, sync) = (self.standing(i), self.promises());
+        Term { holder: peer(i), epoch, standing, released, beat: self.beat, sync }
     }
 
     fn tell(&mut self, i: usize, event: Event) {
@@ -474,6 +540,9 @@ impl World {
                 assert!(self.nodes[i].candidate, "n{i} is no candidate");
                 let other = *self.terms.entry(epoch).or_insert(i);
                 assert_eq!(other, i, "two nodes lead in {epoch:?}");
+                let has: HashSet<u64> = self.nodes[i].log.iter().map(|(number, _)| *number).collect();
+                let writes = until.is_none_or(|until| ms(self.now) < until);
+                assert!(!writes || self.acknowledged.is_subset(&has), "n{i} leads without an acknowledged commit");
                 let node = &mut self.nodes[i];
                 node.epoch = node.epoch.max(epoch);
                 (node.writes, node.leading, node.following) = (Some((epoch, until)), Some(epoch), None);
@@ -489,6 +558,11 @@ impl World {
                 node.following = peer.map(|peer| peer.node_id as usize - 1);
                 (node.writes, node.leading) = (None, None);
             }
+            Action::CatchUp(peer) => {
+                let node = &mut self.nodes[i];
+                node.following = Some(peer.node_id as usize - 1);
+                (node.writes, node.leading) = (None, None);
+            }
             Action::Read => {
                 let life = self.nodes[i].life;
                 self.after(1, i, Happening::Read(life));
@@ -499,24 +573,24 @@ impl World {
                     let other = peer.node_id as usize - 1;
                     let node = &self.nodes[other];
                     if node.up && node.paused_until <= self.now && self.random.chance(95) {
-                        let can_stand = node.machine.can_stand();
-                        answers.push(Answer { peer, can_stand, epoch: node.epoch, standing: node.standing });
+                        answers.push(self.answer(other));
                     }
                 }
-                let (life, own, delay) = (self.nodes[i].life, self.nodes[i].standing, self.latency());
-                self.after(delay, i, Happening::Event(life, Event::Heard { round, own, answers }));
+                let (life, own, promises) = (self.nodes[i].life, self.answer(i), self.promises());
+                let delay = self.latency();
+                self.after(delay, i, Happening::Event(life, Event::Heard { round, own, answers, promises }));
             }
             Action::Claim { version, from, epoch } => {
                 let term = self.term(i, epoch, false);
                 self.write(i, Write::Claim { version, from, term });
             }
-            Action::Renew { epoch } => {
+            Action::Renew { version, epoch } => {
                 let term = self.term(i, epoch, false);
-                self.write(i, Write::Renew { term });
+                self.write(i, Write::Renew { version, term });
             }
-            Action::Release { epoch } => {
+            Action::Release { version, epoch } => {
                 let term = self.term(i, epoch, true);
-                self.write(i, Write::Release { term });
+                self.write(i, Write::Release { version, term });
             }
             Action::Prepare { to } => {
                 let (other, life, delay) = (to.peer.node_id as usize - 1, self.nodes[i].life, self.latency());
@@ -544,14 +618,14 @@ impl World {
         if std::env::var_os("LITEFS_SEED").is_some() {
             for (i, node) in self.nodes.iter().enumerate() {
                 eprintln!(
-                    "n{i}: at {} up {} life {} session {} writes {:?} follows {:?} standing {:?}\n  {:?} waits {:?} wakes {:?} view {:?}",
+                    "n{i}: at {} up {} life {} session {} writes {:?} follows {:?} newest {:?}\n  {:?} waits {:?} wakes {:?} view {:?}",
                     self.now,
                     node.up,
                     node.life,
                     node.session,
                     node.writes,
                     node.following,
-                    node.standing,
+                    node.log.last(),
                     node.machine.state,
                     node.machine.waits,
                     node.machine.wake_at(),

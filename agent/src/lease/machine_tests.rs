@@ -1,5 +1,5 @@
 use super::*;
-use crate::lease::{Record, Term};
+use crate::lease::{Record, Standing, Term};
 
 const TTL: Duration = Duration::from_secs(10);
 
@@ -28,6 +28,7 @@ fn view(version: u64, holder: Option<(u64, Epoch)>, released: bool) -> View {
         standing: standing(5),
         released,
         beat: version,
+        sync: Vec::new(),
     });
     let session = holder.filter(|_| !released).map(|(id, _)| format!("s{id}"));
     let member = |id| Member { peer: peer(id), candidate: true, session: format!("s{id}") };
@@ -40,13 +41,18 @@ fn view(version: u64, holder: Option<(u64, Epoch)>, released: bool) -> View {
     }
 }
 
+fn heard(round: u64, own: Standing, answers: Vec<Answer>) -> Event {
+    let own = Answer { peer: peer(1), can_stand: true, epoch: Epoch(3), standing: own, databases: None };
+    Event::Heard { round, own, answers, promises: Vec::new() }
+}
+
 /// Leads in epoch 4 with version 8, claimed at `sent`.
 fn leading(sent: Time) -> RoleMachine {
     let mut m = machine(true);
     m.handle(sent, Event::Seen(view(7, Some((2, Epoch(3))), true)));
-    let heard = Event::Heard { round: 1, own: standing(5), answers: Vec::new() };
+    let answers = heard(1, standing(5), Vec::new());
     let claim = Action::Claim { version: 7, from: None, epoch: Epoch(4) };
-    assert_eq!(m.handle(sent, heard), [claim]);
+    assert_eq!(m.handle(sent, answers), [claim]);
     let actions = m.handle(sent, Event::Claimed { epoch: Epoch(4), sent, outcome: Some(Some(8)) });
     assert_eq!(actions, [Action::Lead { epoch: Epoch(4), until: Some(sent + at(9000)) }]);
     m
@@ -57,8 +63,8 @@ fn a_released_lease_is_claimed_in_a_newer_epoch_than_anybody_knows() {
     let mut m = machine(true);
     let actions = m.handle(at(0), Event::Seen(view(7, Some((2, Epoch(3))), true)));
     assert_eq!(actions, [Action::Ask { round: 1, peers: vec![peer(2)] }]);
-    let other = Answer { peer: peer(2), can_stand: true, epoch: Epoch(9), standing: standing(4) };
-    let actions = m.handle(at(1), Event::Heard { round: 1, own: standing(5), answers: vec![other] });
+    let other = Answer { peer: peer(2), can_stand: true, epoch: Epoch(9), standing: standing(4), databases: None };
+    let actions = m.handle(at(1), heard(1, standing(5), vec![other]));
     assert_eq!(actions, [Action::Claim { version: 7, from: None, epoch: Epoch(10) }]);
 }
 
@@ -73,10 +79,10 @@ fn a_holder_that_renews_is_followed_and_a_silent_one_is_robbed_after_the_ttl() {
     assert!(matches!(m.handle(at(16_000), Event::Tick)[..], [Action::Ask { .. }]));
     // It renews after all while the others are asked.
     m.handle(at(16_001), Event::Seen(view(9, Some((2, Epoch(3))), false)));
-    assert_eq!(m.handle(at(16_002), Event::Heard { round: 1, own: standing(5), answers: vec![] }), []);
+    assert_eq!(m.handle(at(16_002), heard(1, standing(5), vec![])), []);
     let actions = m.handle(at(26_001), Event::Tick);
     assert!(matches!(actions[..], [Action::Ask { round: 2, .. }]));
-    let actions = m.handle(at(26_002), Event::Heard { round: 2, own: standing(5), answers: vec![] });
+    let actions = m.handle(at(26_002), heard(2, standing(5), vec![]));
     assert_eq!(actions, [Action::Claim { version: 9, from: Some("s2".into()), epoch: Epoch(4) }]);
 }
 
@@ -93,7 +99,7 @@ fn one_that_is_no_candidate_never_stands() {
 fn an_empty_node_waits_until_it_is_forced() {
     let mut m = machine(true);
     m.handle(at(0), Event::Seen(view(7, Some((2, Epoch(3))), true)));
-    let empty = |round| Event::Heard { round, own: Standing::default(), answers: vec![] };
+    let empty = |round| heard(round, Standing::default(), vec![]);
     assert_eq!(m.handle(at(1), empty(1)), [Action::Waits(Choice::Stale)]);
     m.handle(at(90_000), Event::Tick);
     assert_eq!(m.handle(at(90_001), empty(2)), []);
@@ -104,7 +110,7 @@ fn an_empty_node_waits_until_it_is_forced() {
 #[test]
 fn a_primary_is_fenced_before_the_ttl_ends_when_the_store_hangs() {
     let mut m = leading(at(1000));
-    assert_eq!(m.handle(at(3500), Event::Tick), [Action::Renew { epoch: Epoch(4) }]);
+    assert_eq!(m.handle(at(3500), Event::Tick), [Action::Renew { version: 8, epoch: Epoch(4) }]);
     assert_eq!(m.leads(at(9999)), Some(Epoch(4)));
     // By the clock alone, before anything is told to it.
     assert_eq!(m.leads(at(10_000)), None);
@@ -120,12 +126,12 @@ fn a_primary_is_fenced_before_the_ttl_ends_when_the_store_hangs() {
 #[test]
 fn a_robbed_primary_stops_and_old_views_do_not_bring_it_back() {
     let mut m = leading(at(0));
-    assert_eq!(m.handle(at(2500), Event::Tick), [Action::Renew { epoch: Epoch(4) }]);
+    assert_eq!(m.handle(at(2500), Event::Tick), [Action::Renew { version: 8, epoch: Epoch(4) }]);
     let actions = m.handle(at(2600), Event::Renewed { epoch: Epoch(4), sent: at(2500), outcome: Some(None) });
-    assert_eq!(actions, [Action::Read, Action::StopWrites, Action::Follow(None)]);
+    assert_eq!(actions, [Action::Read]);
     assert_eq!(m.handle(at(2700), Event::Seen(view(7, Some((2, Epoch(3))), true))), []);
     let actions = m.handle(at(2800), Event::Seen(view(9, Some((2, Epoch(5))), false)));
-    assert_eq!(actions, [Action::Follow(Some(peer(2)))]);
+    assert_eq!(actions, [Action::StopWrites, Action::Follow(None), Action::Follow(Some(peer(2)))]);
 }
 
 #[test]
@@ -133,7 +139,7 @@ fn a_node_that_cannot_begin_its_term_releases_the_lease() {
     let mut m = leading(at(0));
     assert_eq!(m.handle(at(1), Event::CannotLead { epoch: Epoch(3) }), []);
     let actions = m.handle(at(2), Event::CannotLead { epoch: Epoch(4) });
-    let release = Action::Release { epoch: Epoch(4) };
+    let release = Action::Release { version: 8, epoch: Epoch(4) };
     assert_eq!(actions, [Action::StopWrites, release, Action::Follow(None)]);
     assert_eq!(m.holds(), None);
 }
@@ -142,12 +148,39 @@ fn a_node_that_cannot_begin_its_term_releases_the_lease() {
 fn stopping_while_a_claim_is_under_way_releases_what_it_got() {
     let mut m = machine(true);
     m.handle(at(0), Event::Seen(view(7, Some((2, Epoch(3))), true)));
-    m.handle(at(1), Event::Heard { round: 1, own: standing(5), answers: vec![] });
+    m.handle(at(1), heard(1, standing(5), vec![]));
     assert_eq!(m.handle(at(2), Event::Stop), []);
     let actions = m.handle(at(3), Event::Claimed { epoch: Epoch(4), sent: at(1), outcome: Some(Some(8)) });
     assert!(matches!(
         actions[..],
-        [Action::Lead { .. }, Action::StopWrites, Action::Release { epoch: Epoch(4) }]
+        [Action::Lead { .. }, Action::StopWrites, Action::Release { version: 8, epoch: Epoch(4) }]
     ));
     assert_eq!(m.handle(at(4), Event::Released), [Action::Stopped]);
+}
+
+#[test]
+fn a_renewal_whose_answer_was_lost_is_found_in_the_record() {
+    let mut m = leading(at(0));
+    let renew = |version| Action::Renew { version, epoch: Epoch(4) };
+    let renewed = |sent, outcome| Event::Renewed { epoch: Epoch(4), sent, outcome };
+    assert_eq!(m.handle(at(2500), Event::Tick), [renew(8)]);
+    // It made version 9, which nobody told this node.
+    assert_eq!(m.handle(at(4500), renewed(at(2500), None)), []);
+    assert_eq!(m.handle(at(4800), Event::Tick), [renew(8)]);
+    assert_eq!(m.handle(at(4900), renewed(at(4800), Some(None))), [Action::Read]);
+    assert_eq!(m.wake_at(), Some(at(9000)), "nothing can be renewed before the record is read");
+    assert_eq!(m.handle(at(5000), Event::Seen(view(9, Some((1, Epoch(4))), false))), [renew(9)]);
+    let extended = Action::Extend { until: Some(at(14_000)) };
+    assert_eq!(m.handle(at(5100), renewed(at(5000), Some(Some(10)))), [extended]);
+}
+
+#[test]
+fn a_release_waits_for_the_renewal_that_is_on_its_way() {
+    let mut m = leading(at(0));
+    assert_eq!(m.handle(at(2500), Event::Tick), [Action::Renew { version: 8, epoch: Epoch(4) }]);
+    assert_eq!(m.handle(at(2501), Event::Stop), [Action::StopWrites]);
+    let renewed = Event::Renewed { epoch: Epoch(4), sent: at(2500), outcome: Some(Some(9)) };
+    let release = Action::Release { version: 9, epoch: Epoch(4) };
+    assert_eq!(m.handle(at(2600), renewed), [Action::StopWrites, release]);
+    assert_eq!(m.handle(at(2700), Event::Released), [Action::Stopped]);
 }

@@ -12,8 +12,8 @@
 //!
 //! Rules that keep two nodes from writing at once:
 //!
-//! - Every change of the record names the version it was decided on, or proves that the record is still in this node's
-//!   name. What was decided on something old changes nothing.
+//! - Every change of the record names the version it was decided on, and all but a claim prove that the record is still in
+//!   this node's name. What was decided on something old, or arrives late, changes nothing.
 //! - A primary writes until [`Timing::fence`] after it *sent* its last renewal that succeeded. Others count
 //!   [`Timing::ttl`] from when they *saw* a renewal, which is later, and the fence is shorter than the TTL. So clocks may
 //!   differ in rate by what lies between the two.
@@ -27,6 +27,7 @@ pub mod machine;
 pub mod peers;
 
 use crate::ship::engine::Epoch;
+use crate::sync::quorum::Promise;
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -66,6 +67,9 @@ pub struct Term {
     /// Another one with each renewal.
     #[serde(default)]
     pub beat: u64,
+    /// What it promises of commits; the next holder has to have what was acknowledged under it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sync: Vec<Promise>,
 }
 
 /// The lease as it was read.
@@ -146,11 +150,13 @@ pub trait Lease: Send + Sync + 'static {
     /// Takes it.
     fn claim(&self, claim: Claim) -> BoxFuture<'_, Result<Outcome, LeaseError>>;
     /// Says that the holder is alive, if it is still this node.
-    fn renew(&self, term: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>>;
+    ///
+    /// Like every change, only if the record has this version still: one that arrives late must change nothing.
+    fn renew(&self, version: u64, term: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>>;
     /// Makes another node its holder, if it is this one.
     fn give(&self, gift: Gift) -> BoxFuture<'_, Result<Outcome, LeaseError>>;
     /// Lets go of it, if this node holds it. `term` says `released`.
-    fn release(&self, term: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>>;
+    fn release(&self, version: u64, term: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>>;
     /// This node will not come back soon: what it has at the store beside the lease may go.
     fn leave(&self) -> BoxFuture<'_, Result<(), LeaseError>>;
 }

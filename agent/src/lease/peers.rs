@@ -2,7 +2,7 @@
 //!
 //! | request                                  | meaning                                                             |
 //! |------------------------------------------|---------------------------------------------------------------------|
-//! | `GET /v1/lease/standing`                 | how far are you, and may you become primary? [`Answer`]              |
+//! | `GET /v1/lease/standing?databases=0\|1`   | how far are you (with each database), and may you become primary? [`Answer`] |
 //! | `POST /v1/lease/prepare`                 | will you take the lease over from me, now? `true` or `false`         |
 //! | `POST /v1/lease/grant?version=&epoch=`   | it is yours: this version of the record says so                     |
 //! | `POST /v1/lease/want`                    | hand the lease over to me; `null`, or why not                        |
@@ -21,8 +21,8 @@ pub const PREFIX: &str = "/v1/lease/";
 
 /// A node as others ask it.
 pub trait Candidate: Send + Sync + 'static {
-    /// How far it is.
-    fn standing(&self) -> BoxFuture<'_, Result<Answer, String>>;
+    /// How far it is; `databases`: with each database.
+    fn standing(&self, databases: bool) -> BoxFuture<'_, Result<Answer, String>>;
     /// `from` wants it as its successor: whether it agrees.
     fn prepare(&self, from: u64) -> BoxFuture<'_, bool>;
     /// The lease was given to it.
@@ -46,7 +46,8 @@ pub async fn serve(
     };
     let said = match (method, path.strip_prefix(PREFIX).unwrap_or_default()) {
         (&Method::GET, "standing") => {
-            let answer = candidate.standing().await;
+            let databases = query_value(query, "databases").is_some_and(|value| value == "1");
+            let answer = candidate.standing(databases).await;
             serde_json::to_string(&answer.map_err(|why| Refusal::new(RefusalCode::Stopping, why))?)
         }
         (&Method::POST, "prepare") => serde_json::to_string(&candidate.prepare(from).await),
@@ -86,8 +87,9 @@ impl Asking {
     }
 
     /// How far it is.
-    pub async fn standing(&self, peer: &Peer, limit: Duration) -> Result<Answer, String> {
-        self.ask(peer, Method::GET, "/v1/lease/standing", limit).await
+    pub async fn standing(&self, peer: &Peer, databases: bool, limit: Duration) -> Result<Answer, String> {
+        let path = format!("/v1/lease/standing?databases={}", u8::from(databases));
+        self.ask(peer, Method::GET, &path, limit).await
     }
 
     /// Whether it agrees to be the successor of this node.

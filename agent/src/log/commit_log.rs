@@ -160,6 +160,12 @@ impl CommitLog {
         }
     }
 
+    /// Returns when no append goes on that began before: one whose [`NewRecord::fence`] is closed by now has been
+    /// refused, or has made it into [`CommitLog::appended`].
+    pub fn let_appends_end(&self) {
+        drop(self.shared.writer.lock());
+    }
+
     /// Appends a record whose payload is the complete LTX file at `path`, on the file system of the log. The file is
     /// synced and renamed into the `ltx` directory; after an error it is where it was.
     pub fn append_file(&self, record: &NewRecord<'_>, path: &Path) -> Result<Lsn, LogError> {

@@ -68,6 +68,14 @@ pub enum LogError {
         /// What the system said to the first failed fsync.
         source: Arc<io::Error>,
     },
+    /// The term in which the transaction was committed has ended. Nothing was appended.
+    #[error("{database}: transaction {min_txid} was not committed: this node's term as the primary has ended")]
+    Fenced {
+        /// Database of the record.
+        database: DatabaseName,
+        /// Its first transaction.
+        min_txid: Txid,
+    },
     /// The log is being closed.
     #[error("the commit log in {} is closed", .0.display())]
     Closed(PathBuf),

@@ -471,6 +471,7 @@ mod tests {
             commit: 8,
             timestamp_ms: -1,
             wal,
+            fence: None,
         };
         let mut buffer = Vec::new();
         let at = Position { lsn: Lsn(4096), prev: Some(Lsn(64)), durable: Lsn(128) };

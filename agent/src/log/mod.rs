@@ -42,5 +42,5 @@ pub use commit_log::{CommitLog, Options};
 pub use error::{Damage, LogError};
 pub use flusher::{OnDurable, OnSync};
 pub use reading::Visit;
-pub use record::{Lsn, NewRecord, Payload, PayloadPlace, RecordInfo, RecordKind, WalEnd};
+pub use record::{Fence, Lsn, NewRecord, Payload, PayloadPlace, RecordInfo, RecordKind, WalEnd};
 pub use retention::Retained;

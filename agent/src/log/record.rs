@@ -65,6 +65,14 @@ pub struct NewRecord<'a> {
     pub timestamp_ms: i64,
     /// Where it ends in the WAL, for transactions that were captured from one.
     pub wal: Option<WalEnd>,
+    /// Looked at again when nothing but the write is left to do.
+    pub fence: Option<&'a dyn Fence>,
+}
+
+/// What a record must not be appended beyond: the end of this node's term.
+pub trait Fence: fmt::Debug + Sync {
+    /// Whether the record may still be appended.
+    fn is_open(&self) -> bool;
 }
 
 /// Where the payload of a record is.

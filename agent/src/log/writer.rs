@@ -192,6 +192,9 @@ impl Shared {
                 continue;
             }
             self.check_sequence(record)?;
+            if record.fence.is_some_and(|fence| !fence.is_open()) {
+                return Err(LogError::Fenced { database: record.database.clone(), min_txid: record.min_txid });
+            }
             let ended = writer.external_bytes >= self.options.segment_bytes;
             if (ended || !writer.has_room(len)) && !self.next_segment(&mut writer)? {
                 drop(writer);

@@ -1,10 +1,14 @@
 //! The node as other nodes ask it about the lease.
 
 use super::Node;
+use crate::database::Database;
+use crate::lease::election::{Databases, Progress};
 use crate::lease::peers::Candidate;
-use crate::lease::{Answer, Event, Peer};
+use crate::lease::{Answer, Event, Peer, Standing};
 use crate::ship::engine::Epoch;
+use crate::sync::quorum::Promise;
 use futures_util::future::BoxFuture;
+use std::sync::Arc;
 
 impl Node {
     /// How others reach this node.
@@ -18,17 +22,55 @@ impl Node {
     }
 }
 
+impl Node {
+    /// How far this node is.
+    pub(super) fn standing(&self) -> Standing {
+        Standing {
+            record_epoch: self.shared.log.newest_epoch(),
+            transactions: self.shared.databases().iter().map(|db| db.durable_position().txid.0).sum(),
+        }
+    }
+
+    /// How far this node is with each database. What is told counts, so it is durable first.
+    async fn progress(&self) -> Databases {
+        let shared = self.shared.clone();
+        let progress = move || {
+            let of = |db: Arc<Database>| {
+                let end = db.state().logged_end;
+                // A log that failed has what was durable before.
+                let _ = shared.log.wait_durable(end);
+                let epoch = shared.log.last(db.name()).map_or(Epoch(0), |record| record.epoch);
+                (db.name().clone(), Progress { epoch, position: db.durable_position() })
+            };
+            shared.databases().into_iter().map(of).collect()
+        };
+        tokio::task::spawn_blocking(progress).await.unwrap_or_default()
+    }
+
+    /// What this node says to others, and to itself, in an election.
+    pub(super) async fn election_answer(&self, can_stand: bool, databases: bool) -> Answer {
+        Answer {
+            peer: self.own_peer(),
+            can_stand,
+            epoch: self.shared.epoch(),
+            standing: Node::standing(self),
+            databases: if databases { Some(self.progress().await) } else { None },
+        }
+    }
+
+    /// What this node promises of commits while it is the primary.
+    pub(super) fn promises(&self) -> Vec<Promise> {
+        let config = self.config.read();
+        Promise::all_of(&config.sync, &config.sync_rules)
+    }
+}
+
 impl Candidate for Node {
-    fn standing(&self) -> BoxFuture<'_, Result<Answer, String>> {
+    fn standing(&self, databases: bool) -> BoxFuture<'_, Result<Answer, String>> {
         Box::pin(async move {
             let lease = self.lease.get().ok_or("the agent is starting")?;
             let can_stand = lease.look(|machine| machine.can_stand()).await.unwrap_or(false);
-            Ok(Answer {
-                peer: self.own_peer(),
-                can_stand,
-                epoch: self.shared.epoch(),
-                standing: Node::standing(self),
-            })
+            Ok(self.election_answer(can_stand, databases).await)
         })
     }
 

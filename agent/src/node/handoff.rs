@@ -32,14 +32,6 @@ impl Node {
         Asking { options: self.follow_options(), node_id: self.shared.node_id }
     }
 
-    /// How far this node is.
-    pub(super) fn standing(&self) -> Standing {
-        Standing {
-            record_epoch: self.shared.log.newest_epoch(),
-            transactions: self.shared.databases().iter().map(|db| db.durable_position().txid.0).sum(),
-        }
-    }
-
     /// Brings the successor to where this node is, with writers waiting. Ends with no writes taken, also when it fails
     /// half-way: the caller lets them go on.
     pub(super) async fn prepare_handoff(self: Arc<Self>, to: Peer) -> Result<Vec<WriterHold>, String> {
@@ -53,13 +45,16 @@ impl Node {
         let holding = self.clone();
         let held = tokio::task::spawn_blocking(move || holding.hold_writers()).await;
         let held = held.map_err(|error| error.to_string())??;
-        self.stop_writes();
-        let logging = self.clone();
+        let ending = self.clone();
         let logged = tokio::task::spawn_blocking(move || {
-            let log = &logging.shared.log;
-            log.wait_durable(log.appended())
+            let log = &ending.shared.log;
+            if !ending.shared.gate.wait_idle(HOLD) {
+                return Err(format!("commits wait for acknowledgements longer than {HOLD:?}: see [sync] and `litefs status`"));
+            }
+            ending.stop_writes(DRAIN);
+            log.wait_durable(log.appended()).map_err(|error| error.to_string())
         });
-        logged.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+        logged.await.map_err(|error| error.to_string())??;
         if !self.wait_for_follower(to.node_id, DRAIN).await {
             return Err(format!("{name} did not acknowledge the last transactions within {DRAIN:?}"));
         }
@@ -116,7 +111,7 @@ impl Node {
         let asked = members.into_iter().map(|member| {
             let asking = asking.clone();
             async move {
-                let answer = asking.standing(&member.peer, ANSWER).await;
+                let answer = asking.standing(&member.peer, false, ANSWER).await;
                 answer.ok().filter(|a: &Answer| a.can_stand).map(|answer| (answer.standing, member))
             }
         });

@@ -22,6 +22,11 @@ const RETRY: Duration = Duration::from_millis(300);
 /// How long a reload waits for the new role.
 const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long the end of a term waits for followers to acknowledge commits that are held.
+const HELD_PATIENCE: Duration = Duration::from_millis(100);
+/// The same for an end that somebody asked for. The gate looks at the end of the lease itself.
+const PLANNED_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Something for the machine, from outside of the driver.
 pub(super) enum Input {
     /// Something happened.
@@ -321,9 +326,15 @@ impl Driver {
                 let _ = self.transitions.send(Transition::Lead { epoch, number });
             }
             Action::Extend { until } => self.node.shared.set_write_limit(until),
-            Action::StopWrites => self.node.stop_writes(),
+            Action::StopWrites => {
+                let planned = self.stopping.is_some();
+                self.node.stop_writes(if planned { PLANNED_PATIENCE } else { HELD_PATIENCE });
+            }
             Action::Follow(peer) => {
                 let _ = self.transitions.send(Transition::Follow(peer));
+            }
+            Action::CatchUp(peer) => {
+                let _ = self.transitions.send(Transition::CatchUp(peer));
             }
             Action::Read => self.read_again.notify_one(),
             Action::Ask { round, peers } => self.ask(round, peers),
@@ -339,12 +350,12 @@ impl Driver {
                     epoch,
                 );
             }
-            Action::Renew { epoch } => {
+            Action::Renew { version, epoch } => {
                 self.spawn_write(
                     move |lease, term| {
                         Box::pin(async move {
                             let sent = clock::now();
-                            Event::Renewed { epoch, sent, outcome: told("renew", lease.renew(term).await) }
+                            Event::Renewed { epoch, sent, outcome: told("renew", lease.renew(version, term).await) }
                         })
                     },
                     epoch,
@@ -362,12 +373,12 @@ impl Driver {
             Action::Give { version, to, epoch } => {
                 self.give(version, to, epoch);
             }
-            Action::Release { epoch } => {
+            Action::Release { version, epoch } => {
                 self.spawn_write(
-                    |lease, mut term| {
+                    move |lease, mut term| {
                         Box::pin(async move {
                             term.released = true;
-                            let _ = told("release", lease.release(term).await);
+                            let _ = told("release", lease.release(version, term).await);
                             Event::Released
                         })
                     },
@@ -393,7 +404,8 @@ impl Driver {
     fn term(&mut self, epoch: Epoch) -> Term {
         self.beat += 1;
         let standing = self.node.standing();
-        Term { holder: self.own.clone(), epoch, standing, released: false, beat: self.beat }
+        let sync = self.node.promises();
+        Term { holder: self.own.clone(), epoch, standing, released: false, beat: self.beat, sync }
     }
 
     fn prepared(&mut self, now: Time, prepared: Result<Vec<WriterHold>, String>) -> Vec<Action> {
@@ -460,12 +472,15 @@ impl Driver {
 
     fn ask(&self, round: u64, peers: Vec<Peer>) {
         let (node, inputs, limit) = (self.node.clone(), self.inputs.clone(), self.answer_limit());
+        let can_stand = self.machine.can_stand();
+        let promises = node.promises();
+        let all = !promises.is_empty() || self.machine.has_promises();
         tokio::spawn(async move {
             let asking = node.asking();
             let asked = peers.iter().map(|peer| {
                 let asking = asking.clone();
                 async move {
-                    let answer = asking.standing(peer, limit).await;
+                    let answer = asking.standing(peer, all, limit).await;
                     let answer = answer.inspect_err(|error| {
                         tracing::debug!(peer = peer.name, %error, "a candidate does not answer");
                     });
@@ -473,7 +488,8 @@ impl Driver {
                 }
             });
             let answers = futures_util::future::join_all(asked).await.into_iter().flatten().collect();
-            let _ = inputs.send(Input::Event(Event::Heard { round, own: node.standing(), answers }));
+            let own = node.election_answer(can_stand, all).await;
+            let _ = inputs.send(Input::Event(Event::Heard { round, own, answers, promises }));
         });
     }
 
@@ -487,6 +503,17 @@ impl Driver {
                  or run `litefs promote --force` here to go on without that data"
                     .to_owned()
             }
+            Choice::CatchUp(peer) => format!("{} has commits that it lacks, and gives them to it first", peer.name),
+            Choice::Unheard { members, needed } => format!(
+                "commits that were acknowledged by members of [sync] may be unknown to it: {needed} more of {} must be \
+                 heard. Start one of these, or run `litefs promote --force` here to go on without what only they have",
+                members.join(", ")
+            ),
+            Choice::Lacks { database, with } => format!(
+                "{} has acknowledged commits of {database} that it lacks, and lacks others that it has: start a host \
+                 that has all, or run `litefs promote --force` on the one whose data shall count",
+                with.name
+            ),
         };
         tracing::warn!("the lease is free, but this node waits: {why}");
         self.node.change_role(|role| role.waits = Some(why));

@@ -61,6 +61,8 @@ pub(super) enum Transition {
     Lead { epoch: Epoch, number: u64 },
     /// Follow, or nobody.
     Follow(Option<Peer>),
+    /// Get what this node lacks from another one that is no primary either.
+    CatchUp(Peer),
     /// Let go of everything.
     Stop,
 }
@@ -115,10 +117,11 @@ impl Node {
     }
 
     /// From now on writes are refused, whatever is under way.
-    pub(super) fn stop_writes(&self) {
+    /// Commits that are held have at most `patience` to be acknowledged.
+    pub(super) fn stop_writes(&self, patience: Duration) {
         let mut decision = self.write_gate.0.lock();
         *decision += 1;
-        self.shared.set_role(self.shared.epoch(), false);
+        self.shared.end_writes(patience);
     }
 
     /// A decision to lead; its number is given to [`Transition::Lead`].
@@ -133,7 +136,7 @@ impl Node {
         let decision = self.write_gate.0.lock();
         let current = *decision == number;
         if current {
-            self.shared.set_role(epoch, true);
+            self.shared.begin_writes(epoch);
         }
         current
     }
@@ -256,18 +259,34 @@ pub(super) async fn transitions(
                 if door_is_open.wait_for(|open| *open).await.is_err() {
                     return;
                 }
-                match peer.url.parse() {
-                    Ok(upstream) => {
-                        let options = node.follow_options();
-                        follower = Some(Follower::spawn(upstream, node.clone(), options, stop.child_token()));
-                    }
-                    Err(error) => tracing::error!(%error, url = peer.url, "this node follows nobody"),
+                follower = follow(&node, &peer, &stop);
+            }
+            Transition::CatchUp(peer) => {
+                stop_following(&node, &mut follower).await;
+                let settling = node.clone();
+                let _ = tokio::task::spawn_blocking(move || settling.settle(false)).await;
+                node.change_role(|role| (role.name, role.upstream) = (RoleName::None, None));
+                if door_is_open.wait_for(|open| *open).await.is_err() {
+                    return;
                 }
+                follower = follow(&node, &peer, &stop);
             }
             Transition::Stop => {
                 stop_following(&node, &mut follower).await;
                 return;
             }
+        }
+    }
+}
+
+fn follow(node: &Arc<Node>, peer: &Peer, stop: &CancellationToken) -> Option<FollowerHandle> {
+    match peer.url.parse() {
+        Ok(upstream) => {
+            Some(Follower::spawn(upstream, node.clone(), node.follow_options(), stop.child_token()))
+        }
+        Err(error) => {
+            tracing::error!(%error, url = peer.url, "this node follows nobody");
+            None
         }
     }
 }

@@ -87,6 +87,7 @@ impl Node {
                 connected: u.connected,
                 last_heartbeat_unix_ms: (heard > 0).then_some(heard),
             }),
+            waits: role.waits.clone(),
         }
     }
 

@@ -80,6 +80,9 @@ pub struct RoleStatus {
     pub since_unix_ms: i64,
     /// Whom a replica follows.
     pub upstream: Option<UpstreamStatus>,
+    /// Why there is no primary, as far as this node can tell: what it waits for before it becomes one, or writes.
+    #[serde(default)]
+    pub waits: Option<String>,
 }
 
 /// A role.
@@ -276,6 +279,7 @@ pub fn troubles<'a>(
         (RoleName::None, _) => troubles.push("neither primary nor replica: writes are refused".to_owned()),
         _ => {}
     }
+    troubles.extend(role.waits.iter().map(|why| format!("this node does not take writes: {why}")));
     troubles.extend(aside.map(|(name, reason)| {
         format!("database {name} is quarantined: {}", reason.unwrap_or("for an unknown reason"))
     }));

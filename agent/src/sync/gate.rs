@@ -155,6 +155,18 @@ impl Gate {
         self.inner.lock().board.fence(false);
     }
 
+    /// Waits until no commit is held; `false`: that takes longer.
+    pub fn wait_idle(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        let mut inner = self.inner.lock();
+        while inner.runs && (!inner.board.is_idle() || inner.deciding) {
+            if self.idle.wait_until(&mut inner, deadline).timed_out() {
+                return false;
+            }
+        }
+        true
+    }
+
     /// The term ends: waits at most `patience` for commits that are held, then fails them. When this returns, nothing of
     /// this term is published any more.
     pub fn end_term(&self, patience: Duration) {

@@ -11,7 +11,7 @@
 //! and up to twice its TTL. What a session is good for here: only its owner can renew, and whoever may become primary
 //! is seen to be there.
 //!
-//! Every change is one transaction that names the version or the session it was decided on.
+//! Every change is one transaction that names the version it was decided on, and the session that must have the lock.
 
 mod api;
 mod client;
@@ -230,10 +230,10 @@ impl Lease for ConsulLease {
         })
     }
 
-    fn renew(&self, term: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>> {
+    fn renew(&self, version: u64, term: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>> {
         Box::pin(async move {
             let (session, value) = (self.own_session()?, json(&term)?);
-            let transaction = Transaction::on(&self.keys.primary).if_locked_by(&session);
+            let transaction = Transaction::on(&self.keys.primary).if_version(version).if_locked_by(&session);
             transaction.lock(&session, &value).commit(&self.client).await.map(|done| self.made(done))
         })
     }
@@ -247,10 +247,10 @@ impl Lease for ConsulLease {
         })
     }
 
-    fn release(&self, term: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>> {
+    fn release(&self, version: u64, term: Term) -> BoxFuture<'_, Result<Outcome, LeaseError>> {
         Box::pin(async move {
             let (session, value) = (self.own_session()?, json(&term)?);
-            let transaction = Transaction::on(&self.keys.primary).if_locked_by(&session);
+            let transaction = Transaction::on(&self.keys.primary).if_version(version).if_locked_by(&session);
             transaction.unlock(&session, &value).commit(&self.client).await.map(|done| self.made(done))
         })
     }

@@ -92,7 +92,7 @@ fn peer(node_id: u64) -> Peer {
 
 fn term(holder: u64, epoch: u64, beat: u64) -> Term {
     let standing = Standing { record_epoch: Epoch(1), transactions: 7 };
-    Term { holder: peer(holder), epoch: Epoch(epoch), standing, released: false, beat }
+    Term { holder: peer(holder), epoch: Epoch(epoch), standing, released: false, beat, sync: Vec::new() }
 }
 
 async fn until(lease: &ConsulLease, what: impl Fn(&View) -> bool) -> View {
@@ -125,10 +125,13 @@ async fn a_lease_is_claimed_renewed_given_and_released() {
     let first = a.claim(claim(0xa, 0)).await.unwrap().expect("it is free");
     assert_eq!(b.claim(claim(0xb, 0)).await.unwrap(), None, "it is taken");
     assert_eq!(b.claim(claim(0xb, first)).await.unwrap(), None, "its holder has the lock");
-    assert_eq!(b.renew(term(0xb, 1, 2)).await.unwrap(), None, "it is another's");
-    assert_eq!(b.release(term(0xb, 1, 2)).await.unwrap(), None, "it is another's");
-    let renewed = a.renew(term(0xa, 1, 2)).await.unwrap().expect("it is its own");
+    assert_eq!(b.renew(first, term(0xb, 1, 2)).await.unwrap(), None, "it is another's");
+    assert_eq!(b.release(first, term(0xb, 1, 2)).await.unwrap(), None, "it is another's");
+    let renewed = a.renew(first, term(0xa, 1, 2)).await.unwrap().expect("it is its own");
     assert!(renewed > first);
+    // What was sent before, and arrives now.
+    assert_eq!(a.renew(first, term(0xa, 1, 3)).await.unwrap(), None);
+    assert_eq!(a.release(first, term(0xa, 1, 3)).await.unwrap(), None);
 
     // Seen by a blocking query, with what was written.
     let view = until(&b, |view| view.record.version == renewed).await;
@@ -140,15 +143,15 @@ async fn a_lease_is_claimed_renewed_given_and_released() {
     let gift = |version| Gift { version, session: session_b.clone(), term: term(0xb, 2, 1) };
     assert_eq!(a.give(gift(first)).await.unwrap(), None);
     let given = a.give(gift(renewed)).await.unwrap().expect("it is its own");
-    assert_eq!(a.renew(term(0xa, 1, 3)).await.unwrap(), None);
-    let kept = b.renew(term(0xb, 2, 2)).await.unwrap().expect("it was given");
+    assert_eq!(a.renew(given, term(0xa, 1, 3)).await.unwrap(), None);
+    let kept = b.renew(given, term(0xb, 2, 2)).await.unwrap().expect("it was given");
     assert!(kept > given);
     let view = until(&a, |view| view.record.version == kept).await;
     assert_eq!((view.record.session.as_ref(), view.record.taken), (Some(&session_b), 2));
 
     let mut last = term(0xb, 2, 3);
     last.released = true;
-    let released = b.release(last.clone()).await.unwrap().expect("it is its own");
+    let released = b.release(kept, last.clone()).await.unwrap().expect("it is its own");
     let view = until(&a, |view| view.record.version == released).await;
     assert_eq!((view.record.session, view.record.term), (None, Some(last)));
     b.leave().await.unwrap();
@@ -169,10 +172,10 @@ async fn a_silent_holder_is_robbed_and_a_lost_session_is_replaced() {
     let version = a.claim(claim).await.unwrap().unwrap();
     let robbing = |version| Claim { version, from: Some(session_a.clone()), term: term(0xb, 2, 1) };
     // It renews just then: what the claim was decided on is old.
-    let renewed = a.renew(term(0xa, 1, 2)).await.unwrap().unwrap();
+    let renewed = a.renew(version, term(0xa, 1, 2)).await.unwrap().unwrap();
     assert_eq!(b.claim(robbing(version)).await.unwrap(), None);
-    assert!(b.claim(robbing(renewed)).await.unwrap().is_some());
-    assert_eq!(a.renew(term(0xa, 1, 3)).await.unwrap(), None);
+    let robbed = b.claim(robbing(renewed)).await.unwrap().unwrap();
+    assert_eq!(a.renew(robbed, term(0xa, 1, 3)).await.unwrap(), None);
 
     // The next agent on the directory goes on with the session.
     drop(a);
@@ -225,7 +228,7 @@ async fn a_token_is_needed_where_consul_wants_one_and_read_again_for_each_call()
         Err(error) => error.to_string(),
         Ok(view) => {
             assert!(view.members.is_empty(), "seen without a token");
-            a.renew(term(0xa, 1, 1)).await.unwrap_err().to_string()
+            a.renew(1, term(0xa, 1, 1)).await.unwrap_err().to_string()
         }
     };
     assert!(error.contains("token") || error.contains("no session"), "{error}");

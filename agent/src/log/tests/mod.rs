@@ -45,6 +45,16 @@ fn kill(log: CommitLog) {
     std::mem::forget(log);
 }
 
+/// The end of a term.
+#[derive(Debug)]
+struct Closed;
+
+impl Fence for Closed {
+    fn is_open(&self) -> bool {
+        false
+    }
+}
+
 /// The next transaction of a database, as a record. Checksums are the TXIDs, times too.
 fn transaction(database: &DatabaseName, txid: u64) -> NewRecord<'_> {
     NewRecord {
@@ -59,6 +69,7 @@ fn transaction(database: &DatabaseName, txid: u64) -> NewRecord<'_> {
         commit: 10,
         timestamp_ms: txid as i64,
         wal: Some(WalEnd { salt1: 1, salt2: 2, end_offset: txid * 4120 }),
+        fence: None,
     }
 }
 

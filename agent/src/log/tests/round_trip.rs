@@ -182,6 +182,9 @@ fn what_does_not_follow_is_refused_and_changes_nothing() {
     assert!(matches!(refused(other), LogError::OutOfSequence { .. }));
     let old = NewRecord { epoch: Epoch(0), ..transaction(&a, 4) };
     assert!(matches!(refused(old), LogError::OldEpoch { epoch: 0, last: 1, .. }));
+    let fenced = NewRecord { fence: Some(&Closed), ..transaction(&a, 4) };
+    assert!(matches!(log.append(&fenced, b"x"), Err(LogError::Fenced { .. })));
+    assert!(matches!(log.append(&fenced, &[7; 30_000]), Err(LogError::Fenced { .. })));
     let backwards = NewRecord { max_txid: Txid(3), ..transaction(&a, 4) };
     assert!(matches!(refused(backwards), LogError::BadRecord { .. }));
     fill(&log, &a, 4, 4, 10);

@@ -1,7 +1,7 @@
 //! One question to another node, with a short answer in JSON.
 
 use super::FollowOptions;
-use super::connection::{Connection, FollowError, Upstream, accepted, small_text};
+use super::connection::{Connection, FollowError, Upstream, accepted, text_up_to};
 use crate::ship::body;
 use crate::ship::engine::Epoch;
 use crate::ship::peer::Identity;
@@ -9,6 +9,9 @@ use http::Method;
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
+
+/// Longest answer that is read: a line per database of those with the most.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
 
 /// Sends a request to the node at `url` over a connection of its own and reads its answer. Neither side's epoch
 /// matters: those who look for a new primary have seen different ones.
@@ -35,7 +38,7 @@ pub async fn ask<T: DeserializeOwned>(
     };
     let mut connection = Connection::open(&upstream, options, closed).await?;
     let (response, _) = connection.send(method, path_and_query, body::full(""), &own).await?;
-    let text = small_text(accepted(&upstream, response).await?).await.unwrap_or_default();
+    let text = text_up_to(accepted(&upstream, response).await?, ANSWER_BYTES_MAX).await.unwrap_or_default();
     serde_json::from_str(&text).map_err(|error| FollowError::Invalid {
         upstream: upstream.to_string(),
         why: format!("its answer to {path_and_query} is not understood: {error}"),

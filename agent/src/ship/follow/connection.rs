@@ -322,8 +322,12 @@ fn parse_pos(text: &str) -> Option<Pos> {
 
 /// A short body as text; `None` when it is cut, too long or does not come.
 pub(super) async fn small_text(body: Incoming) -> Option<String> {
-    let collected =
-        timeout(ANSWER_TIMEOUT, Limited::new(body, MESSAGE_BYTES_MAX).collect()).await.ok()?.ok()?;
+    text_up_to(body, MESSAGE_BYTES_MAX).await
+}
+
+/// As [`small_text`], for a longer body.
+pub(super) async fn text_up_to(body: Incoming, bytes_max: usize) -> Option<String> {
+    let collected = timeout(ANSWER_TIMEOUT, Limited::new(body, bytes_max).collect()).await.ok()?.ok()?;
     Some(String::from_utf8_lossy(&collected.to_bytes()).trim().to_owned())
 }
 
