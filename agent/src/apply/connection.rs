@@ -29,10 +29,16 @@ pub(super) struct WalConnection {
     /// Whether frames that a dead writer may have left after the published ones have been cut off.
     pub tail_is_clean: bool,
     shm: Arc<File>,
+    /// The write lock, for as long as SQLite's writers are to wait.
+    pub writers_out: Option<LockGuard>,
     // Dropped in this order: first the wal-index, then the database, as SQLite does.
     _dms: LockGuard,
     pub lock: DatabaseLock,
 }
+
+/// The right to write to the WAL, while it lives: the lock, unless the connection has it anyway.
+#[derive(Debug)]
+pub(super) struct WriteRight(#[expect(dead_code, reason = "only its end matters")] Option<LockGuard>);
 
 impl WalConnection {
     /// Connects. `None`: the database does not exist, is empty, or is not in WAL mode.
@@ -68,6 +74,7 @@ impl WalConnection {
             index,
             tail_is_clean: false,
             shm,
+            writers_out: None,
             _dms: dms,
             lock,
         };
@@ -93,8 +100,19 @@ impl WalConnection {
     }
 
     /// The right to write to the WAL.
-    pub fn write_lock(&self, patience: &Patience) -> Result<LockGuard, ApplyError> {
-        write_lock(&self.files, &self.shm, patience)
+    pub fn write_lock(&self, patience: &Patience) -> Result<WriteRight, ApplyError> {
+        match self.writers_out {
+            Some(_) => Ok(WriteRight(None)),
+            None => write_lock(&self.files, &self.shm, patience).map(|lock| WriteRight(Some(lock))),
+        }
+    }
+
+    /// As [`WalConnection::write_lock`], without waiting.
+    pub fn try_write_lock(&self) -> Result<Option<WriteRight>, ApplyError> {
+        match self.writers_out {
+            Some(_) => Ok(Some(WriteRight(None))),
+            None => Ok(self.try_lock(LockKind::Write, WAL_WRITE)?.map(|lock| WriteRight(Some(lock)))),
+        }
     }
 
     /// As [`WalConnection::write_lock`], among writers who take it again and again.

@@ -10,8 +10,8 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct WriterHold {
     // Dropped in this order.
-    _lock: LockGuard,
-    _connection: Option<WalConnection>,
+    pub(super) lock: LockGuard,
+    pub(super) connection: Option<WalConnection>,
 }
 
 impl WriterHold {
@@ -23,7 +23,7 @@ impl WriterHold {
             && let Some(connection) = WalConnection::open(files, patience)?
         {
             let lock = connection.insist_on_write_lock(patience)?;
-            return Ok(Some(WriterHold { _lock: lock, _connection: Some(connection) }));
+            return Ok(Some(WriterHold { lock, connection: Some(connection) }));
         }
         let database = Arc::new(database);
         let mut lock = None;
@@ -39,6 +39,6 @@ impl WriterHold {
             drop(lock);
             return Err(files.busy("a hot journal, which the next reader plays back", patience));
         }
-        Ok(Some(WriterHold { _lock: lock, _connection: None }))
+        Ok(Some(WriterHold { lock, connection: None }))
     }
 }

@@ -233,6 +233,28 @@ impl Applier {
         WriterHold::acquire(&self.files, &Patience::new(bound))
     }
 
+    /// Goes on making SQLite's writers wait, until [`Applier::let_writers_in`]: whoever tries is told BUSY, which is the
+    /// best answer in WAL mode, where a write that is refused is an I/O error. Transactions are applied nevertheless. In
+    /// rollback modes the hold just ends: refusing the journal says READONLY there.
+    pub fn keep_writers_out(&mut self, hold: WriterHold) {
+        if let WriterHold { lock, connection: Some(mut connection) } = hold {
+            connection.writers_out = Some(lock);
+            self.connection = Some(connection);
+        }
+    }
+
+    /// Whether SQLite's writers are kept waiting.
+    pub fn keeps_writers_out(&self) -> bool {
+        self.connection.as_ref().is_some_and(|connection| connection.writers_out.is_some())
+    }
+
+    /// Writers may write.
+    pub fn let_writers_in(&mut self) {
+        if let Some(connection) = &mut self.connection {
+            connection.writers_out = None;
+        }
+    }
+
     /// Takes back what an applier that died has written in place, and leaves an empty journal: a reader that is about to
     /// look whether it is hot must find one. `false`: somebody is writing, so it is a journal in use.
     pub fn roll_back_under_readers(&self) -> Result<bool, ApplyError> {

@@ -4,7 +4,7 @@ use super::connection::{self, WalConnection};
 use super::files::Patience;
 use super::{Applier, ApplyError};
 use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
-use sqlite_file::locks::{LockKind, WAL_READERS, WAL_WRITE, wal_read};
+use sqlite_file::locks::{LockKind, WAL_READERS, wal_read};
 use sqlite_file::wal_index::IndexHeader;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -63,7 +63,7 @@ impl WalConnection {
         // read tries again. A writer reads first, so nobody meets the second lock.
         let Some(_database_readers) = self.try_lock(LockKind::Write, wal_read(0))? else { return Ok(false) };
         let Some(_readers) = self.try_lock(LockKind::Write, WAL_READERS)? else { return Ok(false) };
-        let Some(_writer) = self.try_lock(LockKind::Write, WAL_WRITE)? else { return Ok(false) };
+        let Some(_writer) = self.try_write_lock()? else { return Ok(false) };
         // A broken one is for those who recover.
         let Some(header) = self.index.read_header() else { return Ok(false) };
         if !is_page_count_missing(&header) {

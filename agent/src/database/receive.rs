@@ -347,6 +347,26 @@ impl Database {
         })
     }
 
+    /// Makes applications' writers wait from now on, also after this node is no primary any more (see
+    /// [`Applier::keep_writers_out`]).
+    pub fn keep_writers_out(&self, hold: WriterHold) {
+        self.apply.lock().applier.keep_writers_out(hold);
+        if self.shared.is_writable() {
+            // It became primary meanwhile.
+            self.let_writers_in();
+        }
+    }
+
+    /// Whether writers are made to wait.
+    pub fn keeps_writers_out(&self) -> bool {
+        self.apply.lock().applier.keeps_writers_out()
+    }
+
+    /// Applications' writers may go on.
+    pub fn let_writers_in(&self) {
+        self.apply.lock().applier.let_writers_in();
+    }
+
     /// States the number of pages in a wal-index that does not have it (see [`crate::apply::Applier::state_page_count`]),
     /// unless somebody else is at work there. Goes through the mount: never on a thread that serves it.
     pub(crate) fn state_page_count(&self, connected: impl FnOnce()) -> Result<bool, ApplyError> {

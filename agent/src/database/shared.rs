@@ -19,7 +19,6 @@ use tokio::sync::broadcast;
 /// Change notices kept for a slow receiver; one that lags reads all positions again.
 const CHANGES_BACKLOG: usize = 4096;
 
-
 /// Directories of a node.
 #[derive(Debug, Clone)]
 pub struct Dirs {

@@ -154,10 +154,12 @@ pub fn proves_all_acknowledged(
             let covers = |other: &&&Answer| {
                 own.databases.iter().flatten().all(|(name, mine)| progress(other, name).reaches(mine))
             };
-            return Err(match told.iter().filter(|other| progress(other, name).reaches(theirs)).find(covers) {
-                Some(other) => Choice::CatchUp(other.peer.clone()),
-                None => Choice::Lacks { database: name.clone(), with: other.peer.clone() },
-            });
+            return Err(
+                match told.iter().filter(|other| progress(other, name).reaches(theirs)).find(covers) {
+                    Some(other) => Choice::CatchUp(other.peer.clone()),
+                    None => Choice::Lacks { database: name.clone(), with: other.peer.clone() },
+                },
+            );
         }
     }
     Ok(())
@@ -238,16 +240,23 @@ mod tests {
             members: ["n1", "n2", "n3"].map(str::to_owned).to_vec(),
         };
         let holder = Peer { node_id: last, name: format!("n{}", last % 10), url: String::new() };
-        let term =
-            Term { holder, epoch: Epoch(5), standing: standing(5, 9), released: false, beat: 1, sync: vec![] };
+        let term = Term {
+            holder,
+            epoch: Epoch(5),
+            standing: standing(5, 9),
+            released: false,
+            beat: 1,
+            sync: vec![],
+        };
         proves_all_acknowledged(own, Some(&term), answers, &[promise(&["cache"], 0), promise(&[], 1)])
     }
 
     #[test]
     fn a_candidate_must_hear_enough_members_to_know_every_acknowledged_commit() {
         let own = has(1, &[("app", 5, 9)]);
-        let unheard =
-            |members: &[&str]| Err(Choice::Unheard { members: members.iter().map(|&m| m.into()).collect(), needed: 1 });
+        let unheard = |members: &[&str]| {
+            Err(Choice::Unheard { members: members.iter().map(|&m| m.into()).collect(), needed: 1 })
+        };
         // The last primary n3 is dead: this one or n2 has what it acknowledged.
         assert_eq!(prove(&own, 3, &[]), unheard(&["n2", "n3"]));
         assert_eq!(prove(&own, 3, &[has(2, &[("app", 5, 9)])]), Ok(()));
@@ -268,7 +277,8 @@ mod tests {
         assert_eq!(prove(&own, 3, std::slice::from_ref(&newer)), Err(Choice::CatchUp(newer.peer)));
         // It lacks something, and following it would cut that off.
         let incomparable = has(2, &[("app", 5, 10), ("cache", 5, 6)]);
-        let lacks = Choice::Lacks { database: DatabaseName::new("app").unwrap(), with: incomparable.peer.clone() };
+        let lacks =
+            Choice::Lacks { database: DatabaseName::new("app").unwrap(), with: incomparable.peer.clone() };
         assert_eq!(prove(&own, 3, &[incomparable]), Err(lacks));
         // Nothing is promised of a cache.
         assert_eq!(prove(&own, 3, &[has(2, &[("app", 5, 9), ("cache", 5, 8)])]), Ok(()));

@@ -40,7 +40,14 @@ impl StaticLease {
             Some(url) => Peer { node_id: 0, name: String::new(), url },
         };
         // Each term of this host begins with its start, or with the configuration that makes it primary.
-        let term = Term { holder, epoch: Epoch(0), standing: Standing::default(), released: false, beat: 0, sync: Vec::new() };
+        let term = Term {
+            holder,
+            epoch: Epoch(0),
+            standing: Standing::default(),
+            released: false,
+            beat: 0,
+            sync: Vec::new(),
+        };
         let record = Record { version, taken: 0, session: Some(SESSION.to_owned()), term: Some(term) };
         View { index: version, resets: 0, record, members: Vec::new(), session }
     }

@@ -208,9 +208,16 @@ pub enum Action {
 enum State {
     Following,
     /// The others are asked about a record of this version: what they answer counts for no other.
-    Asking { round: u64, version: u64 },
-    Claiming { epoch: Epoch },
-    Resuming { epoch: Epoch },
+    Asking {
+        round: u64,
+        version: u64,
+    },
+    Claiming {
+        epoch: Epoch,
+    },
+    Resuming {
+        epoch: Epoch,
+    },
     Leading(Leading),
     Stopped,
 }
@@ -514,7 +521,8 @@ impl RoleMachine {
         let State::Leading(leading) = &mut self.state else { return };
         leading.version = leading.version.max(seen);
         let due = leading.renew_at.is_some_and(|at| now >= at) && leading.renewing.is_none();
-        if let Some(version) = leading.version.filter(|_| due && !leading.is_giving() && !leading.letting_go) {
+        if let Some(version) = leading.version.filter(|_| due && !leading.is_giving() && !leading.letting_go)
+        {
             leading.renewing = Some(version);
             out.push(Action::Renew { version, epoch: leading.epoch });
         }

@@ -423,9 +423,9 @@ impl World {
         let common = (0..=log.len().min(theirs.len())).rev().find(|common| same(*common)).unwrap_or(0);
         log.truncate(common);
         log.extend_from_slice(&theirs[common..]);
-        let may_publish = self.nodes[upstream]
-            .writes
-            .is_some_and(|(_, until)| self.nodes[upstream].up && until.is_none_or(|until| ms(self.now) < until));
+        let may_publish = self.nodes[upstream].writes.is_some_and(|(_, until)| {
+            self.nodes[upstream].up && until.is_none_or(|until| ms(self.now) < until)
+        });
         if self.sync && may_publish {
             self.acknowledged.extend(theirs[common..].iter().map(|(number, _)| number));
         }
@@ -542,7 +542,10 @@ impl World {
                 assert_eq!(other, i, "two nodes lead in {epoch:?}");
                 let has: HashSet<u64> = self.nodes[i].log.iter().map(|(number, _)| *number).collect();
                 let writes = until.is_none_or(|until| ms(self.now) < until);
-                assert!(!writes || self.acknowledged.is_subset(&has), "n{i} leads without an acknowledged commit");
+                assert!(
+                    !writes || self.acknowledged.is_subset(&has),
+                    "n{i} leads without an acknowledged commit"
+                );
                 let node = &mut self.nodes[i];
                 node.epoch = node.epoch.max(epoch);
                 (node.writes, node.leading, node.following) = (Some((epoch, until)), Some(epoch), None);

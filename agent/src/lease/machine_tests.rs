@@ -63,7 +63,8 @@ fn a_released_lease_is_claimed_in_a_newer_epoch_than_anybody_knows() {
     let mut m = machine(true);
     let actions = m.handle(at(0), Event::Seen(view(7, Some((2, Epoch(3))), true)));
     assert_eq!(actions, [Action::Ask { round: 1, peers: vec![peer(2)] }]);
-    let other = Answer { peer: peer(2), can_stand: true, epoch: Epoch(9), standing: standing(4), databases: None };
+    let other =
+        Answer { peer: peer(2), can_stand: true, epoch: Epoch(9), standing: standing(4), databases: None };
     let actions = m.handle(at(1), heard(1, standing(5), vec![other]));
     assert_eq!(actions, [Action::Claim { version: 7, from: None, epoch: Epoch(10) }]);
 }

@@ -69,7 +69,9 @@ pub enum LogError {
         source: Arc<io::Error>,
     },
     /// The term in which the transaction was committed has ended. Nothing was appended.
-    #[error("{database}: transaction {min_txid} was not committed: this node's term as the primary has ended")]
+    #[error(
+        "{database}: transaction {min_txid} was not committed: this node's term as the primary has ended"
+    )]
     Fenced {
         /// Database of the record.
         database: DatabaseName,

@@ -193,7 +193,10 @@ impl Shared {
             }
             self.check_sequence(record)?;
             if record.fence.is_some_and(|fence| !fence.is_open()) {
-                return Err(LogError::Fenced { database: record.database.clone(), min_txid: record.min_txid });
+                return Err(LogError::Fenced {
+                    database: record.database.clone(),
+                    min_txid: record.min_txid,
+                });
             }
             let ended = writer.external_bytes >= self.options.segment_bytes;
             if (ended || !writer.has_room(len)) && !self.next_segment(&mut writer)? {

@@ -8,6 +8,7 @@
 use super::Node;
 use crate::apply::WriterHold;
 use crate::config::LeaseKind;
+use crate::database::Database;
 use crate::lease::peers::Asking;
 use crate::lease::{Answer, Member, Peer, Standing, clock};
 use crate::status::api::RoleName;
@@ -26,6 +27,14 @@ const ANSWER: Duration = Duration::from_secs(1);
 /// How long a whole handoff may take.
 const HANDOFF: Duration = Duration::from_secs(12);
 
+/// A database whose writers wait.
+pub(super) type Held = (Arc<Database>, WriterHold);
+
+fn is_in_use(db: &Database) -> bool {
+    let st = db.state();
+    st.handles > 0 && st.page_count > 0
+}
+
 impl Node {
     /// Asks other nodes about the lease.
     pub(super) fn asking(&self) -> Asking {
@@ -34,7 +43,7 @@ impl Node {
 
     /// Brings the successor to where this node is, with writers waiting. Ends with no writes taken, also when it fails
     /// half-way: the caller lets them go on.
-    pub(super) async fn prepare_handoff(self: Arc<Self>, to: Peer) -> Result<Vec<WriterHold>, String> {
+    pub(super) async fn prepare_handoff(self: Arc<Self>, to: Peer) -> Result<Vec<Held>, String> {
         let name = &to.name;
         if !self.wait_for_follower(to.node_id, CATCH_UP).await {
             return Err(format!("{name} does not follow this node, or is too far behind"));
@@ -49,7 +58,9 @@ impl Node {
         let logged = tokio::task::spawn_blocking(move || {
             let log = &ending.shared.log;
             if !ending.shared.gate.wait_idle(HOLD) {
-                return Err(format!("commits wait for acknowledgements longer than {HOLD:?}: see [sync] and `litefs status`"));
+                return Err(format!(
+                    "commits wait for acknowledgements longer than {HOLD:?}: see [sync] and `litefs status`"
+                ));
             }
             ending.stop_writes(DRAIN);
             log.wait_durable(log.appended()).map_err(|error| error.to_string())
@@ -61,22 +72,39 @@ impl Node {
         Ok(held)
     }
 
-    fn hold_writers(&self) -> Result<Vec<WriterHold>, String> {
+    fn hold_writers(&self) -> Result<Vec<Held>, String> {
         let begun = Instant::now();
         let mut held = Vec::new();
-        for db in self.shared.known() {
-            let in_use = {
-                let st = db.state();
-                st.handles > 0 && st.page_count > 0
-            };
-            if !in_use {
-                continue;
-            }
+        for db in self.shared.known().into_iter().filter(|db| is_in_use(db)) {
             let left = HOLD.saturating_sub(begun.elapsed());
             let hold = db.hold_writers(left);
-            held.extend(hold.map_err(|error| format!("a writer of {} does not end: {error}", db.name()))?);
+            let hold = hold.map_err(|error| format!("a writer of {} does not end: {error}", db.name()))?;
+            held.extend(hold.map(|hold| (db, hold)));
         }
         Ok(held)
+    }
+
+    /// Has applications that opened databases on a primary wait with their next write, until this node is primary again:
+    /// what they would get otherwise is an I/O error. A transaction that runs now ends with that error first.
+    pub(super) fn keep_writers_out(&self) {
+        let begun = Instant::now();
+        for db in self.shared.known().into_iter().filter(|db| is_in_use(db)) {
+            if self.shared.is_writable() {
+                return;
+            }
+            if db.keeps_writers_out() {
+                continue;
+            }
+            match db.hold_writers(HOLD.saturating_sub(begun.elapsed())) {
+                Ok(Some(hold)) => db.keep_writers_out(hold),
+                Ok(None) => {}
+                Err(error) => tracing::debug!(
+                    database = %db.name(),
+                    %error,
+                    "applications that opened it on the primary get an I/O error for their next write"
+                ),
+            }
+        }
     }
 
     async fn wait_for_follower(&self, follower: u64, limit: Duration) -> bool {

@@ -1,8 +1,8 @@
 //! Runs the role machine: gives it what happens, and does what it says.
 
 use super::Node;
+use super::handoff::Held;
 use super::role::{self, Transition};
-use crate::apply::WriterHold;
 use crate::config::{Config, LeaseKind, LeaseRole};
 use crate::lease::consul::{ConsulLease, ConsulNode};
 use crate::lease::election::Choice;
@@ -32,7 +32,7 @@ pub(super) enum Input {
     /// Something happened.
     Event(Event),
     /// The successor has everything and writers wait, or why not.
-    Prepared(Result<Vec<WriterHold>, String>),
+    Prepared(Result<Vec<Held>, String>),
     /// Somebody wants to know what the machine knows.
     Look(Box<dyn FnOnce(&RoleMachine) + Send>),
     /// Another node wants to make this one its successor.
@@ -248,7 +248,7 @@ struct Driver {
     /// A preparation is under way, also of a handoff that was called off.
     preparing: bool,
     /// Writers that wait for the end of a handoff.
-    held: Vec<WriterHold>,
+    held: Vec<Held>,
     inputs: mpsc::UnboundedSender<Input>,
     transitions: mpsc::UnboundedSender<Transition>,
     handing_over: Option<oneshot::Sender<Result<(), String>>>,
@@ -329,6 +329,10 @@ impl Driver {
             Action::StopWrites => {
                 let planned = self.stopping.is_some();
                 self.node.stop_writes(if planned { PLANNED_PATIENCE } else { HELD_PATIENCE });
+                if !planned && self.held.is_empty() {
+                    let node = self.node.clone();
+                    tokio::task::spawn_blocking(move || node.keep_writers_out());
+                }
             }
             Action::Follow(peer) => {
                 let _ = self.transitions.send(Transition::Follow(peer));
@@ -355,7 +359,11 @@ impl Driver {
                     move |lease, term| {
                         Box::pin(async move {
                             let sent = clock::now();
-                            Event::Renewed { epoch, sent, outcome: told("renew", lease.renew(version, term).await) }
+                            Event::Renewed {
+                                epoch,
+                                sent,
+                                outcome: told("renew", lease.renew(version, term).await),
+                            }
                         })
                     },
                     epoch,
@@ -408,7 +416,7 @@ impl Driver {
         Term { holder: self.own.clone(), epoch, standing, released: false, beat: self.beat, sync }
     }
 
-    fn prepared(&mut self, now: Time, prepared: Result<Vec<WriterHold>, String>) -> Vec<Action> {
+    fn prepared(&mut self, now: Time, prepared: Result<Vec<Held>, String>) -> Vec<Action> {
         self.preparing = false;
         let handing = self.machine.is_handing_over();
         let prepared = prepared.map(|held| self.held = held);
@@ -428,12 +436,19 @@ impl Driver {
         }
     }
 
+    /// The handoff is over: writers go on, or wait until this node is primary again.
     fn let_go_of_writers(&mut self) {
         let held = std::mem::take(&mut self.held);
-        if !held.is_empty() {
-            // Closing goes through the mount.
-            tokio::task::spawn_blocking(move || drop(held));
+        if held.is_empty() {
+            return;
         }
+        let leads = self.machine.holds().is_some();
+        // Closing goes through the mount.
+        tokio::task::spawn_blocking(move || {
+            for (db, hold) in held {
+                if leads { drop(hold) } else { db.keep_writers_out(hold) }
+            }
+        });
     }
 
     fn give(&mut self, version: u64, to: Member, epoch: Epoch) {

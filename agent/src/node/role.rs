@@ -158,6 +158,7 @@ impl Node {
         if !self.allow_writes(epoch, number) {
             return Ok(false);
         }
+        self.shared.known().iter().for_each(|db| db.let_writers_in());
         self.settle(true);
         Ok(true)
     }
@@ -260,6 +261,9 @@ pub(super) async fn transitions(
                     return;
                 }
                 follower = follow(&node, &peer, &stop);
+                // Also those that an earlier agent let in.
+                let keeping = node.clone();
+                tokio::task::spawn_blocking(move || keeping.keep_writers_out());
             }
             Transition::CatchUp(peer) => {
                 stop_following(&node, &mut follower).await;

@@ -17,7 +17,13 @@ pub fn status() -> Status {
     Status {
         cluster: "db".into(),
         node: NodeStatus { name: "host-a".into(), id: NodeId(0xab), version: "0.1.0".into() },
-        role: RoleStatus { name: RoleName::Primary, epoch: 3, since_unix_ms: 1000, upstream: None, waits: None },
+        role: RoleStatus {
+            name: RoleName::Primary,
+            epoch: 3,
+            since_unix_ms: 1000,
+            upstream: None,
+            waits: None,
+        },
         caught_up: true,
         mount: MountStatus { dir: "/srv/litefs/db".into(), door: "fuse".into(), passthrough: true },
         databases: vec![DatabaseStatus {

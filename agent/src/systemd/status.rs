@@ -131,7 +131,8 @@ mod tests {
     use crate::status::api::UpstreamStatus;
 
     fn primary() -> Summary {
-        let role = RoleStatus { name: RoleName::Primary, epoch: 3, since_unix_ms: 0, upstream: None, waits: None };
+        let role =
+            RoleStatus { name: RoleName::Primary, epoch: 3, since_unix_ms: 0, upstream: None, waits: None };
         Summary { role, databases: 2, quarantined: 0, followers: 1, lag: Duration::ZERO }
     }
 

@@ -51,7 +51,8 @@ pub async fn release_of_dead_agent(
         let record = record_of(key)?;
         if let Some(mut term) = record.term {
             term.released = true;
-            let transaction = Transaction::on(&keys.primary).if_version(key.modify_index).if_locked_by(&session);
+            let transaction =
+                Transaction::on(&keys.primary).if_version(key.modify_index).if_locked_by(&session);
             let done = transaction.unlock(&session, &json(&term)?).commit(&client).await?;
             if done.is_some() {
                 released = Released::Lease;
