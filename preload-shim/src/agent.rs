@@ -316,6 +316,7 @@ pub fn attach(database: &Database, wait_ms: u64) -> Result<bool, i32> {
         return Ok(attached as u32 != PLAIN);
     }
     let deadline = sys::now_ns() + wait_ms * 1_000_000;
+    let mut again = true;
     loop {
         let (page, generation) = connection.connect(database.cluster(), deadline)?;
         // Who is there gets the usual time to answer.
@@ -325,7 +326,8 @@ pub fn attach(database: &Database, wait_ms: u64) -> Result<bool, i32> {
             Err(Some(error)) => return Err(error),
             Err(None) => connection.lose(generation),
         }
-        if sys::now_ns() >= deadline {
+        // That connection may have been its predecessor's.
+        if sys::now_ns() >= deadline && !core::mem::replace(&mut again, false) {
             return Err(libc::ETIMEDOUT);
         }
     }
@@ -576,7 +578,7 @@ pub fn wait_until_near(database: &Database) -> Result<(), i32> {
             deadline = now + wait_ms() * 1_000_000;
             // A wake-up may have been missed.
             page.changed[number as usize].fetch_or(protocol::CHANGED, Ordering::SeqCst);
-            ring(page, protocol::ASLEEP);
+            ring(page, protocol::NAPPING);
         }
         let socket = connection.socket.load(Ordering::Acquire);
         if socket < 0 || sys::hung_up(socket) {

@@ -83,12 +83,13 @@ fn may_open(kind: Kind, database: &'static Database, flags: i32) -> Result<i32, 
         return Ok(flags);
     }
     // Whoever only reads needs no agent, but opens databases for writing all the same. What a journal is opened for
-    // needs one.
-    let patience = if kind == Kind::Journal { agent::wait_ms() } else { 0 };
+    // needs one, and so does a program that writes a file of its own.
+    let writes_now = kind == Kind::Journal || flags & libc::O_TRUNC != 0;
+    let patience = if writes_now { agent::wait_ms() } else { 0 };
     match agent::attach(database, patience) {
         Ok(true) => {}
         Ok(false) => return Err(0),
-        Err(_) if kind == Kind::Journal || flags & libc::O_TRUNC != 0 => return Err(libc::EIO),
+        Err(_) if writes_now => return Err(libc::EIO),
         Err(_) => return Ok(flags),
     }
     if agent::may_write(database.cluster()) {
@@ -189,6 +190,13 @@ fn wal_write(
             if database.shms.load(Ordering::Relaxed) == 0 && agent::wait_until_near(database).is_err() {
                 return fail(libc::EIO) as isize;
             }
+            if database.committed.load(Ordering::Relaxed) != 0
+                && offset >= database.wal_end.load(Ordering::Relaxed)
+            {
+                // The lock was not given back (`locking_mode=EXCLUSIVE`); the commit before this one is published.
+                agent::committed(database);
+            }
+            database.wal_end.store(offset + 1, Ordering::Relaxed);
             if !agent::begin_commit(database) {
                 return fail(libc::EROFS) as isize;
             }
@@ -357,16 +365,54 @@ pub fn unlink(managed: &Managed, real: &dyn Fn() -> i32) -> i32 {
         Err(error) => fail(error),
     };
     let error = sys::errno();
+    if kind == Kind::Database && result == 0 {
+        // Should this fail, the agent finds out by itself.
+        let _ = agent::ask(database, Op::Dropped, 0, &[], agent::wait_ms());
+    }
     table::release(database);
     sys::set_errno(error);
     result
 }
 
-/// `rename`: on a replica, nothing of a database moves.
-pub fn may_rename(managed: &Managed) -> bool {
-    let Ok((_, database)) = table::database(managed) else { return true };
-    let may = !agent::attach(database, agent::wait_ms()).is_ok_and(|yes| yes)
-        || agent::may_write(database.cluster());
+/// `rename`: nothing of a database moves on a replica, and no database that somebody has open.
+#[cold]
+pub fn rename(from: Option<Managed>, to: Option<Managed>, real: &dyn Fn() -> i32) -> i32 {
+    if !agent::is_own_process() {
+        return real();
+    }
+    for managed in [&from, &to].into_iter().flatten() {
+        if let Err(error) = may_move(managed) {
+            return fail(error);
+        }
+    }
+    let result = real();
+    if result == 0 {
+        let error = sys::errno();
+        // Should this fail, the agent finds out by itself.
+        for (managed, op) in [(from, Op::Dropped), (to, Op::Moved)] {
+            if let Some((Kind::Database, database)) = managed.and_then(|m| table::database(&m).ok()) {
+                let _ = agent::ask(database, op, 0, &[], agent::wait_ms());
+                table::release(database);
+            }
+        }
+        sys::set_errno(error);
+    }
+    result
+}
+
+fn may_move(managed: &Managed) -> Result<(), i32> {
+    let (kind, database) = match table::database(managed) {
+        Ok(found) => found,
+        Err(0) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let may = match agent::attach(database, agent::wait_ms()) {
+        Ok(true) if !agent::may_write(database.cluster()) => Err(libc::EROFS),
+        Ok(true) if kind == Kind::Database && database.is_open() => Err(libc::EBUSY),
+        Ok(true) if kind == Kind::Database => agent::ask(database, Op::Move, 0, &[], agent::wait_ms()),
+        Ok(_) => Ok(()),
+        Err(_) => Err(libc::EIO),
+    };
     table::release(database);
     may
 }

@@ -383,53 +383,33 @@ pub unsafe extern "C" fn remove(path: *const c_char) -> c_int {
     }
 }
 
-fn may_rename(from: *const c_char, to: *const c_char) -> bool {
-    let may = [from, to].into_iter().filter_map(find).all(|managed| commit::may_rename(&managed));
-    if !may {
-        sys::set_errno(libc::EROFS);
+fn renamed(from: *const c_char, to: *const c_char, real: &dyn Fn() -> c_int) -> c_int {
+    match (find(from), find(to)) {
+        (None, None) => real(),
+        (from, to) => commit::rename(from, to, real),
     }
-    may
 }
 
-/// As in the C library.
-///
-/// # Safety
-/// As in the C library.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn rename(from: *const c_char, to: *const c_char) -> c_int {
-    // SAFETY: the arguments are the caller's.
-    if may_rename(from, to) { unsafe { real::rename(from, to) } } else { -1 }
+macro_rules! renamers {
+    ($($name:ident ( $($from_dir:ident)? ; $($to_dir:ident)? ; $($flags:ident)? );)*) => {$(
+        /// As in the C library.
+        ///
+        /// # Safety
+        /// As in the C library.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            $($from_dir: c_int,)? from: *const c_char, $($to_dir: c_int,)? to: *const c_char $(, $flags: c_uint)?
+        ) -> c_int {
+            // SAFETY: the arguments are the caller's.
+            renamed(from, to, &|| unsafe { real::$name($($from_dir,)? from, $($to_dir,)? to $(, $flags)?) })
+        }
+    )*};
 }
 
-/// As in the C library.
-///
-/// # Safety
-/// As in the C library.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn renameat(
-    from_dir: c_int,
-    from: *const c_char,
-    to_dir: c_int,
-    to: *const c_char,
-) -> c_int {
-    // SAFETY: the arguments are the caller's.
-    if may_rename(from, to) { unsafe { real::renameat(from_dir, from, to_dir, to) } } else { -1 }
-}
-
-/// As in the C library.
-///
-/// # Safety
-/// As in the C library.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn renameat2(
-    from_dir: c_int,
-    from: *const c_char,
-    to_dir: c_int,
-    to: *const c_char,
-    flags: c_uint,
-) -> c_int {
-    // SAFETY: the arguments are the caller's.
-    if may_rename(from, to) { unsafe { real::renameat2(from_dir, from, to_dir, to, flags) } } else { -1 }
+renamers! {
+    rename(;;);
+    renameat(from_dir; to_dir;);
+    renameat2(from_dir; to_dir; flags);
 }
 
 /// As in the C library; no file of a database is on a file system with atomic writes.

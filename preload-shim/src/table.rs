@@ -85,6 +85,8 @@ pub struct Database {
     pub committing: AtomicPtr<Page>,
     /// Bytes written to the WAL that the agent was not told of.
     pub wal_bytes: AtomicU64,
+    /// After the header of the newest commit frame begins.
+    pub wal_end: AtomicU64,
     pub transaction: Lock<Transaction>,
 }
 
@@ -163,6 +165,7 @@ impl Database {
             committed: AtomicU32::new(0),
             committing: AtomicPtr::new(core::ptr::null_mut()),
             wal_bytes: AtomicU64::new(0),
+            wal_end: AtomicU64::new(0),
             transaction: Lock::new(Transaction::new()),
         }
     }
@@ -182,6 +185,11 @@ impl Database {
             Kind::Wal => Some(&self.wals),
             Kind::Shm => Some(&self.shms),
         }
+    }
+
+    /// Whether this process has files of it open; the caller holds it as well.
+    pub fn is_open(&self) -> bool {
+        self.files.load(Ordering::Relaxed) > 1
     }
 
     /// Neither a WAL nor a journal is open: nothing takes a write back.
@@ -299,6 +307,7 @@ pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
         count.store(0, Ordering::Relaxed);
     }
     database.wal_bytes.store(0, Ordering::Relaxed);
+    database.wal_end.store(0, Ordering::Relaxed);
     if let Some(mut transaction) = database.transaction.lock() {
         transaction.clear();
         transaction.held = None;

@@ -4,7 +4,7 @@
 //! durable may have reached the disk or not, block by block, in any combination. `LITEFS_CRASH_IMAGES` (6) and
 //! `LITEFS_CRASH_SEED` (1) try more of them.
 
-use litefs_tests::{Fleet, Host, Role, Shell, assert_equal, assert_sane, run, sqlite3};
+use litefs_tests::{Fleet, Host, Role, Shell, assert_equal, assert_sane, is_about_fuse, run, sqlite3};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -96,6 +96,9 @@ fn what_was_written_without_a_journal_just_before_a_crash_is_captured() {
 
 #[test]
 fn a_hot_journal_is_rolled_back_and_nothing_of_its_transaction_is_left() {
+    if is_about_fuse("plain files may be in use when an agent starts: they are taken up and not recovered") {
+        return;
+    }
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();
     let modes = ["DELETE", "TRUNCATE", "PERSIST"];
@@ -136,6 +139,9 @@ fn a_hot_journal_is_rolled_back_and_nothing_of_its_transaction_is_left() {
 
 #[test]
 fn commits_that_only_a_wal_has_are_dropped_with_a_word() {
+    if is_about_fuse("plain files may be in use when an agent starts: they are taken up and not recovered") {
+        return;
+    }
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();
     fill(&primary, "app.db", "WAL");
@@ -264,6 +270,9 @@ fn kill_before_it_marks(host: &Host, database: &str, sql: &str) -> String {
 
 #[test]
 fn a_database_file_damaged_in_its_last_transaction_is_healed_from_the_log() {
+    if is_about_fuse("plain files may be in use when an agent starts: they are taken up and not recovered") {
+        return;
+    }
     for mode in ["WAL", "DELETE"] {
         let fleet = Fleet::new();
         let (primary, replica) = fleet.pair();
@@ -300,6 +309,9 @@ fn a_database_file_damaged_in_its_last_transaction_is_healed_from_the_log() {
 
 #[test]
 fn page_checksums_that_are_lost_or_damaged_are_made_anew() {
+    if is_about_fuse("plain files may be in use when an agent starts: they are taken up and not recovered") {
+        return;
+    }
     type Damage = (&'static str, fn(&Path));
     let damages: [Damage; 5] = [
         ("missing", |path| fs::remove_file(path).unwrap()),
@@ -345,6 +357,9 @@ fn page_checksums_that_are_lost_or_damaged_are_made_anew() {
 
 #[test]
 fn what_a_crash_left_in_the_staging_directory_is_removed() {
+    if is_about_fuse("plain files may be in use when an agent starts: they are taken up and not recovered") {
+        return;
+    }
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();
     fill(&primary, "app.db", "WAL");

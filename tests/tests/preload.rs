@@ -278,6 +278,55 @@ fn commits_that_no_agent_saw_survive_a_power_failure() {
 }
 
 #[test]
+fn commits_that_no_agent_saw_are_kept_when_the_host_becomes_a_replica() {
+    let fleet = Fleet::new();
+    let (old, new) = hosts(&fleet, ("preload", "preload"));
+    let mut client = Client::start(&mut python(&old, STEPS, &["x.db", "WAL"]));
+    assert_eq!(client.tell("20"), "20");
+    assert_follows(&old, &new, "x.db", 20);
+    old.kill();
+    assert_eq!(client.tell("5"), "25");
+    new.set_role(Role::Primary).reload();
+    new.wait_for("the role is taken", || new.status()["role"]["name"] == "primary");
+    sql(&new, "x.db", "INSERT INTO t(v) VALUES('the new primary')");
+    old.set_role(Role::ReplicaOf(&new)).start();
+    old.wait_connected();
+    assert_follows(&new, &old, "x.db", 21);
+    let kept = std::fs::read_dir(old.data().join("diverged/x.db")).expect("they are kept");
+    let kept: Vec<_> = kept.flatten().map(|entry| entry.path().join("database.db")).collect();
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    assert_eq!(sqlite3(&kept[0], "SELECT count(*) FROM t"), "25");
+    old.assert_no_errors();
+}
+
+#[test]
+fn a_replica_that_somebody_has_written_to_becomes_what_the_primary_is() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
+    sql(&primary, "x.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(v); INSERT INTO t VALUES(1)");
+    assert_follows(&primary, &replica, "x.db", 1);
+    replica.expect_error("somebody committed on this replica");
+    // Keeps the WAL.
+    let mut reader = Client::start(&mut python(&replica, STEPS_OF_READER, &["x.db"]));
+    assert_eq!(reader.tell("go"), "1");
+    sql(&primary, "x.db", "INSERT INTO t VALUES(2)");
+    assert_follows(&primary, &replica, "x.db", 2);
+    // As root, and without the library, nothing keeps a program from it.
+    sqlite3(&replica.path("x.db"), "INSERT INTO t VALUES('own'),('own')");
+    sql(&primary, "x.db", "INSERT INTO t VALUES(3)");
+    assert_follows(&primary, &replica, "x.db", 3);
+    assert!(replica.log().contains("somebody committed on this replica"));
+}
+
+/// Reads on one connection, which stays open.
+const STEPS_OF_READER: &str = r#"
+import sqlite3, sys
+c = sqlite3.connect(sys.argv[1] + "/" + sys.argv[2], isolation_level=None, timeout=30)
+for line in sys.stdin:
+    print(c.execute("SELECT count(*) FROM t").fetchone()[0], flush=True)
+"#;
+
+#[test]
 fn without_an_agent_writes_end_with_an_error_after_a_while() {
     let fleet = Fleet::new();
     let primary = fleet.host("a", Role::Primary);

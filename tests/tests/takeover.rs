@@ -3,7 +3,7 @@
 //! The applications are processes of their own: whoever starts an agent must not have files of its mount open, since the
 //! new process closes them before it is the agent.
 
-use litefs_tests::{Fleet, Host, Role, assert_equal};
+use litefs_tests::{Fleet, Host, Role, assert_equal, is_about_fuse};
 use rusqlite::Connection;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -81,6 +81,9 @@ impl Drop for Application {
 /// What the processes of [`Application`] run; on its own it does nothing.
 #[test]
 fn application() {
+    if is_about_fuse("there is no mount to take over") {
+        return;
+    }
     let Ok(work) = std::env::var(WORK) else { return };
     let var = |name| std::env::var(name).expect("set by the test");
     let path = PathBuf::from(var(PROGRESS));
@@ -142,6 +145,9 @@ const DATABASES: [(&str, &str); 2] = [("wal.db", "WAL"), ("delete.db", "DELETE")
 
 #[test]
 fn applications_on_the_primary_go_on_while_its_agent_is_killed_again_and_again() {
+    if is_about_fuse("there is no mount to take over") {
+        return;
+    }
     let fleet = Fleet::new();
     let primary = fleet.host("a", Role::Primary);
     primary.set(KEEP).start();
@@ -171,6 +177,9 @@ fn applications_on_the_primary_go_on_while_its_agent_is_killed_again_and_again()
 
 #[test]
 fn readers_on_a_replica_go_on_while_its_agent_is_killed_while_it_applies() {
+    if is_about_fuse("there is no mount to take over") {
+        return;
+    }
     let fleet = Fleet::new();
     let primary = fleet.primary("a");
     let replica = fleet.host("b", Role::ReplicaOf(&primary));
@@ -205,6 +214,9 @@ fn readers_on_a_replica_go_on_while_its_agent_is_killed_while_it_applies() {
 
 #[test]
 fn a_mount_that_nobody_takes_over_is_aborted_after_the_wait() {
+    if is_about_fuse("there is no mount to take over") {
+        return;
+    }
     let fleet = Fleet::new();
     let primary = fleet.host("a", Role::Primary);
     primary.set("mount.takeover-wait=200ms").start();
@@ -230,6 +242,9 @@ fn upgraded(dir: &Path, times: usize) -> PathBuf {
 
 #[test]
 fn an_agent_that_is_told_to_leave_its_mount_is_followed_by_another_binary() {
+    if is_about_fuse("there is no mount to take over") {
+        return;
+    }
     let fleet = Fleet::new();
     let primary = fleet.host("a", Role::Primary);
     primary.set(KEEP).start();

@@ -87,7 +87,7 @@ impl Options {
 pub fn run(options: Options) -> Result<()> {
     setup::packages()?;
     setup::can_mount()?;
-    let target = target_directory()?;
+    let target = run::target_directory()?;
     let litefs = match &options.litefs {
         Some(litefs) => fs::canonicalize(litefs).with_context(|| litefs.display().to_string())?,
         None => {
@@ -108,13 +108,6 @@ pub fn run(options: Options) -> Result<()> {
     println!("{}", report.finish());
     measured?;
     dir.close().context("cannot remove the directory of the benchmark")
-}
-
-fn target_directory() -> Result<PathBuf> {
-    let metadata = run::output(&mut cargo(&["metadata", "--no-deps", "--format-version", "1"]))?;
-    let metadata: Value = serde_json::from_str(&metadata).context("cannot read cargo metadata")?;
-    let target = metadata["target_directory"].as_str().context("cargo metadata names no target directory")?;
-    Ok(PathBuf::from(target))
 }
 
 fn measure(options: &Options, litefs: &Path, dir: &Path, report: &mut Report) -> Result<()> {

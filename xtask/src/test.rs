@@ -10,7 +10,12 @@ use std::time::Instant;
 /// A name, and what it does; the text it returns is shown in the summary.
 type Step = (&'static str, fn() -> Result<String>);
 
-const STEPS: [Step; 10] = [
+/// Whole-system tests that run through the preload door too. Those of recovery, of a mount that is taken over and of plain
+/// files are about what the FUSE door does; `preload` has its counterparts and chooses the doors itself.
+const BOTH_DOORS: [&str; 8] =
+    ["access", "operations", "replication", "sqlite_behaviour", "sync", "torture", "watch", "workload"];
+
+const STEPS: [Step; 11] = [
     // The tests of the whole system mount.
     ("mounting", || setup::can_mount().map(|()| String::new())),
     ("format", || quiet(&mut cargo(&["fmt", "--all", "--check"]))),
@@ -32,7 +37,8 @@ const STEPS: [Step; 10] = [
     ("fleet root", || fleet::prepare().map(|root| root.display().to_string())),
     ("clients", || setup::test_packages().and_then(|()| clients::install()).map(|()| String::new())),
     ("consul", || setup::consul().map(|path| path.display().to_string())),
-    ("tests", tests),
+    ("tests", || tests(&mut cargo(&["test", "--workspace", "--no-fail-fast"]))),
+    ("preload door", through_the_preload_door),
 ];
 
 /// Runs all steps, also after one has failed, and prints a summary.
@@ -70,11 +76,27 @@ fn quiet(command: &mut Command) -> Result<String> {
     run::run(command).map(|()| String::new())
 }
 
-/// Runs the tests, passes their output on and counts them.
-fn tests() -> Result<String> {
-    let mut command = cargo(&["test", "--workspace", "--no-fail-fast"]);
+/// Runs tests of the whole system again, as applications with the library.
+fn through_the_preload_door() -> Result<String> {
+    run::run(&mut cargo(&["build", "--quiet", "--profile", "shim", "--package", "preload-shim"]))?;
+    let library = run::target_directory()?.join("shim/liblitefs.so");
+    let agents = tempfile::tempdir()?;
+    let mut command = cargo(&["test", "--package", "litefs-tests", "--no-fail-fast"]);
+    for name in BOTH_DOORS {
+        command.args(["--test", name]);
+    }
+    // The library is for the test programs, not for cargo.
+    let runner = format!("CARGO_TARGET_{}_UNKNOWN_LINUX_GNU_RUNNER", std::env::consts::ARCH.to_uppercase());
+    command.env(runner, format!("env LD_PRELOAD={}", library.display()));
+    command.env("LITEFS_SHIM", &library).env("LITEFS_RUNTIME_DIR", agents.path());
+    command.env("LITEFS_TEST_DOOR", "preload");
+    tests(&mut command)
+}
+
+/// Runs tests, passes their output on and counts them.
+fn tests(command: &mut Command) -> Result<String> {
     command.stdout(Stdio::piped());
-    let mut child = command.spawn().with_context(|| format!("cannot run {}", run::show(&command)))?;
+    let mut child = command.spawn().with_context(|| format!("cannot run {}", run::show(command)))?;
     let stdout = child.stdout.take().context("no output of cargo")?;
     let mut counts = Counts::default();
     for line in BufReader::new(stdout).split(b'\n') {
@@ -85,7 +107,7 @@ fn tests() -> Result<String> {
     }
     let status = child.wait()?;
     if !status.success() {
-        bail!("{} ended with {status}: {counts}", run::show(&command));
+        bail!("{} ended with {status}: {counts}", run::show(command));
     }
     Ok(counts.to_string())
 }

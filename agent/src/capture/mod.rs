@@ -130,7 +130,9 @@ pub fn log_transaction(
     read: &mut ReadPage<'_>,
 ) -> Result<Option<Logged>, CaptureError> {
     let term = db.shared.term();
-    db.shared.check_writable()?;
+    if !st.ahead {
+        db.shared.check_writable()?;
+    }
     st.check_health()?;
     // What is in the files lacks these transactions: a commit on top of it would not be their successor.
     // A held commit is there, and so is what takes it back when its writer has died.
@@ -215,7 +217,7 @@ pub fn log_transaction(
         commit: commit.page_count,
         timestamp_ms,
         wal: commit.wal,
-        fence: Some(&term),
+        fence: if st.ahead { None } else { Some(&term) },
     };
     let (end, payload) = spool.append(db, record)?;
 

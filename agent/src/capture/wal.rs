@@ -34,6 +34,8 @@ pub struct WalCapture {
     committed: HashMap<u32, u64>,
     /// Offset after the last commit frame.
     committed_end: u64,
+    /// What `committed_end` was when the door let this generation end. It may go on nevertheless.
+    ended_at: Option<u64>,
     /// The frame that is arriving.
     arriving: Option<Arriving>,
     stale: Stale,
@@ -136,6 +138,17 @@ impl WalCapture {
         self.mark_written_from_log();
     }
 
+    /// All of this generation is in the log and in the database file: the next one may overwrite it. Until that has
+    /// begun the file still has it, so it is not forgotten: it would be read again while it is overwritten.
+    pub fn may_end(&mut self) {
+        self.ended_at = Some(self.committed_end);
+    }
+
+    /// Whether nothing was captured since it may end.
+    pub fn has_ended(&self) -> bool {
+        self.ended_at == Some(self.committed_end)
+    }
+
     /// Offset of the newest committed frame header of a page.
     pub fn frame_of(&self, pgno: u32) -> Option<u64> {
         self.committed.get(&pgno).copied()
@@ -146,8 +159,12 @@ impl WalCapture {
         self.committed.keys().copied()
     }
 
-    /// Number of frames up to the last commit.
+    /// Number of frames up to the last commit, while they count.
     pub fn committed_frames(&self) -> u64 {
+        if self.has_ended() { 0 } else { self.frames() }
+    }
+
+    fn frames(&self) -> u64 {
         match self.generation {
             Some(g) if self.committed_end > HEADER_BYTES => {
                 (self.committed_end - HEADER_BYTES) / frame_bytes(g.page_size)

@@ -3,7 +3,7 @@
 use super::recovery::WAL_IS_FROM_THE_LOG;
 use super::{Database, State};
 use crate::capture::wal::published::{self, HeldCommit};
-use crate::capture::{CaptureError, Logged, wal};
+use crate::capture::{CaptureError, Logged};
 use sqlite_file::wal::{Scanner, WalEnd, WalError, WalHeader};
 use sqlite_file::wal_index::IndexHeader;
 use std::fs::File;
@@ -34,6 +34,9 @@ impl Database {
 
     fn follow(&self, st: &mut State, followed: &mut Followed) -> Result<Option<Logged>, CaptureError> {
         if !followed.open(self)? {
+            if st.wal.has_ended() {
+                st.wal.reset();
+            }
             return Ok(None);
         }
         let published = match &followed.index {
@@ -66,6 +69,57 @@ impl Database {
         }
     }
 
+    /// Captures what applications committed in a WAL after the last agent had died, whatever this node becomes: as a
+    /// primary it goes on from there, as a replica it has transactions of its own, which are kept as files and reported.
+    pub fn capture_left_in_wal(&self) -> Result<(), CaptureError> {
+        let waits = !self.apply.lock().pending.is_empty();
+        self.follow_from_the_start();
+        if waits {
+            // What was received is not all in the WAL: its pages say nothing.
+            return Ok(());
+        }
+        let mut st = self.state();
+        st.ahead = true;
+        st.wal.reset();
+        let mut followed = Followed::default();
+        let result = self.follow(&mut st, &mut followed);
+        st.followed = followed;
+        st.ahead = false;
+        result.map(|_| ())
+    }
+
+    /// Whether there are frames in the WAL that neither the log nor an application under this agent's eyes has put
+    /// there. To be asked before transactions of a primary are added.
+    pub(crate) fn has_foreign_frames(&self, st: &mut State) -> Result<bool, CaptureError> {
+        if !self.shared.follows_wals() {
+            return Ok(false);
+        }
+        let Some(index) = self.published_index(st)? else { return Ok(false) };
+        let known = match st.applied_frames {
+            Some(known) => Some(known),
+            None => st.wal.captured_frames(),
+        };
+        Ok(known.is_some_and(|(salts, frames)| salts == index.salts && index.max_frame > frames))
+    }
+
+    /// Transactions of a primary were added to the WAL.
+    pub(crate) fn remember_applied_frames(&self, st: &mut State) {
+        if self.shared.follows_wals() {
+            let index = self.published_index(st).ok().flatten();
+            st.applied_frames = index.map(|index| (index.salts, index.max_frame));
+        }
+    }
+
+    fn published_index(&self, st: &mut State) -> Result<Option<IndexHeader>, CaptureError> {
+        let mut followed = std::mem::take(&mut st.followed);
+        let index = followed.open(self).and_then(|_| match &followed.index {
+            Some(index) => IndexHeader::read(index).map_err(|e| self.shm_error(e)),
+            None => Ok(None),
+        });
+        st.followed = followed;
+        index
+    }
+
     /// A commit is held: captures it.
     pub fn capture_held_commit(
         &self,
@@ -88,19 +142,24 @@ impl Database {
         result
     }
 
-    /// The WAL is about to begin anew or to go, and all its frames are in the database file: afterwards the log has all
-    /// of it.
+    /// The WAL is about to begin anew or to go: afterwards the log has all of it.
     pub fn end_wal(&self, st: &mut State) -> Result<(), CaptureError> {
         self.follow_wal(st)?;
-        wal::settle_unpublished(self, st)?;
-        st.wal.reset();
-        st.followed = Followed::default();
+        let mut followed = std::mem::take(&mut st.followed);
+        let settled = followed.open(self).and_then(|_| match &followed.wal {
+            Some(wal) => published::take_back_unpublished(self, st, wal),
+            None => Ok(()),
+        });
+        st.followed = followed;
+        settled?;
+        st.wal.may_end();
         Ok(())
     }
 
     /// Reads the WAL that transactions of a primary were written to, so that what applications add is told from it.
     pub fn read_applied_wal(&self) -> Result<(), CaptureError> {
         let mut st = self.state();
+        st.applied_frames = None;
         let mut followed = std::mem::take(&mut st.followed);
         let read = match followed.open(self) {
             Ok(true) => match &followed.wal {

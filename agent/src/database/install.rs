@@ -167,6 +167,9 @@ impl Database {
                 .open(path)
                 .map_err(other)?;
             let base = self.durable_position();
+            // Pages beyond these are in the records after `base`: a writer that adds pages faster than they are copied
+            // is not run after.
+            let last = self.state().page_count;
             let mut shape: Option<(u32, u32)> = None;
             let mut next = 1;
             loop {
@@ -180,7 +183,7 @@ impl Database {
                 }
                 shape = Some((range.page_size, range.commit));
                 next += PAGES_AT_ONCE;
-                if next > range.commit {
+                if next > last.min(range.commit) {
                     break;
                 }
             }

@@ -31,6 +31,7 @@ use ltx::{Pos, Txid};
 use parking_lot::{Mutex, MutexGuard};
 use receive::ApplySide;
 pub use shared::{Dirs, Notice, RoleStep, Shared};
+use sqlite_file::wal::Salts;
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -131,6 +132,10 @@ pub struct State {
     journal_mode_known: bool,
     /// Files of a WAL whose writes no door sees.
     pub(crate) followed: follow::Followed,
+    /// What is captured now was committed in a term that has ended.
+    pub(crate) ahead: bool,
+    /// Salts and last frame of a followed WAL after transactions of a primary were added.
+    pub(crate) applied_frames: Option<(Salts, u32)>,
     /// The running WAL generation.
     pub wal: WalCapture,
     /// Up to here the kernel's cache has pages of the WAL in advance, until somebody asks how long the file is.

@@ -105,7 +105,12 @@ impl Database {
         durable(position);
         self.shared.changed(&self.name);
         self.apply_pending(&mut side, bound);
-        logged.map(|()| position)
+        logged?;
+        // At once, not with the next record: a snapshot heals it.
+        if let Some(reason) = self.state().quarantine_reason() {
+            return Err(EngineError::Quarantined { name: self.name.clone(), reason: reason.to_owned() });
+        }
+        Ok(position)
     }
 
     /// Checks a record against the database and appends it to the log.
@@ -226,6 +231,21 @@ impl Database {
         }
         let current = {
             let mut st = self.state();
+            if self.has_foreign_frames(&mut st).unwrap_or_else(|error| {
+                tracing::warn!(database = %self.name, %error, "cannot look whether others have written to its WAL");
+                false
+            }) {
+                let wal = self.paths.wal.display();
+                let reason = format!(
+                    "{wal}: somebody committed on this replica, without the preload library or in a commit that lasted \
+                     longer than this node's term; it is kept as it is, and a snapshot follows"
+                );
+                st.quarantine(self, reason);
+                drop(st);
+                side.pending.clear();
+                self.shared.pending_done(&self.name);
+                return;
+            }
             let wal_mode = self.load_journal_mode(&mut st);
             DatabaseShape { page_size: st.applied.page_size, page_count: st.applied.page_count, wal_mode }
         };
@@ -252,6 +272,7 @@ impl Database {
                     };
                     st.set_wal_mode(shape.wal_mode);
                     st.wal.mark_written_from_log();
+                    self.remember_applied_frames(&mut st);
                     let applied = st.applied;
                     if let Ok(sums) = st.open_checksums(self) {
                         sums.set_applied(applied);

@@ -72,9 +72,12 @@ pub struct Counters {
     pub quarantines: AtomicU64,
 }
 
-/// A step of a change of role, for a door that has to tell applications.
+/// A step of a change of role, for a door that has to tell applications, or a question for a door that looks at commits
+/// afterwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RoleStep {
+    /// Somebody asks how far databases are: what has been committed until now counts.
+    Asked,
     /// Writes end now; those that are complete are still taken.
     WritesEnd,
     /// Whether applications may write, or until when, has changed.
@@ -224,6 +227,11 @@ impl Shared {
     /// What applications are told of commits has changed.
     pub fn tell_door(&self) {
         self.role_step(RoleStep::Changed);
+    }
+
+    /// Captures what has been committed, where that happens afterwards.
+    pub fn catch_up(&self) {
+        self.role_step(RoleStep::Asked);
     }
 
     /// Whether the door sees no writes to WALs.

@@ -94,7 +94,7 @@ fn take_up(shared: &Arc<Shared>, names: &BTreeSet<DatabaseName>) -> io::Result<(
     for name in names.iter().chain(&files) {
         let db = shared.database_or_new(name);
         match db.reattach() {
-            Ok(()) if shared.wals_may_be_ahead() => db.follow_from_the_start(),
+            Ok(()) if shared.wals_may_be_ahead() => report(&db, db.capture_left_in_wal()),
             Ok(()) => {}
             Err(error) => db.state().quarantine(&db, error.to_string()),
         }

@@ -49,8 +49,9 @@ impl Sink for Node {
         let Some(db) = self.shared.database(name) else { return Pos::default() };
         let st = db.state();
         if st.quarantine_reason().is_some() {
-            // No history has this checksum, so the upstream answers that it diverged, and a snapshot heals it.
-            return Pos { txid: Txid(st.position.txid.0.max(1)), checksum: Checksum(0) };
+            // No history has this checksum, so the upstream answers that it diverged, and a snapshot heals it. Behind
+            // where it is: one that is at the upstream's position needs nothing.
+            return Pos { txid: Txid(st.position.txid.0.saturating_sub(1).max(1)), checksum: Checksum(0) };
         }
         st.position
     }

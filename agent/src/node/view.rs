@@ -296,6 +296,7 @@ impl Service for Node {
 
 impl NodeView for Node {
     fn status(&self) -> Status {
+        self.shared.catch_up();
         let config = self.config.read();
         let mut databases: Vec<DatabaseStatus> = self
             .shared
@@ -346,6 +347,7 @@ impl NodeView for Node {
     }
 
     fn export(&self, name: &DatabaseName) -> Result<Export, ViewError> {
+        self.shared.catch_up();
         let known = self.shared.database(name).filter(|db| db.state().page_count > 0);
         let db = known.ok_or_else(|| ViewError::NoSuchDatabase(name.clone()))?;
         let failed = |e: std::io::Error| ViewError::Other(format!("cannot export {name}: {e}"));

@@ -18,7 +18,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// Version of everything in this crate.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// First word of handshake and page: `LFSH`.
 pub const MAGIC: u32 = 0x4853_464c;
 /// File, beside the agent's socket, that names the managed directory: see [`Registration`].
@@ -209,13 +209,19 @@ pub enum Op {
     WalSync = 6,
     /// The database file is about to be removed.
     Drop = 7,
+    /// It was removed: answered when the log has it.
+    Dropped = 8,
+    /// The database file is about to be renamed, or another one to take its place. `EBUSY`: others have it open.
+    Move = 9,
+    /// Another file has taken its place: answered when the log has it.
+    Moved = 10,
 }
 
 impl Op {
     /// The operation of a number.
     pub fn from_number(number: u32) -> Option<Op> {
         use Op::*;
-        [Attach, Written, Commit, WalEnd, WalCommit, WalSync, Drop]
+        [Attach, Written, Commit, WalEnd, WalCommit, WalSync, Drop, Dropped, Move, Moved]
             .into_iter()
             .find(|op| *op as u32 == number)
     }
@@ -273,6 +279,6 @@ mod tests {
     fn operations_have_their_numbers() {
         assert_eq!(Op::from_number(3), Some(Op::Commit));
         assert_eq!(Op::from_number(0), None);
-        assert_eq!(Op::from_number(8), None);
+        assert_eq!(Op::from_number(11), None);
     }
 }

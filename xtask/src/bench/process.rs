@@ -212,7 +212,7 @@ impl Drop for Agent {
 pub fn library() -> Result<PathBuf> {
     match std::env::var_os("LITEFS_SHIM") {
         Some(path) => Ok(path.into()),
-        None => Ok(super::target_directory()?.join("shim/liblitefs.so")),
+        None => Ok(run::target_directory()?.join("shim/liblitefs.so")),
     }
 }
 

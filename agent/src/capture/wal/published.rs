@@ -9,7 +9,7 @@ use super::{FRAME_HEADER_BYTES, Generation, HEADER_BYTES, LastCommit, Stale, Wal
 use crate::capture::{CaptureError, Commit, Logged, log_transaction};
 use crate::database::{Database, State};
 use crate::log::WalEnd;
-use sqlite_file::wal::{FrameHeader, frame_bytes, frame_offset};
+use sqlite_file::wal::{FrameHeader, Salts, frame_bytes, frame_offset};
 use sqlite_file::wal_index::IndexHeader;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 
 /// So many commits that wait together become a transaction each; more become one, so that the agent catches up with a
 /// fast writer.
-const COMMITS_APART_MAX: usize = 4;
+const COMMITS_APART_MAX: usize = 2;
 
 /// A commit frame whose header is not in the file yet. Its page is.
 #[derive(Debug, Clone, Copy)]
@@ -80,6 +80,17 @@ pub fn capture_published(
     Ok(logged)
 }
 
+impl WalCapture {
+    /// Salts, and number of frames up to the last captured commit; `None` where the file says it better.
+    pub fn captured_frames(&self) -> Option<(Salts, u32)> {
+        let generation = self.generation.filter(|_| self.stale == Stale::No)?;
+        let mut salts = [0; 8];
+        salts[..4].copy_from_slice(&generation.salt1.to_be_bytes());
+        salts[4..].copy_from_slice(&generation.salt2.to_be_bytes());
+        Some((Salts(salts), u32::try_from(self.frames()).ok()?))
+    }
+}
+
 /// Captures a commit before SQLite can publish it. Its writer has the write lock, so its frames begin where the wal-index
 /// ends.
 pub fn capture_held(
@@ -140,7 +151,7 @@ fn take_up(db: &Database, st: &mut State, file: &File, index: &IndexHeader) -> R
             return Ok(false);
         }
         // Whoever ended the last one has not asked whether the log has all of it: any page may have changed.
-        let unannounced = st.wal.generation.is_some();
+        let unannounced = st.wal.generation.is_some() && !st.wal.has_ended();
         start(st, published);
         if unannounced {
             st.wal.reverted.extend(1..=st.page_count);
@@ -193,6 +204,23 @@ fn take_back(st: &mut State, last: LastCommit) {
         };
     }
     st.wal.committed_end = last.start;
+}
+
+/// The WAL may end: a captured commit that was never published goes, and with it what others like it have left.
+pub fn take_back_unpublished(db: &Database, st: &mut State, file: &File) -> Result<(), CaptureError> {
+    let mut page_count = st.page_count;
+    if let Some(last) = st.wal.last.take() {
+        page_count = last.page_count;
+        take_back(st, last);
+    }
+    if st.wal.reverted.is_empty() {
+        return Ok(());
+    }
+    let frames = Frames { newest: BTreeMap::new(), page_count, end: st.wal.committed_end };
+    if capture(db, st, file, frames, false)?.is_some() {
+        tracing::info!(database = %db.name, "a writer died before it published its transaction: taken back");
+    }
+    Ok(())
 }
 
 fn read_header(db: &Database, file: &File, at: u64) -> Result<FrameHeader, CaptureError> {

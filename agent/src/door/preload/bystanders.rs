@@ -108,6 +108,12 @@ impl Bystanders {
                 };
                 let path = directory.join(name);
                 if event.mask.contains(AddWatchFlags::IN_ISDIR) {
+                    if event.mask.contains(AddWatchFlags::IN_MOVED_FROM)
+                        && let Ok(directory) = DatabaseName::new(&path)
+                    {
+                        let moved = self.shared.below(&directory);
+                        self.changed.extend(moved.iter().map(|db| db.name().clone()));
+                    }
                     if event.mask.intersects(AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO)
                         && let Err(error) = self.watch(&path)
                     {

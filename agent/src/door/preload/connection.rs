@@ -15,6 +15,10 @@ use std::time::Duration;
 
 /// While commits come the thread looks by itself so often, and need not be woken for each.
 const NAP: Duration = Duration::from_micros(300);
+/// While they come faster: what has come together costs little more than one.
+const LONG_NAP: Duration = Duration::from_millis(1);
+/// Rings between two looks from which on they come fast.
+const FAST: u32 = 3;
 /// After so many looks in vain it sleeps until it is woken.
 const NAPS: u32 = 8;
 /// Looks whether it shall end, should a wake-up be lost.
@@ -67,14 +71,22 @@ impl Connection {
         let page = self.memory.page();
         let mut serving = Serving::default();
         let mut idle = 0;
+        let mut last_bell = 0;
         loop {
             let bell = page.doorbell.load(Ordering::SeqCst);
+            let rings = bell.wrapping_sub(std::mem::replace(&mut last_bell, bell));
             let ended = self.ended.load(Ordering::Acquire);
-            let busy = self.serve_requests(&mut serving) | self.look_at_changed();
+            let served = self.serve_requests(&mut serving);
+            let changed = self.look_at_changed();
             if ended {
                 break;
             }
-            if busy {
+            if changed && !served && rings >= FAST {
+                self.nap();
+                idle = 0;
+                continue;
+            }
+            if served || changed {
                 idle = 0;
                 continue;
             }
@@ -89,6 +101,18 @@ impl Connection {
         for db in attached.into_iter().flatten() {
             requests::let_go(&db);
         }
+    }
+
+    /// Sleeps while commits come; a request ends it.
+    fn nap(&self) {
+        let page = self.memory.page();
+        page.asleep.store(protocol::NAPPING, Ordering::SeqCst);
+        let bell = page.doorbell.load(Ordering::SeqCst);
+        // A request that was posted before this look is seen here, one after it rings again.
+        if page.slots.iter().all(|slot| slot.state.load(Ordering::SeqCst) != protocol::POSTED) {
+            memory::wait(&page.doorbell, bell, LONG_NAP);
+        }
+        page.asleep.store(protocol::AWAKE, Ordering::SeqCst);
     }
 
     fn serve_requests(self: &Arc<Self>, serving: &mut Serving) -> bool {
@@ -158,6 +182,12 @@ impl Connection {
             Op::WalCommit => requests::wal_commit(&db, &data.collect::<Vec<_>>()),
             Op::WalSync => Ok(Answer::WhenDurable(db.state().logged_end)),
             Op::Drop => requests::will_drop(&db),
+            Op::Dropped => {
+                requests::note_removed(&db);
+                Ok(Answer::Now(0))
+            }
+            Op::Move => requests::will_move(&db),
+            Op::Moved => requests::was_replaced(&db),
             Op::Attach => Err(libc::ENOSYS),
         }
     }

@@ -235,6 +235,12 @@ impl Connections {
                 self.all.lock().iter().for_each(|connection| self.tell(connection));
             }
             RoleStep::WritesEnd => self.end_writes(),
+            RoleStep::Asked => {
+                let all = self.all.lock().clone();
+                for db in all.iter().flat_map(|connection| connection.databases()) {
+                    requests::follow(&db);
+                }
+            }
         }
     }
 

@@ -11,6 +11,10 @@ use sqlite_file::locks::{self, LockGuard, LockKind};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long somebody who renames a database waits for others to have closed it.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// When a request is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,10 +65,22 @@ pub fn let_go(db: &Arc<Database>) {
     follow(db);
     let mut st = db.state();
     st.handles = st.handles.saturating_sub(1);
+    if db.shared().is_writable() && has_dead_transaction(db) {
+        // The sweep takes it back; whoever copies the database waits for that.
+        st.rollback.journal_active = true;
+    }
     if st.handles == 0 && st.page_count > 0 && !db.paths().wal.exists() {
         // What the last one moved from the WAL to the file is in the log.
         let _ = st.remember_stamp(db);
     }
+}
+
+/// Whether there is the journal of a transaction that nobody is in any more.
+fn has_dead_transaction(db: &Database) -> bool {
+    let Ok(journal) = File::open(&db.paths().journal) else { return false };
+    let held = |file: File| locks::conflicting_holder(&file, LockKind::Write, locks::RESERVED);
+    sqlite_file::journal::is_hot(&journal).unwrap_or(false)
+        && File::open(&db.paths().database).and_then(held).is_ok_and(|holder| holder.is_none())
 }
 
 /// The file may be another one by now: a copy was moved over it.
@@ -171,6 +187,33 @@ pub fn will_drop(db: &Arc<Database>) -> Result<Answer, i32> {
     }
     let mut st = db.state();
     db.follow_wal(&mut st).map_err(|e| errno_of(db, "remove", &e))?;
+    Ok(Answer::Now(0))
+}
+
+/// The database is about to be moved away, or another file to be moved over it. Its asker has it attached for this alone.
+pub fn will_move(db: &Arc<Database>) -> Result<Answer, i32> {
+    // Whoever has just closed it may not have been heard of yet.
+    let deadline = Instant::now() + CLOSE_PATIENCE;
+    while db.state().handles > 1 {
+        if Instant::now() > deadline {
+            return Err(libc::EBUSY);
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    will_drop(db)
+}
+
+/// Another file has taken the place of the database.
+pub fn was_replaced(db: &Arc<Database>) -> Result<Answer, i32> {
+    let mut st = db.state();
+    note_replaced(db, &mut st);
+    st.forget_journal_mode();
+    st.rollback.mark_unknown();
+    if !db.is_complete_database() || db.paths().wal.exists() {
+        // Taken in when nobody writes to it any more.
+        return Ok(Answer::Now(0));
+    }
+    db.capture_rollback(&mut st).map_err(|e| errno_of(db, "rename", &e))?;
     Ok(Answer::Now(0))
 }
 
