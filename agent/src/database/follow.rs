@@ -102,8 +102,9 @@ impl Database {
         Ok(known.is_some_and(|(salts, frames)| salts == index.salts && index.max_frame > frames))
     }
 
-    /// Transactions of a primary were added to the WAL.
+    /// The agent itself has written to the database's files what came from a primary.
     pub(crate) fn remember_applied_frames(&self, st: &mut State) {
+        st.wal.mark_written_from_log();
         if self.shared.follows_wals() {
             let index = self.published_index(st).ok().flatten();
             st.applied_frames = index.map(|index| (index.salts, index.max_frame));

@@ -99,6 +99,7 @@ impl Database {
             }
         }
         let mut st = self.state();
+        self.remember_applied_frames(&mut st);
         st.set_database_file(None);
         self.rebuild_checksums_from(&mut st, mark, if exists { &staged } else { &self.paths.database })?;
         st.recent.clear();

@@ -260,7 +260,10 @@ impl Database {
         });
         let readers = readers.collect::<Vec<_>>();
         let mut transactions = LtxTransactions::new(readers);
-        match side.applier.apply(current, &mut transactions, bound) {
+        let applied = side.applier.apply(current, &mut transactions, bound);
+        // Also after an error, when some of them may be there.
+        self.remember_applied_frames(&mut self.state());
+        match applied {
             Ok(shape) => {
                 side.told = false;
                 if let Some((last, _)) = side.pending.drain(..count).next_back() {
@@ -271,8 +274,6 @@ impl Database {
                         page_count: last.commit,
                     };
                     st.set_wal_mode(shape.wal_mode);
-                    st.wal.mark_written_from_log();
-                    self.remember_applied_frames(&mut st);
                     let applied = st.applied;
                     if let Ok(sums) = st.open_checksums(self) {
                         sums.set_applied(applied);
