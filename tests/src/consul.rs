@@ -48,6 +48,15 @@ impl Consul {
         consul
     }
 
+    /// As [`Consul::start`], reachable also at the other addresses of this machine.
+    pub fn start_for(hub: std::net::Ipv4Addr) -> (Consul, String) {
+        let arguments = ["-dev", "-bind", "127.0.0.1", "-client", "0.0.0.0"];
+        let consul = Consul::spawn(ports(), arguments.map(str::to_owned).to_vec());
+        consul.wait_for_leader();
+        let address = format!("http://{hub}:{}", consul.ports[0].number);
+        (consul, address)
+    }
+
     /// Three servers with a leader.
     pub fn cluster() -> Vec<Consul> {
         let all: Vec<[Port; 4]> = (0..3).map(|_| ports()).collect();

@@ -19,7 +19,10 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// After this long a test hangs: its mounts are broken, which ends every wait for them with an error.
-const HANGS_AFTER: Duration = Duration::from_secs(150);
+fn hangs_after() -> Duration {
+    let set = std::env::var("LITEFS_TEST_HANGS_AFTER").ok().and_then(|seconds| seconds.parse().ok());
+    Duration::from_secs(set.unwrap_or(150))
+}
 
 /// Lines of a log that are shown when a test fails.
 const LINES_SHOWN: usize = 60;
@@ -88,8 +91,9 @@ impl Fleet {
         let (watch, called_off) = mpsc::channel::<()>();
         let mount = dir.join("mount");
         std::thread::spawn(move || {
-            if called_off.recv_timeout(HANGS_AFTER) == Err(mpsc::RecvTimeoutError::Timeout) {
-                eprintln!("a test runs for {HANGS_AFTER:?}: breaking its mount {}", mount.display());
+            let limit = hangs_after();
+            if called_off.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("a test runs for {limit:?}: breaking its mount {}", mount.display());
                 abort_mount(&mount);
             }
         });

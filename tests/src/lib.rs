@@ -28,7 +28,9 @@ mod compare;
 mod connection;
 mod consul;
 mod door;
+mod history;
 mod host;
+mod network;
 mod ports;
 mod roles;
 mod shell;
@@ -40,6 +42,8 @@ pub use compare::{assert_equal, assert_sane, checksum_of, compare_files, integri
 pub use connection::{FILL, JOURNAL_MODES, ask, exec, set_journal_mode, try_exec, wait_seen};
 pub use consul::Consul;
 pub use door::{is_about_fuse, is_preload};
+pub use history::{History, ListClient, Summary};
 pub use host::{Fleet, Host, Role};
+pub use network::Network;
 pub use shell::{Shell, run, sqlite3, try_run, try_sqlite3};
 pub use wait::{PATIENCE, wait_for};

@@ -277,13 +277,7 @@ pub const KEYS: &[Key] = &[
         set: |config, value| {
             let addresses: Result<Vec<String>, String> =
                 value.text()?.split(',').map(|address| url(address.trim())).collect();
-            let addresses = addresses?;
-            if let Some(address) = addresses.iter().find(|address| address.starts_with("https://")) {
-                return Err(format!(
-                    "{address}: TLS to Consul is not supported yet; use the agent on this host"
-                ));
-            }
-            config.consul.address = addresses.join(",");
+            config.consul.address = addresses?.join(",");
             Ok(())
         },
     },
@@ -318,6 +312,27 @@ pub const KEYS: &[Key] = &[
         doc: "File with the ACL token; read for each call. Without it the credential `consul-token` is used, if there \
               is one. It needs `key_prefix` write on `consul.key` and `session_prefix` write.",
         set: |config, value| absolute_path(value.text()?).map(|path| config.consul.token_file = Some(path)),
+    },
+    Key {
+        path: "consul.tls-ca",
+        default: "none",
+        doc: "PEM file with the authorities that vouch for Consul's certificate; needed where an address begins with \
+              `https://`. Read at the start.",
+        set: |config, value| absolute_path(value.text()?).map(|path| config.consul.tls_ca = Some(path)),
+    },
+    Key {
+        path: "consul.tls-certificate",
+        default: "none",
+        doc: "PEM file with a certificate to show to a Consul that wants one.",
+        set: |config, value| {
+            absolute_path(value.text()?).map(|path| config.consul.tls_certificate = Some(path))
+        },
+    },
+    Key {
+        path: "consul.tls-key",
+        default: "none",
+        doc: "PEM file with the key of `consul.tls-certificate`.",
+        set: |config, value| absolute_path(value.text()?).map(|path| config.consul.tls_key = Some(path)),
     },
     Key {
         path: "replication.heartbeat",

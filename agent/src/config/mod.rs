@@ -199,7 +199,7 @@ pub struct LeaseConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ConsulConfig {
-    /// Addresses of servers or agents: `http://host:port`, with commas in between.
+    /// Addresses of servers or agents: `http://host:port` or `https://host:port`, with commas in between.
     pub address: String,
     /// The keys are below this one.
     pub key: String,
@@ -208,12 +208,19 @@ pub struct ConsulConfig {
     pub timeout: Duration,
     /// File with the ACL token, if it is not a credential.
     pub token_file: Option<PathBuf>,
+    /// Authorities that vouch for Consul's certificate.
+    pub tls_ca: Option<PathBuf>,
+    /// Certificate to show to Consul.
+    pub tls_certificate: Option<PathBuf>,
+    /// Its key.
+    pub tls_key: Option<PathBuf>,
 }
 
 impl ConsulConfig {
     /// How Consul is reached.
     pub fn options(&self) -> crate::lease::consul::Options {
-        use crate::lease::consul::{Options, Token};
+        use crate::lease::consul::{Options, Tls, Token};
+        let identity = self.tls_certificate.clone().zip(self.tls_key.clone());
         Options {
             addresses: self.address.split(',').map(|address| address.trim().to_owned()).collect(),
             timeout: self.timeout,
@@ -221,6 +228,7 @@ impl ConsulConfig {
                 Some(path) => Token::File(path.clone()),
                 None => Token::Credential("consul-token"),
             },
+            tls: self.tls_ca.clone().map(|ca| Tls { ca, identity }),
         }
     }
 }
@@ -519,6 +527,9 @@ impl Config {
                 key: format!("litefs/{cluster}"),
                 timeout: Duration::from_secs(2),
                 token_file: None,
+                tls_ca: None,
+                tls_certificate: None,
+                tls_key: None,
             },
             replication: ReplicationConfig {
                 heartbeat: Duration::from_secs(1),
@@ -681,6 +692,21 @@ impl Config {
                     "lease.type",
                     "lease.type is \"consul\", but other hosts cannot reach http.listen, which is at its default".to_owned(),
                     "set http.listen, such as \"0.0.0.0:20202\"",
+                );
+            }
+            if self.consul.address.contains("https://") && self.consul.tls_ca.is_none() {
+                problem(
+                    "consul.address",
+                    format!("consul.address is {}, but consul.tls-ca is not set", self.consul.address),
+                    "name the file with the authority of Consul's certificates (`ca_file` in Consul's configuration)",
+                );
+            }
+            if self.consul.tls_certificate.is_some() != self.consul.tls_key.is_some() {
+                problem(
+                    if self.consul.tls_key.is_some() { "consul.tls-key" } else { "consul.tls-certificate" },
+                    "consul.tls-certificate and consul.tls-key belong together, and one of them is not set"
+                        .to_owned(),
+                    "set both, or none where Consul wants no certificate (`verify_incoming`)",
                 );
             }
             if self.consul.timeout * 2 > self.lease.ttl {

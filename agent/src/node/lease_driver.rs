@@ -7,7 +7,9 @@ use crate::config::{Config, LeaseKind, LeaseRole};
 use crate::lease::consul::{ConsulLease, ConsulNode};
 use crate::lease::election::Choice;
 use crate::lease::fixed::StaticLease;
-use crate::lease::{Action, Claim, Event, Gift, Lease, Member, Peer, RoleMachine, Term, Time, Timing, clock};
+use crate::lease::{
+    Action, Claim, Event, Gift, Lease, LeaseError, Member, Peer, RoleMachine, Term, Time, Timing, clock,
+};
 use crate::ship::engine::Epoch;
 use crate::status::api::RoleName;
 use std::sync::Arc;
@@ -144,7 +146,7 @@ fn primary_url(config: &Config) -> Option<String> {
 }
 
 /// Starts the lease of a node.
-pub(super) fn start(node: &Arc<Node>, stop: &CancellationToken) -> LeaseHandle {
+pub(super) fn start(node: &Arc<Node>, stop: &CancellationToken) -> Result<LeaseHandle, LeaseError> {
     let config = node.config.read().clone();
     let own = node.own_peer();
     let (lease, fixed, timing): (Arc<dyn Lease>, _, _) = match config.lease.kind {
@@ -161,7 +163,7 @@ pub(super) fn start(node: &Arc<Node>, stop: &CancellationToken) -> LeaseHandle {
                 candidate: config.lease.candidate,
                 ttl,
                 data_dir: config.data.dir.clone(),
-            });
+            })?;
             (Arc::new(consul), None, Timing { ttl: Some(ttl), retry: RETRY })
         }
     };
@@ -190,7 +192,8 @@ pub(super) fn start(node: &Arc<Node>, stop: &CancellationToken) -> LeaseHandle {
         tokio::spawn(driver.run(queue)),
         tokio::spawn(watch_lease(lease.clone(), inputs.clone(), read_again, stop.clone())),
     ];
-    LeaseHandle { inputs, lease, fixed, door_is_open, transitions, tasks: parking_lot::Mutex::new(tasks) }
+    let tasks = parking_lot::Mutex::new(tasks);
+    Ok(LeaseHandle { inputs, lease, fixed, door_is_open, transitions, tasks })
 }
 
 /// Tells the machine what the lease is, whenever it changes.
@@ -536,6 +539,6 @@ impl Driver {
 }
 
 /// An answer of the store; its errors are told here.
-fn told<T>(what: &str, result: Result<T, crate::lease::LeaseError>) -> Option<T> {
+fn told<T>(what: &str, result: Result<T, LeaseError>) -> Option<T> {
     result.inspect_err(|error| tracing::warn!(%error, "cannot {what} the lease")).ok()
 }

@@ -313,7 +313,8 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
     // Others ask how far this node is before there is a primary.
     let options = HttpOptions { access: node.access.clone(), ..HttpOptions::default() };
     let tcp = tokio::spawn(serve(vec![tcp], server.clone(), handler.clone(), options, stop.clone()));
-    let lease = node.lease.get_or_init(|| lease_driver::start(&node, &stop));
+    let lease = lease_driver::start(&node, &stop)?;
+    let lease = node.lease.get_or_init(|| lease);
     first_role(&node).await;
     let opening = node.clone();
     let opened = tokio::task::spawn_blocking(move || opening.open_door()).await?;

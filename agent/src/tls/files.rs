@@ -26,6 +26,17 @@ pub fn client_config(ca: &Path, identity: Option<(&Path, &Path)>) -> Result<Clie
         .map_err(|error| TlsError::Unusable { path: certificate.to_owned(), why: error.to_string() })
 }
 
+/// A client that trusts no authority, for one that never speaks TLS.
+///
+/// # Errors
+/// TLS cannot be set up at all.
+pub fn client_config_without_trust() -> Result<ClientConfig, TlsError> {
+    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+    let builder =
+        builder.map_err(|error| TlsError::Authorities { path: "".into(), why: error.to_string() })?;
+    Ok(builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
+}
+
 /// A certificate and those between it and its authority.
 pub(super) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let failed = |why: String| TlsError::File { what: "the certificate", path: path.to_owned(), why };

@@ -5,7 +5,7 @@ mod files;
 #[cfg(test)]
 mod tests;
 
-pub use files::client_config;
+pub use files::{client_config, client_config_without_trust};
 
 use crate::config::{ClientCertificates, TlsConfig};
 use files::{certificates, key, roots};

@@ -5,6 +5,7 @@ use super::super::LeaseError;
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
@@ -24,12 +25,23 @@ const TOKEN_HEADER: &str = "x-consul-token";
 /// How Consul is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Its addresses, `http://host:port`; the first that answers is used until it fails. Never empty.
+    /// Its addresses, `http://host:port` or `https://host:port`; the first that answers is used until it fails. Never empty.
     pub addresses: Vec<String>,
     /// For each call at each address.
     pub timeout: Duration,
     /// The ACL token.
     pub token: Token,
+    /// For addresses that begin with `https://`.
+    pub tls: Option<Tls>,
+}
+
+/// Certificates of the connections to Consul.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tls {
+    /// Authorities that vouch for Consul's certificate.
+    pub ca: PathBuf,
+    /// A certificate to show, and its key.
+    pub identity: Option<(PathBuf, PathBuf)>,
 }
 
 /// Where the ACL token is. It is read for every call, so that it can be changed while the agent runs.
@@ -91,21 +103,38 @@ impl Answer {
 #[derive(Debug)]
 pub(super) struct Client {
     options: Options,
-    http: HttpClient<HttpConnector, Full<Bytes>>,
+    http: HttpClient<HttpsConnector<HttpConnector>, Full<Bytes>>,
     /// The address that answered last.
     preferred: AtomicUsize,
 }
 
 impl Client {
-    pub fn new(options: Options) -> Self {
+    /// # Errors
+    /// The certificates cannot be used.
+    pub fn new(options: Options) -> Result<Self, LeaseError> {
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(options.timeout));
         connector.set_nodelay(true);
+        connector.enforce_http(false);
+        let tls = match &options.tls {
+            Some(Tls { ca, identity }) => {
+                let identity = identity.as_ref().map(|(certificate, key)| (&**certificate, &**key));
+                crate::tls::client_config(ca, identity)
+            }
+            // Trusts nobody: the configuration has no https:// then.
+            None => crate::tls::client_config_without_trust(),
+        };
+        let tls = tls.map_err(|error| LeaseError(format!("TLS to Consul: {error}")))?;
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(connector);
         let http = HttpClient::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(60))
             .build(connector);
-        Client { options, http, preferred: AtomicUsize::new(0) }
+        Ok(Client { options, http, preferred: AtomicUsize::new(0) })
     }
 
     /// A call that Consul answers at once.

@@ -18,7 +18,7 @@ mod client;
 mod release;
 mod session;
 
-pub use client::{Options, Token};
+pub use client::{Options, Tls, Token};
 pub use release::{ReleaseError, Released, release_of_dead_agent};
 
 use super::{Claim, Gift, Lease, LeaseError, Member, Outcome, Peer, Record, Term, View};
@@ -108,8 +108,11 @@ impl Drop for ConsulLease {
 
 impl ConsulLease {
     /// Begins to get a session. Call within a tokio runtime.
-    pub fn start(node: ConsulNode) -> Self {
-        let client = Arc::new(Client::new(node.options));
+    ///
+    /// # Errors
+    /// The certificates for Consul cannot be used.
+    pub fn start(node: ConsulNode) -> Result<Self, LeaseError> {
+        let client = Arc::new(Client::new(node.options)?);
         let keys = Arc::new(Keys::below(&node.key));
         let (sender, session) = watch::channel(None);
         let keeper = Keeper {
@@ -121,7 +124,7 @@ impl ConsulLease {
             data_dir: node.data_dir.clone(),
             session: sender,
         };
-        ConsulLease {
+        Ok(ConsulLease {
             client,
             keys,
             node_id: node.own.node_id,
@@ -130,7 +133,7 @@ impl ConsulLease {
             session,
             read: Mutex::default(),
             keeper: tokio::spawn(keeper.run()),
-        }
+        })
     }
 
     fn own_session(&self) -> Result<String, LeaseError> {

@@ -41,7 +41,7 @@ pub async fn release_of_dead_agent(
     if Identity::is_in_use(data_dir) {
         return Err(ReleaseError::Alive(data_dir.to_owned()));
     }
-    let client = Client::new(options);
+    let client = Client::new(options)?;
     let keys = Keys::below(key);
     let (tree, _) = api::read_tree(&client, &keys.primary, None, Duration::ZERO).await?;
     let mut released = Released::Session;

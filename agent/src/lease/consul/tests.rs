@@ -18,6 +18,7 @@ fn program() -> Option<PathBuf> {
 struct Consul {
     child: Child,
     address: String,
+    tls: Option<Tls>,
     _dir: tempfile::TempDir,
 }
 
@@ -35,6 +36,11 @@ fn free_port() -> u16 {
 
 impl Consul {
     async fn start(config: &str) -> Option<Consul> {
+        Self::start_with(config, None).await
+    }
+
+    /// With TLS: `config` names its certificate.
+    async fn start_with(config: &str, tls: Option<Tls>) -> Option<Consul> {
         let Some(program) = program() else {
             eprintln!("skipped: no Consul; `cargo xtask test` installs it, or set LITEFS_CONSUL");
             return None;
@@ -44,7 +50,12 @@ impl Consul {
         let ports: Vec<String> = (0..4).map(|_| free_port().to_string()).collect();
         let child = Command::new(program)
             .args(["agent", "-dev", "-bind", "127.0.0.1", "-dns-port", "-1", "-grpc-port", "-1"])
-            .args(["-http-port", &ports[0], "-server-port", &ports[1]])
+            .args([
+                if tls.is_some() { "-https-port" } else { "-http-port" },
+                &ports[0],
+                "-server-port",
+                &ports[1],
+            ])
             .args(["-serf-lan-port", &ports[2], "-serf-wan-port", &ports[3]])
             .arg("-config-dir")
             .arg(dir.path())
@@ -52,8 +63,9 @@ impl Consul {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let consul = Consul { child, address: format!("http://127.0.0.1:{}", ports[0]), _dir: dir };
-        let client = Client::new(consul.options());
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let consul = Consul { child, address: format!("{scheme}://127.0.0.1:{}", ports[0]), tls, _dir: dir };
+        let client = Client::new(consul.options()).unwrap();
         for _ in 0..500 {
             // A leader, which also has made its tables.
             if let Ok(answer) = client.read("/v1/kv/none?consistent", Duration::ZERO).await
@@ -71,6 +83,7 @@ impl Consul {
             addresses: vec![self.address.clone()],
             timeout: Duration::from_secs(5),
             token: Token::Credential("none"),
+            tls: self.tls.clone(),
         }
     }
 
@@ -113,8 +126,8 @@ async fn until(lease: &ConsulLease, what: impl Fn(&View) -> bool) -> View {
 async fn a_lease_is_claimed_renewed_given_and_released() {
     let Some(consul) = Consul::start("{}").await else { return };
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let a = ConsulLease::start(consul.node(0xa, dir_a.path()));
-    let b = ConsulLease::start(consul.node(0xb, dir_b.path()));
+    let a = ConsulLease::start(consul.node(0xa, dir_a.path())).unwrap();
+    let b = ConsulLease::start(consul.node(0xb, dir_b.path())).unwrap();
     let view = until(&a, |view| view.session.is_some() && view.members.len() == 2).await;
     assert_eq!((view.record.version, &view.record.term), (0, &None));
     let ids: Vec<u64> = view.members.iter().map(|member| member.peer.node_id).collect();
@@ -163,8 +176,8 @@ async fn a_lease_is_claimed_renewed_given_and_released() {
 async fn a_silent_holder_is_robbed_and_a_lost_session_is_replaced() {
     let Some(consul) = Consul::start("{}").await else { return };
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let a = ConsulLease::start(consul.node(0xa, dir_a.path()));
-    let b = ConsulLease::start(consul.node(0xb, dir_b.path()));
+    let a = ConsulLease::start(consul.node(0xa, dir_a.path())).unwrap();
+    let b = ConsulLease::start(consul.node(0xb, dir_b.path())).unwrap();
     let view = until(&a, |view| view.session.is_some()).await;
     let session_a = view.session.unwrap();
     let view = until(&b, |view| view.session.is_some()).await;
@@ -179,13 +192,13 @@ async fn a_silent_holder_is_robbed_and_a_lost_session_is_replaced() {
 
     // The next agent on the directory goes on with the session.
     drop(a);
-    let a = ConsulLease::start(consul.node(0xa, dir_a.path()));
+    let a = ConsulLease::start(consul.node(0xa, dir_a.path())).unwrap();
     let view = until(&a, |view| view.session.is_some()).await;
     assert_eq!(view.session.as_ref(), Some(&session_a));
     // One that Consul does not know any more is replaced.
     drop(a);
-    api::destroy_session(&Client::new(consul.options()), &session_a).await.unwrap();
-    let a = ConsulLease::start(consul.node(0xa, dir_a.path()));
+    api::destroy_session(&Client::new(consul.options()).unwrap(), &session_a).await.unwrap();
+    let a = ConsulLease::start(consul.node(0xa, dir_a.path())).unwrap();
     let view = until(&a, |view| view.session.is_some() && view.members.len() == 2).await;
     assert_ne!(view.session, Some(session_a));
 }
@@ -198,7 +211,7 @@ async fn the_lease_of_a_dead_agent_is_released_and_that_of_a_living_one_is_not()
         release_of_dead_agent(consul.options(), "litefs/test", dir.path()).await.unwrap(),
         Released::Nothing
     );
-    let a = ConsulLease::start(consul.node(0xa, dir.path()));
+    let a = ConsulLease::start(consul.node(0xa, dir.path())).unwrap();
     until(&a, |view| view.session.is_some()).await;
     a.claim(Claim { version: 0, from: None, term: term(0xa, 1, 1) }).await.unwrap().unwrap();
     let agent = crate::node::Identity::open(dir.path()).unwrap();
@@ -209,7 +222,7 @@ async fn the_lease_of_a_dead_agent_is_released_and_that_of_a_living_one_is_not()
     let released = release_of_dead_agent(consul.options(), "litefs/test", dir.path()).await.unwrap();
     assert_eq!(released, Released::Lease);
     let other = tempfile::tempdir().unwrap();
-    let b = ConsulLease::start(consul.node(0xb, other.path()));
+    let b = ConsulLease::start(consul.node(0xb, other.path())).unwrap();
     let view = until(&b, |view| view.record.session.is_none()).await;
     assert!(view.record.term.unwrap().released);
 }
@@ -222,7 +235,7 @@ async fn a_token_is_needed_where_consul_wants_one_and_read_again_for_each_call()
     let file = dir.path().join("token");
     std::fs::write(&file, "wrong\n").unwrap();
     let options = Options { token: Token::File(file.clone()), ..consul.options() };
-    let a = ConsulLease::start(ConsulNode { options, ..consul.node(0xa, dir.path()) });
+    let a = ConsulLease::start(ConsulNode { options, ..consul.node(0xa, dir.path()) }).unwrap();
     // Consul shows no keys to those who may see none.
     let error = match a.view(None).await {
         Err(error) => error.to_string(),
@@ -246,14 +259,55 @@ async fn the_next_address_is_used_when_one_hangs_and_all_are_named_when_none_ans
         addresses: addresses.iter().map(|address| (*address).clone()).collect(),
         timeout: Duration::from_millis(300),
         token: Token::Credential("none"),
+        tls: None,
     };
-    let none = Client::new(options(&[&hanging, &gone]));
+    let none = Client::new(options(&[&hanging, &gone])).unwrap();
     let error = none.read("/v1/kv/x", Duration::ZERO).await.unwrap_err().to_string();
     assert!(
         error.contains(&hanging) && error.contains(&gone) && error.contains("does not answer"),
         "{error}"
     );
     let Some(consul) = Consul::start("{}").await else { return };
-    let all = Client::new(options(&[&hanging, &gone, &consul.address]));
+    let all = Client::new(options(&[&hanging, &gone, &consul.address])).unwrap();
     assert_eq!(all.read("/v1/kv/x?consistent", Duration::ZERO).await.unwrap().status.as_u16(), 404);
+}
+
+#[tokio::test]
+async fn tls_to_consul_checks_both_sides() {
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: String| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params.clone(), KeyPair::generate().unwrap()).unwrap();
+    let stranger = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let ca = file("ca.pem", authority.pem());
+    let key = KeyPair::generate().unwrap();
+    let certificate =
+        CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap().signed_by(&key, &authority).unwrap();
+    let identity = (file("own.pem", certificate.pem()), file("own.key", key.serialize_pem()));
+    let config = serde_json::json!({
+        "ca_file": ca, "cert_file": identity.0, "key_file": identity.1, "verify_incoming": true,
+    });
+    let tls = Tls { ca: ca.clone(), identity: Some(identity) };
+    let Some(consul) = Consul::start_with(&config.to_string(), Some(tls)).await else { return };
+    let data = tempfile::tempdir().unwrap();
+    let lease = ConsulLease::start(consul.node(0xa, data.path())).unwrap();
+    until(&lease, |view| view.session.is_some() && view.members.len() == 1).await;
+
+    let refused = |tls| async {
+        let client = Client::new(Options { tls: Some(tls), ..consul.options() }).unwrap();
+        client.read("/v1/kv/none", Duration::ZERO).await.unwrap_err().to_string()
+    };
+    let without = refused(Tls { ca: ca.clone(), identity: None }).await;
+    assert!(without.contains(&consul.address), "{without}");
+    let untrusted = refused(Tls { ca: file("other.pem", stranger.pem()), identity: None }).await;
+    assert!(untrusted.contains("certificate"), "{untrusted}");
+    let missing = Tls { ca: dir.path().join("none.pem"), identity: None };
+    let error = Client::new(Options { tls: Some(missing), ..consul.options() }).unwrap_err().to_string();
+    assert!(error.contains("none.pem"), "{error}");
 }
