@@ -51,8 +51,8 @@ impl Site {
     fn wait_whole(&self) {
         let whole = || {
             let primary = &self.hosts[self.primary()?];
-            let others = self.hosts.iter().filter(|host| host.name() != primary.name());
-            others.map(|host| host.follows(primary)).all(|follows| follows).then_some(())
+            let mut others = self.hosts.iter().filter(|host| host.name() != primary.name());
+            others.all(|host| host.follows(primary)).then_some(())
         };
         wait_for("there is a primary that all others follow", PATIENCE, whole);
     }
