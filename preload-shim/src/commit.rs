@@ -151,6 +151,7 @@ fn database_write(database: &Database, data: &[u8], offset: u64) -> Result<(), i
     }
     let mut transaction = database.transaction.lock().ok_or(libc::EDEADLK)?;
     transaction.add(offset, data.len() as u64);
+    transaction.journaled = journaled;
     Ok(())
 }
 
@@ -174,7 +175,14 @@ fn journal_ends(database: &Database) -> Result<(), i32> {
 }
 
 fn wal_ends(database: &Database) -> Result<(), i32> {
-    agent::ask(database, Op::WalEnd, 0, &[], if agent::is_up(database.cluster()) { WAL_END_MS } else { 0 })
+    let flags = if database.synced.load(Ordering::Relaxed) != 0 { FLAG_SYNCED } else { 0 };
+    agent::ask(
+        database,
+        Op::WalEnd,
+        flags,
+        &[],
+        if agent::is_up(database.cluster()) { WAL_END_MS } else { 0 },
+    )
 }
 
 fn wal_write(
@@ -291,6 +299,9 @@ fn commit_frame(fd: i32, database: &Database, frame: &HeldFrame) -> Result<(), i
 /// `fsync` and `fdatasync`.
 pub fn sync(file: &File, real: &dyn Fn() -> i32) -> i32 {
     let database = file.database();
+    if matches!(file.kind(), Kind::Database | Kind::Wal) {
+        database.synced.store(1, Ordering::Relaxed);
+    }
     match file.kind() {
         Kind::Journal => {
             if let Some(mut transaction) = database.transaction.lock() {
@@ -512,7 +523,8 @@ fn lock_database(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i3
     }
     // Giving up EXCLUSIVE makes a transaction without a journal visible.
     let covers = lock.l_len == 0 || lock.l_start + lock.l_len > SHARED_FIRST;
-    if covers && database.is_unjournaled() {
+    let journaled = || database.transaction.lock().is_some_and(|transaction| transaction.journaled);
+    if covers && database.is_unjournaled() && !journaled() {
         let error = sys::errno();
         let refused = ends(database, FLAG_UNJOURNALED).is_err();
         if refused {

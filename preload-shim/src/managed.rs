@@ -5,9 +5,9 @@
 //! second, in a table that is read without a lock.
 
 use crate::lock::Lock;
-use crate::sys;
+use crate::{agent, sys, table};
 use core::ffi::CStr;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use shim_protocol::{REGISTRATION, RUNTIME_DIR, RUNTIME_DIR_VARIABLE, Registration};
 
 /// Longest path.
@@ -78,6 +78,9 @@ struct Clusters {
 }
 
 static FOUND: Lock<Clusters> = Lock::new(Clusters { known: [None; CLUSTERS] });
+
+/// Whether it was said that there are too many.
+static TOLD: AtomicU32 = AtomicU32::new(0);
 
 /// Directories that are not managed: their hash, and in the low 16 bits when this was found out.
 static UNMANAGED: [AtomicU64; 1024] = [const { AtomicU64::new(0) }; 1024];
@@ -251,8 +254,18 @@ impl Clusters {
         let at = self.known.iter().position(|c| c.as_ref().is_some_and(same_place));
         let at = at.or_else(|| self.index_of((found.device, found.inode)));
         let at = at.or_else(|| self.known.iter().position(Option::is_none));
-        if let Some(at) = at {
-            self.known[at] = Some(cluster);
+        // One that is gone, and of which nothing is open here.
+        let at = at.or_else(|| {
+            let unused = |at: &usize| self.known[*at].is_some_and(|c| !c.registered) && !table::uses(*at);
+            (0..CLUSTERS).find(unused)
+        });
+        match at {
+            Some(at) => self.known[at] = Some(cluster),
+            None if TOLD.swap(1, Ordering::Relaxed) == 0 => agent::say(&[
+                path.bytes(),
+                b": this process knows 16 clusters already, commits in this one are only seen afterwards",
+            ]),
+            None => {}
         }
     }
 }

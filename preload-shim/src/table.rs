@@ -83,6 +83,8 @@ pub struct Database {
     pub committed: AtomicU32,
     /// Where its commit is counted as under way: see [`agent::begin_commit`].
     pub committing: AtomicPtr<Page>,
+    /// The application has synced its WAL or its file.
+    pub synced: AtomicU32,
     /// Bytes written to the WAL that the agent was not told of.
     pub wal_bytes: AtomicU64,
     /// After the header of the newest commit frame begins.
@@ -99,6 +101,8 @@ pub struct Transaction {
     pub unknown: bool,
     /// The application synced a file of it.
     pub synced: bool,
+    /// Its newest write was made with a journal: refused, that takes it back.
+    pub journaled: bool,
     /// A commit frame's header that is not in the WAL yet.
     pub held: Option<HeldFrame>,
     /// End of the newest commit frame of this write lock.
@@ -164,6 +168,7 @@ impl Database {
             journals: AtomicU32::new(0),
             committed: AtomicU32::new(0),
             committing: AtomicPtr::new(core::ptr::null_mut()),
+            synced: AtomicU32::new(0),
             wal_bytes: AtomicU64::new(0),
             wal_end: AtomicU64::new(0),
             transaction: Lock::new(Transaction::new()),
@@ -206,6 +211,7 @@ impl Transaction {
             bytes: 0,
             unknown: false,
             synced: false,
+            journaled: false,
             held: None,
             committed_end: 0,
         }
@@ -265,6 +271,7 @@ impl Transaction {
         self.len = 0;
         self.unknown = false;
         self.synced = false;
+        self.journaled = false;
     }
 }
 
@@ -303,7 +310,7 @@ pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
     drop(own);
     database.cluster.store(managed.cluster as u32, Ordering::Relaxed);
     database.attached.store(0, Ordering::Relaxed);
-    for count in [&database.wals, &database.shms, &database.journals, &database.committed] {
+    for count in [&database.wals, &database.shms, &database.journals, &database.committed, &database.synced] {
         count.store(0, Ordering::Relaxed);
     }
     database.wal_bytes.store(0, Ordering::Relaxed);
@@ -314,6 +321,11 @@ pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
     }
     database.files.store(1, Ordering::Relaxed);
     Ok((kind, database))
+}
+
+/// Whether files of a cluster's databases are open.
+pub fn uses(cluster: usize) -> bool {
+    DATABASE.iter().any(|d| d.files.load(Ordering::Relaxed) > 0 && d.cluster() == cluster)
 }
 
 /// Gives a database back.

@@ -412,6 +412,84 @@ for _ in range(3):
     primary.assert_no_errors();
 }
 
+/// Eight threads insert their own numbers, each again until SQLite reports it, and note what it has reported.
+const CROWD: &str = r#"
+import os, sqlite3, sys, threading
+path, who, notes = sys.argv[1] + "/" + sys.argv[2], sys.argv[3], sys.argv[4]
+def work(name):
+    note = os.open(notes + "/" + name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    i = os.fstat(note).st_size // 8
+    c = None
+    while True:
+        try:
+            if c is None:
+                c = sqlite3.connect(path, isolation_level=None, timeout=60)
+                c.execute("PRAGMA synchronous=OFF")
+            c.execute("INSERT OR IGNORE INTO t VALUES(?, ?)", (name, i))
+            os.write(note, b"%7d\n" % i)
+            i += 1
+        except sqlite3.OperationalError:
+            if c: c.close()
+            c = None
+for n in range(8):
+    threading.Thread(target=work, args=(f"{who}-{n}",)).start()
+"#;
+
+#[test]
+fn a_crowd_of_writers_loses_nothing_when_it_and_the_agent_are_killed() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "fuse"));
+    for (mode, hold) in [("WAL", "never"), ("WAL", "always"), ("DELETE", "never")] {
+        let name = format!("{mode}-{hold}.db");
+        let notes = fleet.scratch().join(&name);
+        std::fs::create_dir(&notes).expect("the directory is writable");
+        primary.stop();
+        primary.set(&format!("preload.hold={hold}")).start();
+        let table = "CREATE TABLE t(who, i, PRIMARY KEY(who, i))";
+        sql(&primary, &name, &format!("PRAGMA journal_mode={mode}; {table}"));
+        let notes = notes.to_str().expect("a path in UTF-8");
+        let start = |who: usize| {
+            let mut command = python(&primary, CROWD, &[&name, &who.to_string(), notes]);
+            command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("python runs")
+        };
+        let noted = || -> u64 {
+            let files = std::fs::read_dir(notes).expect("it is there").flatten();
+            files.map(|file| file.metadata().map_or(0, |m| m.len() / 8)).sum()
+        };
+        let mut crowd: Vec<Child> = (0..4).map(start).collect();
+        for round in 0..6 {
+            let before = noted();
+            primary.wait_for("the crowd is at work", || noted() > before + 40);
+            if round % 3 == 2 {
+                primary.kill();
+                primary.start();
+            } else {
+                let who = round % 4;
+                crowd[who].kill().expect("it runs");
+                crowd[who].wait().expect("it was killed");
+                crowd[who] = start(who);
+            }
+        }
+        for mut process in crowd {
+            process.kill().expect("it runs");
+            process.wait().expect("it was killed");
+        }
+        for note in std::fs::read_dir(notes).expect("it is there").flatten() {
+            let (who, acknowledged) = (note.file_name(), note.metadata().expect("a file").len() / 8);
+            let count = format!("SELECT count(*) FROM t WHERE who = '{}'", who.to_string_lossy());
+            let there: u64 = sql(&primary, &name, &count).trim().parse().expect("a number");
+            assert!(
+                there >= acknowledged,
+                "{name}, {who:?}: {acknowledged} were reported, {there} are there"
+            );
+        }
+        assert_eq!(sql(&primary, &name, "PRAGMA integrity_check").trim(), "ok");
+        let count = rows(&primary, &name);
+        assert_follows(&primary, &replica, &name, count);
+    }
+    primary.assert_no_errors();
+}
+
 #[test]
 fn what_is_done_without_the_library_is_noticed_and_captured() {
     let fleet = Fleet::new();

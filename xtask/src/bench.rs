@@ -121,8 +121,9 @@ fn measure(options: &Options, litefs: &Path, dir: &Path, report: &mut Report) ->
     let commits = options.rows(|row| row.commits().is_some());
     let reads = options.rows(|row| row.reads().is_some());
     let latencies = options.rows(|row| row.latency().is_some());
+    let files = options.rows(|row| row == Row::PlainFiles);
     let large = options.rows(|row| matches!(row, Row::Snapshot | Row::Rss));
-    if !(commits.is_empty() && reads.is_empty() && latencies.is_empty()) {
+    if !(commits.is_empty() && reads.is_empty() && latencies.is_empty() && files.is_empty()) {
         let quiet = Quiet::new(Duration::from_secs(options.patience));
         let mut fleet = Fleet::start(litefs, &options.door, dir, &script, quiet, report)?;
         if !commits.is_empty() {
@@ -130,6 +131,9 @@ fn measure(options: &Options, litefs: &Path, dir: &Path, report: &mut Report) ->
         }
         if !reads.is_empty() {
             fleet.reads(&reads, &extent, report)?;
+        }
+        if !files.is_empty() {
+            fleet.plain_files(&extent, report)?;
         }
         if !latencies.is_empty() {
             fleet.latency(&latencies, &extent, report)?;

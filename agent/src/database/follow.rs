@@ -177,11 +177,6 @@ impl Database {
         read
     }
 
-    /// Newest transaction in the log.
-    pub fn logged_position(&self) -> ltx::Pos {
-        self.state().position
-    }
-
     fn shm_error(&self, source: io::Error) -> CaptureError {
         CaptureError::Io { path: self.paths.shm.clone(), source }
     }

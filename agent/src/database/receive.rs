@@ -261,8 +261,15 @@ impl Database {
         let readers = readers.collect::<Vec<_>>();
         let mut transactions = LtxTransactions::new(readers);
         let applied = side.applier.apply(current, &mut transactions, bound);
-        // Also after an error, when some of them may be there.
-        self.remember_applied_frames(&mut self.state());
+        {
+            // Also after an error, when some of them may be there.
+            let mut st = self.state();
+            self.remember_applied_frames(&mut st);
+            if side.pending.iter().any(|(record, _)| record.commit == 0) {
+                // The next database of this name is another file.
+                st.set_database_file(None);
+            }
+        }
         match applied {
             Ok(shape) => {
                 side.told = false;

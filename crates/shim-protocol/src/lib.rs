@@ -18,7 +18,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// Version of everything in this crate.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// First word of handshake and page: `LFSH`.
 pub const MAGIC: u32 = 0x4853_464c;
 /// File, beside the agent's socket, that names the managed directory: see [`Registration`].
@@ -200,7 +200,7 @@ pub enum Op {
     /// A transaction without WAL is about to end: `data` are the writes to the database file ([`write_word`]). Answered
     /// when the log has it, or, with [`FLAG_SYNCED`], has it durably.
     Commit = 3,
-    /// The WAL is about to begin anew or go: answered when the log has all of it, durably.
+    /// The WAL is about to begin anew or go: answered when the log has all of it, with [`FLAG_SYNCED`] durably.
     WalEnd = 4,
     /// A commit frame is held: `data` is its offset in the WAL and the 24 bytes of its header; its page is in the file.
     /// Answered when the log has the transaction.
@@ -227,7 +227,7 @@ impl Op {
     }
 }
 
-/// [`Op::Commit`]: the application has synced a file of this transaction.
+/// [`Op::Commit`]: the application has synced a file of this transaction. [`Op::WalEnd`]: it syncs this database.
 pub const FLAG_SYNCED: u32 = 1;
 /// [`Op::Commit`]: there may have been other writes.
 pub const FLAG_UNKNOWN: u32 = 2;

@@ -109,6 +109,26 @@ def reads(name, seconds):
             return {"count": count, "seconds": now - begin}
 
 
+def files(dir, seconds):
+    """Makes, writes, reads and removes files that belong to no database."""
+    path = os.path.join(dir, "file")
+    clock = time.perf_counter
+    count = 0
+    begin = clock()
+    end = begin + seconds
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        for i in range(8):
+            os.pwrite(fd, b"x" * 512, i * 512)
+            os.pread(fd, 512, i * 512)
+        os.close(fd)
+        os.unlink(path)
+        count += 1
+        now = clock()
+        if now >= end:
+            return {"count": count, "seconds": now - begin}
+
+
 def pace(name, rate, count):
     """Commits at a steady rate; answers when each commit had returned."""
     execute = connections[name][0].execute
@@ -153,6 +173,7 @@ COMMANDS = {
     "commits": commits,
     "scan": scan,
     "reads": reads,
+    "files": files,
     "pace": pace,
     "watch": watch,
 }

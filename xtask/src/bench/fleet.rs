@@ -134,7 +134,7 @@ impl Fleet {
         for (((row, _), rates), behind) in cells.iter().zip(&rates).zip(&behind) {
             let behind: Vec<String> = behind.iter().map(|ms| format!("{:.0}", median(ms))).collect();
             let note = format!("replica done {} ms after", behind.join(", "));
-            report.row(row.title(), row.bar(), &rates.native(), &rates.cells(), &note);
+            report.row(row.title(), |door| row.bar(door), &rates.native(), &rates.cells(), &note);
         }
         Ok(())
     }
@@ -194,9 +194,34 @@ impl Fleet {
         for (row, rates) in rows.iter().zip(&rates) {
             for (place, rates) in ["primary", "replica"].iter().zip(rates) {
                 let title = format!("{}, {place}", row.title());
-                report.row(&title, row.bar(), &rates.native(), &rates.cells(), "");
+                report.row(&title, |door| row.bar(door), &rates.native(), &rates.cells(), "");
             }
         }
+        Ok(())
+    }
+
+    /// Files/s of a program that opens no database.
+    pub fn plain_files(&mut self, extent: &Extent, report: &mut Report) -> Result<()> {
+        let mut rates = Rounds::new(self.sides.len());
+        let dir = self.native_dir.join("plain");
+        fs::create_dir_all(&dir)?;
+        let command = json!({"do": "files", "dir": dir, "seconds": extent.seconds});
+        for round in 0..extent.rounds {
+            progress(&format!("files, round {} of {}", round + 1, extent.rounds));
+            let mut measured = vec![0.0; self.sides.len() + 1];
+            for who in in_turn(round, measured.len()) {
+                self.quiet.wait()?;
+                let driver = match who.checked_sub(1) {
+                    None => &mut self.native,
+                    Some(side) => &mut self.sides[side].ours,
+                };
+                measured[who] = rate(&driver.ask(&command)?)?;
+            }
+            rates.add(&measured);
+        }
+        let row = Row::PlainFiles;
+        report.heading("file I/O", "native", "ratio (of rounds)");
+        report.row(row.title(), |door| row.bar(door), &rates.native(), &rates.cells(), "");
         Ok(())
     }
 
@@ -239,7 +264,8 @@ impl Fleet {
                 }
             }
             let note = format!("{} samples, {}/s were made", latencies[0].len(), thousands(median(&made)));
-            for (what, percent, bar) in [("p50", 50.0, None), ("p99", 99.0, row.bar())] {
+            for (what, percent) in [("p50", 50.0), ("p99", 99.0)] {
+                let bar = |door| row.bar(door).filter(|_| percent > 50.0);
                 let figures: Vec<f64> = latencies.iter().map(|l| percentile(l, percent)).collect();
                 let cell = |ms: &f64| Cell { figure: format!("{ms:.2}"), beside: String::new(), judged: *ms };
                 let cells: Vec<Cell> = figures[1..].iter().map(cell).collect();

@@ -53,9 +53,9 @@ pub fn measure(
     }
     if rows.contains(&Row::Snapshot) {
         report.heading(&format!("{:.0} MB database, MB/s", bytes / 1e6), "cp, fsync", "ratio (of rounds)");
-        report.row(Row::Snapshot.title(), Row::Snapshot.bar(), &snapshots.native(), &snapshots.cells(), "");
+        report.row(Row::Snapshot.title(), |_| None, &snapshots.native(), &snapshots.cells(), "");
         let cell = |side: &Side| Cell { figure: thousands(side.import), beside: String::new(), judged: 0.0 };
-        report.row("litefs import", None, "", &sides.iter().map(cell).collect::<Vec<_>>(), "");
+        report.row("litefs import", |_| None, "", &sides.iter().map(cell).collect::<Vec<_>>(), "");
     }
     if rows.contains(&Row::Rss) {
         for side in &mut sides {
@@ -71,7 +71,7 @@ pub fn measure(
                 let beside = format!("peak {:.1}", peak as f64 / 1024.0);
                 Ok(Cell { figure: format!("{now:.1}"), beside, judged: now })
             };
-            let bar = Row::Rss.bar().filter(|_| extent.large_bytes >= RSS_BYTES);
+            let bar = |door| Row::Rss.bar(door).filter(|_| extent.large_bytes >= RSS_BYTES);
             report.row(who, bar, "", &sides.iter().map(cell).collect::<Result<Vec<_>>>()?, "");
         }
     }

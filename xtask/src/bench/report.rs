@@ -111,23 +111,30 @@ impl Report {
     /// Begins a part of the table; `beside` says what stands beside the doors' figures.
     pub fn heading(&mut self, title: &str, native: &str, beside: &str) {
         self.line("");
-        let mut line = format!("{title:<30} {:>8} {:>6} {native:>10}", "at least", "reach");
+        let mut line = format!("{title:<30} {native:>10}");
         for door in &self.doors {
-            let _ = write!(line, " | {:>9} {beside:<21} {:<7}", door.name(), "");
+            let _ = write!(line, " | {:>9} {beside:<21} {:<7} {:<10}", door.name(), "", "aim");
         }
         self.line(&line);
     }
 
-    /// A row; `cells` by door.
-    pub fn row(&mut self, title: &str, bar: Option<Bar>, native: &str, cells: &[Cell], note: &str) {
-        let bars = bar.map_or(Default::default(), |bar| [bar.at_least, bar.reach].map(|b| b.to_string()));
-        let [at_least, reach] = &bars;
-        let mut line = format!("  {title:<28} {at_least:>8} {reach:>6} {native:>10}");
-        for cell in cells {
+    /// A row; `cells` by door, judged by the door's bar.
+    pub fn row(
+        &mut self,
+        title: &str,
+        bar: impl Fn(Door) -> Option<Bar>,
+        native: &str,
+        cells: &[Cell],
+        note: &str,
+    ) {
+        let mut line = format!("  {title:<28} {native:>10}");
+        for (cell, door) in cells.iter().zip(&self.doors) {
+            let bar = bar(*door);
             let mark = bar.map_or("", |bar| bar.mark(cell.judged));
+            let aim = bar.map_or(String::new(), |bar| format!("{}, {}", bar.at_least, bar.reach));
             self.bars += usize::from(bar.is_some());
             self.short += usize::from(mark == "SHORT");
-            let _ = write!(line, " | {:>9} {:<21} {mark:<7}", cell.figure, cell.beside);
+            let _ = write!(line, " | {:>9} {:<21} {mark:<7} {aim:<10}", cell.figure, cell.beside);
         }
         if !note.is_empty() {
             let _ = write!(line, " | {note}");

@@ -133,9 +133,9 @@ impl Bystanders {
                 self.changed.insert(name);
                 continue;
             };
-            let before = db.logged_position();
-            requests::follow(&db);
-            if db.logged_position() != before {
+            let mut captured = false;
+            requests::follow_for(&db, &mut captured);
+            if captured {
                 self.warn(&db);
             }
             if db.paths().wal.exists() {
@@ -160,8 +160,14 @@ impl Bystanders {
 
     /// Says, once for each database, that somebody writes it without the library.
     fn warn(&mut self, db: &Arc<Database>) {
-        let writer = foreign_user(db);
-        if db.state().handles > 0 && writer.is_none() || !self.warned.insert(db.name().clone()) {
+        let writer = match user(db) {
+            User::WithLibrary => return,
+            User::Without(pid) => Some(pid),
+            // It has gone already.
+            User::Unknown if db.state().handles > 0 => return,
+            User::Unknown => None,
+        };
+        if !self.warned.insert(db.name().clone()) {
             return;
         }
         let program = writer
@@ -176,11 +182,21 @@ impl Bystanders {
     }
 }
 
-/// A process that has the database open in WAL mode and no preload library.
-fn foreign_user(db: &Database) -> Option<i32> {
-    let index = File::open(&db.paths().shm).ok()?;
-    let holder = locks::conflicting_holder(&index, LockKind::Write, locks::WAL_DMS).ok()??;
-    let pid = holder.pid?;
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).ok()?;
-    (!maps.contains("liblitefs")).then_some(pid)
+/// Who has a database open in WAL mode.
+enum User {
+    /// Somebody whose agent this is, or will be again.
+    WithLibrary,
+    Without(i32),
+    Unknown,
+}
+
+fn user(db: &Database) -> User {
+    let holder = File::open(&db.paths().shm)
+        .and_then(|index| locks::conflicting_holder(&index, LockKind::Write, locks::WAL_DMS));
+    let Some(pid) = holder.ok().flatten().and_then(|holder| holder.pid) else { return User::Unknown };
+    match std::fs::read_to_string(format!("/proc/{pid}/maps")) {
+        Ok(maps) if maps.contains("liblitefs") => User::WithLibrary,
+        Ok(_) => User::Without(pid),
+        Err(_) => User::Unknown,
+    }
 }

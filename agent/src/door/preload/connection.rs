@@ -11,14 +11,14 @@ use shim_protocol::{self as protocol, Op, Slot};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// While commits come the thread looks by itself so often, and need not be woken for each.
 const NAP: Duration = Duration::from_micros(300);
 /// While they come faster: what has come together costs little more than one.
-const LONG_NAP: Duration = Duration::from_millis(1);
-/// Rings between two looks from which on they come fast.
-const FAST: u32 = 3;
+const LONG_NAP: Duration = Duration::from_millis(2);
+/// They come fast from so many in a stretch of this length on.
+const FAST: (u32, Duration) = (3, Duration::from_millis(2));
 /// After so many looks in vain it sleeps until it is woken.
 const NAPS: u32 = 8;
 /// Looks whether it shall end, should a wake-up be lost.
@@ -41,6 +41,30 @@ pub struct Connection {
 #[derive(Debug, Default)]
 struct Serving {
     writes: HashMap<u32, requests::Writes>,
+}
+
+/// How fast the bell rings.
+struct Pace {
+    since: Instant,
+    bell: u32,
+    fast: bool,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Pace { since: Instant::now(), bell: 0, fast: false }
+    }
+
+    fn is_fast(&mut self, bell: u32) -> bool {
+        let elapsed = self.since.elapsed();
+        let (rings, stretch) = FAST;
+        if elapsed >= stretch {
+            let stretches = elapsed.as_secs_f64() / stretch.as_secs_f64();
+            self.fast = f64::from(bell.wrapping_sub(self.bell)) >= f64::from(rings) * stretches;
+            (self.since, self.bell) = (Instant::now(), bell);
+        }
+        self.fast
+    }
 }
 
 impl Connection {
@@ -71,17 +95,16 @@ impl Connection {
         let page = self.memory.page();
         let mut serving = Serving::default();
         let mut idle = 0;
-        let mut last_bell = 0;
+        let mut pace = Pace::new();
         loop {
             let bell = page.doorbell.load(Ordering::SeqCst);
-            let rings = bell.wrapping_sub(std::mem::replace(&mut last_bell, bell));
             let ended = self.ended.load(Ordering::Acquire);
             let served = self.serve_requests(&mut serving);
             let changed = self.look_at_changed();
             if ended {
                 break;
             }
-            if changed && !served && rings >= FAST {
+            if changed && !served && pace.is_fast(bell) {
                 self.nap();
                 idle = 0;
                 continue;
@@ -178,7 +201,7 @@ impl Connection {
                 let writes = serving.writes.remove(&number).unwrap_or_default();
                 requests::commit(&db, flags, &writes)
             }
-            Op::WalEnd => requests::wal_end(&db),
+            Op::WalEnd => requests::wal_end(&db, flags),
             Op::WalCommit => requests::wal_commit(&db, &data.collect::<Vec<_>>()),
             Op::WalSync => Ok(Answer::WhenDurable(db.state().logged_end)),
             Op::Drop => requests::will_drop(&db),

@@ -103,9 +103,18 @@ fn note_replaced(db: &Database, st: &mut State) {
 /// Captures what is published. What fails is tried again; `false`: the log lacks something, and writers that are far
 /// ahead have to wait.
 pub fn follow(db: &Arc<Database>) -> bool {
+    follow_for(db, &mut false)
+}
+
+/// As [`follow`]; says whether something was captured.
+pub fn follow_for(db: &Arc<Database>, captured: &mut bool) -> bool {
     let mut st = db.state();
     let followed = match db.follow_wal(&mut st) {
-        Ok(_) | Err(CaptureError::NotPrimary) => true,
+        Ok(logged) => {
+            *captured = logged.is_some();
+            true
+        }
+        Err(CaptureError::NotPrimary) => true,
         Err(CaptureError::NotADatabase(reason)) => {
             let path = db.paths().wal.display();
             st.quarantine(db, format!("{path}: {reason}"));
@@ -156,14 +165,15 @@ pub fn commit(db: &Arc<Database>, flags: u32, writes: &Writes) -> Result<Answer,
 }
 
 /// The WAL is about to begin anew or go.
-pub fn wal_end(db: &Arc<Database>) -> Result<Answer, i32> {
+pub fn wal_end(db: &Arc<Database>, flags: u32) -> Result<Answer, i32> {
     let mut st = db.state();
     if !db.shared().is_writable() {
         st.wal.mark_written_from_log();
         return Ok(Answer::Now(0));
     }
     db.end_wal(&mut st).map_err(|e| errno_of(db, "begin the WAL anew", &e))?;
-    Ok(Answer::WhenDurable(st.logged_end))
+    // With `synchronous=OFF` the WAL is no more durable than the log.
+    Ok(if flags & FLAG_SYNCED == 0 { Answer::Now(0) } else { Answer::WhenDurable(st.logged_end) })
 }
 
 /// A commit frame is held.
