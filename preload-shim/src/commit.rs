@@ -66,6 +66,15 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
         // Another program: it is looked at when it has closed the file.
         transaction.unknown = true;
     }
+    if kind == Kind::Journal
+        && flags & libc::O_ACCMODE != libc::O_RDONLY
+        && flags & libc::O_CREAT == 0
+        && let Some(mut transaction) = database.transaction.lock()
+    {
+        // To take back the transaction of a process that died, which may have written more than its journal has: pages
+        // from the free list.
+        transaction.unknown = true;
+    }
     match table::opened(fd, kind, database) {
         Ok(()) => fd,
         Err(error) => {

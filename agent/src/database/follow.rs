@@ -72,10 +72,10 @@ impl Database {
     /// Captures what applications committed in a WAL after the last agent had died, whatever this node becomes: as a
     /// primary it goes on from there, as a replica it has transactions of its own, which are kept as files and reported.
     pub fn capture_left_in_wal(&self) -> Result<(), CaptureError> {
-        let waits = !self.apply.lock().pending.is_empty();
+        let applied = self.shared.log.last(&self.name).is_some_and(|r| r.wal == Some(WAL_IS_FROM_THE_LOG));
         self.follow_from_the_start();
-        if waits {
-            // What was received is not all in the WAL: its pages say nothing.
+        if applied {
+            // It was a replica, and what is in the WAL came from its primary.
             return Ok(());
         }
         let mut st = self.state();

@@ -68,6 +68,7 @@ pub fn let_go(db: &Arc<Database>) {
     if db.shared().is_writable() && has_dead_transaction(db) {
         // The sweep takes it back; whoever copies the database waits for that.
         st.rollback.journal_active = true;
+        st.rollback.mark_unknown();
     }
     if st.handles == 0 && st.page_count > 0 && !db.paths().wal.exists() {
         // What the last one moved from the WAL to the file is in the log.
