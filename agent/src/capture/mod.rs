@@ -80,7 +80,7 @@ impl CaptureError {
     pub fn errno(&self) -> i32 {
         let io = |e: &io::Error| e.raw_os_error().unwrap_or(libc::EIO);
         match self {
-            CaptureError::NotPrimary | CaptureError::Log(LogError::Fenced { .. }) => libc::EROFS,
+            CaptureError::NotPrimary => libc::EROFS,
             CaptureError::WalIsNeeded | CaptureError::NotAllApplied => libc::EBUSY,
             CaptureError::RefusedBefore { errno } => *errno,
             CaptureError::Io { source, .. } => io(source),
@@ -219,7 +219,10 @@ pub fn log_transaction(
         wal: commit.wal,
         fence: if st.ahead { None } else { Some(&term) },
     };
-    let (end, payload) = spool.append(db, record)?;
+    let (end, payload) = spool.append(db, record).map_err(|error| match error {
+        CaptureError::Log(LogError::Fenced { .. }) => CaptureError::NotPrimary,
+        other => other,
+    })?;
 
     // The log has it: from here on nothing can fail.
     match payload {

@@ -13,6 +13,7 @@ use crate::lease::peers::Asking;
 use crate::lease::{Answer, Member, Peer, Standing, clock};
 use crate::status::api::RoleName;
 use crate::status::{RoleRequest, ViewError};
+use ltx::Pos;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -45,7 +46,8 @@ impl Node {
     /// half-way: the caller lets them go on.
     pub(super) async fn prepare_handoff(self: Arc<Self>, to: Peer) -> Result<Vec<Held>, String> {
         let name = &to.name;
-        if !self.wait_for_follower(to.node_id, CATCH_UP).await {
+        let durable = |db: &Database| db.durable_position();
+        if !self.wait_for_follower(to.node_id, CATCH_UP, durable).await {
             return Err(format!("{name} does not follow this node, or is too far behind"));
         }
         if !self.asking().prepare(&to, ANSWER).await? {
@@ -66,7 +68,9 @@ impl Node {
             log.wait_durable(log.appended()).map_err(|error| error.to_string())
         });
         logged.await.map_err(|error| error.to_string())??;
-        if !self.wait_for_follower(to.node_id, DRAIN).await {
+        // Not the durable position, which is told some time after the log is durable.
+        let logged = |db: &Database| db.state().position;
+        if !self.wait_for_follower(to.node_id, DRAIN, logged).await {
             return Err(format!("{name} did not acknowledge the last transactions within {DRAIN:?}"));
         }
         Ok(held)
@@ -107,9 +111,14 @@ impl Node {
         }
     }
 
-    async fn wait_for_follower(&self, follower: u64, limit: Duration) -> bool {
+    async fn wait_for_follower(
+        &self,
+        follower: u64,
+        limit: Duration,
+        end: impl Fn(&Database) -> Pos + Copy + Send,
+    ) -> bool {
         let deadline = Instant::now() + limit;
-        while !self.follower_has_all(follower) {
+        while !self.follower_has_all(follower, end) {
             if Instant::now() > deadline {
                 return false;
             }
@@ -118,16 +127,18 @@ impl Node {
         true
     }
 
-    /// Whether it has acknowledged everything that is durable here.
-    fn follower_has_all(&self, follower: u64) -> bool {
+    /// Whether it has acknowledged everything up to `end` of each database.
+    fn follower_has_all(&self, follower: u64, end: impl Fn(&Database) -> Pos) -> bool {
         let connected = self.server.lock().as_ref().is_some_and(|server| {
             server.followers().iter().any(|connected| connected.identity.node_id == follower)
         });
+        // Not under the lock of what followers have: a state may be held for long.
+        let ends = self.shared.known().into_iter().map(|db| (end(&db).txid, db));
+        let ends: Vec<_> = ends.filter(|(txid, _)| txid.0 > 0).collect();
         let followed = self.followed.lock();
         connected
-            && self.shared.databases().iter().all(|db| {
-                let acknowledged = followed.get(&(follower, db.name().clone()));
-                acknowledged.is_some_and(|txid| *txid >= db.durable_position().txid)
+            && ends.iter().all(|(txid, db)| {
+                followed.get(&(follower, db.name().clone())).is_some_and(|acknowledged| acknowledged >= txid)
             })
     }
 

@@ -152,8 +152,8 @@ impl Node {
     /// Whether every connected follower has acknowledged what is durable here.
     pub(super) fn followers_have_all(&self) -> bool {
         let followed = self.followed.lock().clone();
-        followed
-            .iter()
-            .all(|((_, name), txid)| Source::position(self, name).is_none_or(|durable| *txid >= durable.txid))
+        followed.iter().all(|((_, name), txid)| {
+            self.shared.database(name).is_none_or(|db| *txid >= db.state().position.txid)
+        })
     }
 }
