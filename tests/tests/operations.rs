@@ -384,12 +384,16 @@ fn two_hosts_swap_roles_and_back_without_a_restart() {
             for shell in shells.iter_mut() {
                 assert_eq!(shell.run("SELECT count(*) FROM t;"), (rows + 1).to_string(), "{name}");
             }
-            // In WAL mode SQLite knows no such error for a connection that it has opened for writing: it finds a lock,
-            // and behind the mount an I/O error until the agent has that lock, which takes a moment without a handoff.
-            let refused = shells[1 - p].ask("INSERT INTO t VALUES (0);");
-            let of_wal = refused.contains("locked") || !is_preload() && refused.contains("disk I/O error");
-            let fine = refused.contains("readonly") || name == "WAL.db" && of_wal;
-            assert!(fine, "{name} on a replica: {refused:?}");
+            // In WAL mode SQLite knows no such error for a connection that it has opened for writing: it finds a lock.
+            // Without a handoff it takes the agent a moment to have that lock, and the WAL's write is refused until then.
+            let shell = &mut shells[1 - p];
+            replica.wait_for("a write is refused", || {
+                let refused = shell.ask("INSERT INTO t VALUES (0);");
+                let fine = refused.contains("readonly") || name == "WAL.db" && refused.contains("locked");
+                let not_yet = name == "WAL.db" && !is_preload() && refused.contains("disk I/O error");
+                assert!(fine || not_yet, "{name} on a replica: {refused:?}");
+                fine
+            });
         }
         rows += 1;
     }
