@@ -33,18 +33,23 @@ fn rows(host: &Host) -> String {
     host.sql("app.db", "SELECT group_concat(x) FROM t")
 }
 
-#[test]
-fn one_that_may_lack_an_acknowledged_commit_waits_until_enough_members_are_heard() {
-    let consul = Consul::start();
-    let fleet = Fleet::new();
-    let hosts = candidates(&fleet, &consul, &["a", "b", "c"]);
-    let [a, b, c] = &hosts[..] else { unreachable!() };
+/// Commits a row while `c` is away, on `a` with `b`; then `c` runs without them.
+fn leave_alone_without_the_last_commit(a: &Host, b: &Host, c: &Host) {
     c.kill();
     insert(a, 1);
     b.kill();
     a.kill();
     c.start();
     c.wait_for("it says that it waits", || c.waits().contains("must be heard"));
+}
+
+#[test]
+fn one_that_may_lack_an_acknowledged_commit_waits_until_enough_members_are_heard() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let hosts = candidates(&fleet, &consul, &["a", "b", "c"]);
+    let [a, b, c] = &hosts[..] else { unreachable!() };
+    leave_alone_without_the_last_commit(a, b, c);
     assert!(c.log().contains("litefs promote --force"));
     assert!(!c.is_primary());
     // Either of the others suffices: it has what was acknowledged.
@@ -62,12 +67,7 @@ fn an_operator_can_force_a_host_that_may_lack_commits() {
     let fleet = Fleet::new();
     let hosts = candidates(&fleet, &consul, &["a", "b", "c"]);
     let [a, b, c] = &hosts[..] else { unreachable!() };
-    c.kill();
-    insert(a, 1);
-    b.kill();
-    a.kill();
-    c.start();
-    c.wait_for("it says that it waits", || c.waits().contains("must be heard"));
+    leave_alone_without_the_last_commit(a, b, c);
     run(&mut c.litefs(&["promote", "--force"]));
     assert!(c.is_primary());
     // What was only with the others is kept there, as files.

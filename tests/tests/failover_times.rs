@@ -173,32 +173,29 @@ fn how_long_writers_wait() {
     }
     show("agent crash, same host writable again (started at once, without systemd)", times, "");
 
-    let mut times = Vec::new();
-    for round in 0..10 {
-        let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
-        from.wait_position_equal(to, "app.db");
-        let begun = Instant::now();
-        from.kill();
+    let killed = |rounds: usize, then: &dyn Fn(&Host)| -> Vec<_> {
+        let round = |round| {
+            let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
+            from.wait_position_equal(to, "app.db");
+            let begun = Instant::now();
+            from.kill();
+            then(from);
+            let time = writable(&to.path("app.db"), begun);
+            from.start();
+            from.wait_for("it follows", || from.follows(to));
+            time
+        };
+        (0..rounds).map(round).collect()
+    };
+    let times = killed(10, &|from| {
         // What ExecStopPost= does.
         let agent = from.agent_command();
         let mut release = Command::new(agent.get_program());
         release.arg("release-lease").args(agent.get_args().filter(|word| *word != "agent"));
         run(&mut release);
-        times.push(writable(&to.path("app.db"), begun));
-        from.start();
-        from.wait_for("it follows", || from.follows(to));
-    }
+    });
     show("agent crash that stays down, other host writable", times, "");
 
-    let mut times = Vec::new();
-    for round in 0..3 {
-        let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
-        from.wait_position_equal(to, "app.db");
-        let begun = Instant::now();
-        from.kill();
-        times.push(writable(&to.path("app.db"), begun));
-        from.start();
-        from.wait_for("it follows", || from.follows(to));
-    }
+    let times = killed(3, &|_| ());
     show("host death, other host writable", times, "lease.ttl 10 s");
 }
