@@ -195,6 +195,11 @@ impl Host {
         self.dir.join("data")
     }
 
+    /// The file that a path in the mount stands for: looked at there, the agent does not see it.
+    pub fn stored(&self, name: impl AsRef<Path>) -> PathBuf {
+        if door::is_preload() { self.path(name) } else { self.data().join("files").join(name) }
+    }
+
     /// The control socket.
     pub fn socket(&self) -> PathBuf {
         self.place.as_ref().map_or(self.dir.as_path(), Place::path).join("control.sock")

@@ -32,11 +32,6 @@ impl Random {
     }
 }
 
-/// A backing file.
-fn backing(host: &Host, name: &str) -> PathBuf {
-    host.data().join("files").join(name)
-}
-
 fn sidecar(host: &Host, database: &str) -> PathBuf {
     host.data().join("checksums").join(format!("{database}.sum"))
 }
@@ -122,7 +117,7 @@ fn a_hot_journal_is_rolled_back_and_nothing_of_its_transaction_is_left() {
     primary.kill();
     shells.into_iter().for_each(Shell::kill);
     for mode in modes {
-        let journal = fs::metadata(backing(&primary, &format!("{mode}.db-journal"))).expect("a journal");
+        let journal = fs::metadata(primary.stored(format!("{mode}.db-journal"))).expect("a journal");
         assert!(journal.len() > 10_000, "the transaction did not spill");
     }
     primary.start();
@@ -151,7 +146,7 @@ fn commits_that_only_a_wal_has_are_dropped_with_a_word() {
     primary.kill();
     application.kill();
     // Frames that are as valid as the others, of a commit that did not reach the log.
-    let mut behind_the_agent = Shell::open(&backing(&primary, "app.db"));
+    let mut behind_the_agent = Shell::open(&primary.stored("app.db"));
     behind_the_agent.run("UPDATE t SET x = 'unknown to the log' WHERE id = 2;");
     behind_the_agent.kill();
 
@@ -285,7 +280,7 @@ fn a_database_file_damaged_in_its_last_transaction_is_healed_from_the_log() {
                  SELECT i AS id, randomblob(500) AS x FROM n;"
             );
             let position = kill_before_it_marks(&primary, &name, &sql);
-            let file = backing(&primary, &name);
+            let file = primary.stored(&name);
             let len = fs::metadata(&file).expect("the database").len();
             assert!(len > 16_384, "the database is too small for this test");
             match damage {
@@ -709,7 +704,7 @@ fn after_a_power_failure_nothing_is_lost_that_was_synced_and_nothing_is_half_the
             "BEGIN IMMEDIATE; UPDATE row SET body = randomblob(3000) WHERE n < 19; UPDATE last SET n = {n}; \
              INSERT INTO row VALUES ({n}, randomblob(30000));"
         ));
-        fs::copy(backing(&primary, VANISHED_JOURNAL), &journal).unwrap();
+        fs::copy(primary.stored(VANISHED_JOURNAL), &journal).unwrap();
         assert!(fs::metadata(&journal).unwrap().len() > 20_000, "the transaction did not spill");
         shells[2].run("COMMIT;");
         // It has nothing of what may be lost.

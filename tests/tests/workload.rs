@@ -6,6 +6,7 @@ use litefs_tests::{Fleet, Host, JOURNAL_MODES, PATIENCE, Role, Shell, assert_equ
 use rusqlite::{Connection, ErrorCode};
 use std::collections::VecDeque;
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// SplitMix64: small, and the same everywhere.
@@ -309,8 +310,17 @@ impl<'a> Database<'a> {
         if let Some(reader) = self.reader.as_ref().filter(|reader| !reader.is_autocommit()) {
             try_exec(reader, "COMMIT").expect("a reader can end its transaction");
         }
+        // Taking back what a killed writer left is a transaction as well, if it took pages from the free list.
+        let journal = self.primary.stored(format!("{}-journal", self.name));
+        self.primary.wait_for("no journal is left of a killed writer", || !is_hot(&journal));
         assert_equal(self.primary, self.replica, &self.name);
     }
+}
+
+/// Whether a journal that nobody writes has to be rolled back: an ended one is gone, empty, or has zeros for a header
+/// (Rollback Journal Format, section 3 of SQLite's file format).
+fn is_hot(journal: &Path) -> bool {
+    fs::read(journal).is_ok_and(|bytes| bytes.first().is_some_and(|first| *first != 0))
 }
 
 #[test]
