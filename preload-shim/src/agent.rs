@@ -520,6 +520,12 @@ fn number_on_page(database: &Database) -> Option<(&'static Page, u32)> {
     (current && (number as usize) < protocol::DATABASES).then_some((page, number))
 }
 
+/// Whether the agent cannot take commits of this database now.
+pub fn is_refused(database: &Database) -> bool {
+    number_on_page(database)
+        .is_some_and(|(page, number)| page.refused[number as usize].load(Ordering::Relaxed) != 0)
+}
+
 /// A commit in WAL mode is about to be written. From now on the agent waits for it before it ends a term; `false`: the
 /// term has ended.
 pub fn begin_commit(database: &Database) -> bool {

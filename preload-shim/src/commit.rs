@@ -6,7 +6,7 @@ use crate::managed::Managed;
 use crate::sys;
 use crate::table::{self, Database, File, HeldFrame, Kind};
 use core::sync::atomic::{AtomicU64, Ordering};
-use shim_protocol::{FLAG_SYNCED, FLAG_UNJOURNALED, FLAG_UNKNOWN, Op};
+use shim_protocol::{FLAG_PLAYBACK, FLAG_SYNCED, FLAG_UNJOURNALED, FLAG_UNKNOWN, Op};
 
 /// Database file: first of the bytes that readers lock; a writer has all of them (os_unix.c).
 const SHARED_FIRST: i64 = 0x4000_0002;
@@ -74,6 +74,7 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
         // To take back the transaction of a process that died, which may have written more than its journal has: pages
         // from the free list.
         transaction.unknown = true;
+        transaction.playback = true;
     }
     match table::opened(fd, kind, database) {
         Ok(()) => fd,
@@ -173,7 +174,8 @@ fn ends(database: &Database, flags: u32) -> Result<(), i32> {
     }
     let flags = flags
         | if transaction.synced { FLAG_SYNCED } else { 0 }
-        | if transaction.unknown { FLAG_UNKNOWN } else { 0 };
+        | if transaction.unknown { FLAG_UNKNOWN } else { 0 }
+        | if transaction.playback { FLAG_PLAYBACK } else { 0 };
     agent::ask(database, Op::Commit, flags, transaction.writes(), agent::wait_ms())?;
     transaction.clear();
     Ok(())
@@ -204,22 +206,24 @@ fn wal_write(
     database.wal_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
     if data.len() == FRAME_HEADER && offset >= WAL_HEADER as u64 {
         if data[4..8] != [0; 4] {
-            if database.shms.load(Ordering::Relaxed) == 0 && agent::wait_until_near(database).is_err() {
+            let exclusive = database.is_exclusive();
+            if agent::is_refused(database) || exclusive && agent::wait_until_near(database).is_err() {
                 return fail(libc::EIO) as isize;
             }
-            if database.committed.load(Ordering::Relaxed) != 0
-                && offset >= database.wal_end.load(Ordering::Relaxed)
-            {
-                // The lock was not given back (`locking_mode=EXCLUSIVE`); the commit before this one is published.
-                agent::committed(database);
-            }
-            database.wal_end.store(offset + 1, Ordering::Relaxed);
+            // The header of a commit that is written already gets another checksum: its transaction had spilled.
+            let again = offset < database.wal_end.load(Ordering::Relaxed);
             if !agent::begin_commit(database) {
                 return fail(libc::EROFS) as isize;
             }
+            database.wal_end.store(offset + 1, Ordering::Relaxed);
             database.committed.store(1, Ordering::Relaxed);
             if agent::holds(database.cluster()) && hold(fd, database, data, offset) {
                 return FRAME_HEADER as isize;
+            }
+            if again && exclusive {
+                let count = real();
+                announce_exclusive(database);
+                return count;
             }
         }
         return real();
@@ -232,6 +236,7 @@ fn wal_write(
             transaction.committed_end = 0;
             transaction.held = None;
         }
+        database.wal_end.store(0, Ordering::Relaxed);
         return real();
     }
     let held = if agent::holds(database.cluster()) { database.transaction.lock() } else { None };
@@ -253,17 +258,18 @@ fn wal_write(
             transaction.committed_end = frame.offset + FRAME_HEADER as u64 + frame.page_size;
         }
         drop(transaction);
-        announce_unindexed(database);
+        announce_exclusive(database);
         return count;
     }
     let count = real();
-    announce_unindexed(database);
+    announce_exclusive(database);
     count
 }
 
-/// Without a wal-index (`locking_mode=EXCLUSIVE`) there is no unlock that says that a commit is over.
-fn announce_unindexed(database: &Database) {
-    if database.shms.load(Ordering::Relaxed) == 0
+/// With `locking_mode=EXCLUSIVE` there is no unlock that says that a commit is over. Nobody else may look at the
+/// database: what the WAL has, counts.
+fn announce_exclusive(database: &Database) {
+    if database.is_exclusive()
         && database.committed.load(Ordering::Relaxed) != 0
         && database.transaction.lock().is_some_and(|t| t.held.is_none())
     {
@@ -482,6 +488,7 @@ fn lock_shm(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) ->
         }
         let locked = real();
         if locked == 0 {
+            database.writing.store(1, Ordering::Relaxed);
             agent::end_commit(database);
             database.committed.store(0, Ordering::Relaxed);
             if agent::holds(database.cluster())
@@ -494,6 +501,7 @@ fn lock_shm(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) ->
         return locked;
     }
     if kind == libc::F_UNLCK && of_writer {
+        database.writing.store(0, Ordering::Relaxed);
         let unlocked = real();
         if database.committed.load(Ordering::Relaxed) != 0 {
             database.committed.store(0, Ordering::Relaxed);

@@ -7,7 +7,7 @@
 use crate::lock::Lock;
 use crate::{agent, sys, table};
 use core::ffi::CStr;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, Ordering};
 use shim_protocol::{REGISTRATION, RUNTIME_DIR, RUNTIME_DIR_VARIABLE, Registration};
 
 /// Longest path.
@@ -15,7 +15,9 @@ pub const PATH_MAX: usize = 4096;
 /// Longest path of a database below its directory.
 pub const NAME_MAX: usize = 1024;
 /// Clusters on one host that one process can use.
-pub const CLUSTERS: usize = 16;
+pub const CLUSTERS: usize = 64;
+/// [`Managed::cluster`]: this process uses so many already. No file of a database is opened there.
+pub const TOO_MANY: usize = usize::MAX;
 /// Directories between a database and the managed one.
 const DEPTH_MAX: usize = 32;
 /// A negative answer counts for about so long.
@@ -72,15 +74,12 @@ struct Cluster {
     registered: bool,
 }
 
-/// All that were ever found; an index stays what it is.
+/// Those that this process has used; an index stays what it is.
 struct Clusters {
     known: [Option<Cluster>; CLUSTERS],
 }
 
 static FOUND: Lock<Clusters> = Lock::new(Clusters { known: [None; CLUSTERS] });
-
-/// Whether it was said that there are too many.
-static TOLD: AtomicU32 = AtomicU32::new(0);
 
 /// Directories that are not managed: their hash, and in the low 16 bits when this was found out.
 static UNMANAGED: [AtomicU64; 1024] = [const { AtomicU64::new(0) }; 1024];
@@ -136,36 +135,50 @@ pub fn find(path: &CStr) -> Option<Managed> {
 #[cold]
 fn look(dir: &[u8], file: &[u8]) -> Option<Managed> {
     let mut clusters = FOUND.lock()?;
-    clusters.load();
     let mut up = PathBuffer::<PATH_MAX>::new();
     if !up.push(dir) {
         return None;
     }
-    let mut before = None;
-    for depth in 0..DEPTH_MAX {
+    let mut above = [(0, 0); DEPTH_MAX];
+    let mut count = 0;
+    while count < DEPTH_MAX {
         let stat = sys::stat(up.c_str()).ok()?;
         let here = (stat.st_dev, stat.st_ino);
-        if before == Some(here) {
-            return None;
+        if count > 0 && above[count - 1] == here {
+            break;
         }
-        if let Some(cluster) = clusters.index_of(here) {
-            // The last `depth` parts of the directory, and the file.
-            let mut start = dir.len();
-            for _ in 0..depth {
-                start = dir[..start].iter().rposition(|b| *b == b'/')?;
-            }
-            let mut name = PathBuffer::new();
-            let below = &dir[start.min(dir.len())..];
-            let below = below.strip_prefix(b"/").unwrap_or(below);
-            let fits = name.push(below) && (below.is_empty() || name.push(b"/")) && name.push(file);
-            return fits.then_some(Managed { cluster, name });
-        }
-        before = Some(here);
+        above[count] = here;
+        count += 1;
         if !up.push(b"/..") {
-            return None;
+            break;
         }
     }
-    None
+    let above = &above[..count];
+    let is_known = clusters.load(above);
+    let found =
+        |(depth, here): (usize, &(u64, u64))| clusters.index_of(*here).map(|cluster| (depth, cluster));
+    let (depth, cluster) = match above.iter().enumerate().find_map(found) {
+        Some(found) => found,
+        None if is_known => return None,
+        None => {
+            agent::say(&[
+                dir,
+                b": this process uses 64 clusters already, databases of another cannot be opened",
+            ]);
+            let mut name = PathBuffer::new();
+            return name.push(file).then_some(Managed { cluster: TOO_MANY, name });
+        }
+    };
+    // The last `depth` parts of the directory, and the file.
+    let mut start = dir.len();
+    for _ in 0..depth {
+        start = dir[..start].iter().rposition(|b| *b == b'/')?;
+    }
+    let mut name = PathBuffer::new();
+    let below = &dir[start.min(dir.len())..];
+    let below = below.strip_prefix(b"/").unwrap_or(below);
+    let fits = name.push(below) && (below.is_empty() || name.push(b"/")) && name.push(file);
+    fits.then_some(Managed { cluster, name })
 }
 
 /// Path of a file of a cluster's agent.
@@ -186,8 +199,9 @@ impl Clusters {
         self.known.iter().position(|c| c.as_ref().is_some_and(is))
     }
 
-    /// Reads the runtime directories.
-    fn load(&mut self) {
+    /// Reads the runtime directories, and takes up those clusters that have one of the directories `above`. `false`: there
+    /// is no room for one of them.
+    fn load(&mut self, above: &[(u64, u64)]) -> bool {
         // SAFETY: the name ends with a zero; the value is read at once.
         let variable = unsafe { libc::getenv(VARIABLE.as_ptr()) };
         let dirs = if variable.is_null() {
@@ -197,18 +211,21 @@ impl Clusters {
             unsafe { CStr::from_ptr(variable) }.to_bytes()
         };
         self.known.iter_mut().flatten().for_each(|cluster| cluster.registered = false);
+        let mut fits = true;
         for dir in dirs.split(|b| *b == b':').filter(|dir| !dir.is_empty()) {
             let mut path = PathBuffer::<108>::new();
             if !path.push(dir) {
                 continue;
             }
-            self.load_registration(&mut path);
-            self.load_below(&mut path);
+            fits &= self.load_registration(&mut path, above);
+            fits &= self.load_below(&mut path, above);
         }
+        fits
     }
 
-    fn load_below(&mut self, path: &mut PathBuffer<108>) {
-        let Ok(fd) = sys::open_read(path.c_str(), libc::O_DIRECTORY) else { return };
+    fn load_below(&mut self, path: &mut PathBuffer<108>, above: &[(u64, u64)]) -> bool {
+        let mut fits = true;
+        let Ok(fd) = sys::open_read(path.c_str(), libc::O_DIRECTORY) else { return fits };
         #[repr(align(8))]
         struct Entries([u8; 2048]);
         let mut entries = Entries([0; 2048]);
@@ -226,47 +243,50 @@ impl Clusters {
                     && path.push(b"/")
                     && path.push(name.to_bytes())
                 {
-                    self.load_registration(path);
+                    fits &= self.load_registration(path, above);
                 }
                 path.cut(len);
                 rest = &rest[size..];
             }
         }
         sys::close(fd);
+        fits
     }
 
-    /// `path` is the directory it may be in.
-    fn load_registration(&mut self, path: &mut PathBuffer<108>) {
+    /// `path` is the directory it may be in. `false`: there is no room for it.
+    fn load_registration(&mut self, path: &mut PathBuffer<108>, above: &[(u64, u64)]) -> bool {
         let len = path.bytes().len();
         let file = path.push(b"/") && path.push(REGISTRATION.as_bytes());
         let content = if file { sys::open_read(path.c_str(), 0) } else { Err(libc::ENAMETOOLONG) };
         path.cut(len);
-        let Ok(fd) = content else { return };
+        let Ok(fd) = content else { return true };
         let mut text = [0; 128];
         let read = sys::read(fd, &mut text);
         sys::close(fd);
-        let Some(found) = read.ok().and_then(|count| Registration::parse(&text[..count])) else { return };
+        let Some(found) = read.ok().and_then(|count| Registration::parse(&text[..count])) else {
+            return true;
+        };
         let Registration { device, inode, .. } = found;
         let mut cluster = Cluster { device, inode, runtime: [0; 108], runtime_len: len, registered: true };
         cluster.runtime[..len].copy_from_slice(path.bytes());
         let same_place = |c: &Cluster| c.runtime[..c.runtime_len] == *path.bytes();
         // The directory of a cluster can be made anew; its place is then the same.
         let at = self.known.iter().position(|c| c.as_ref().is_some_and(same_place));
-        let at = at.or_else(|| self.index_of((found.device, found.inode)));
+        if at.is_none() && !above.contains(&(device, inode)) {
+            // Nothing of it is used here.
+            return true;
+        }
+        let at = at.or_else(|| self.index_of((device, inode)));
         let at = at.or_else(|| self.known.iter().position(Option::is_none));
         // One that is gone, and of which nothing is open here.
         let at = at.or_else(|| {
             let unused = |at: &usize| self.known[*at].is_some_and(|c| !c.registered) && !table::uses(*at);
             (0..CLUSTERS).find(unused)
         });
-        match at {
-            Some(at) => self.known[at] = Some(cluster),
-            None if TOLD.swap(1, Ordering::Relaxed) == 0 => agent::say(&[
-                path.bytes(),
-                b": this process knows 16 clusters already, commits in this one are only seen afterwards",
-            ]),
-            None => {}
+        if let Some(at) = at {
+            self.known[at] = Some(cluster);
         }
+        at.is_some()
     }
 }
 

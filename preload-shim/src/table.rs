@@ -4,7 +4,7 @@
 //! no allocation, and a descriptor or database too many is refused when it is opened.
 
 use crate::lock::{Guard, Lock};
-use crate::managed::{CLUSTERS, Managed, NAME_MAX, PathBuffer};
+use crate::managed::{self, CLUSTERS, Managed, NAME_MAX, PathBuffer};
 use crate::{agent, sys};
 use core::sync::atomic::{AtomicPtr, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use shim_protocol::{Page, write_word};
@@ -79,6 +79,8 @@ pub struct Database {
     pub shms: AtomicU32,
     /// Journals that are open.
     pub journals: AtomicU32,
+    /// This process has the write lock of the wal-index.
+    pub writing: AtomicU32,
     /// A commit frame was written since the write lock was taken.
     pub committed: AtomicU32,
     /// Where its commit is counted as under way: see [`agent::begin_commit`].
@@ -99,6 +101,8 @@ pub struct Transaction {
     bytes: usize,
     /// There may have been others.
     pub unknown: bool,
+    /// It is the one of a process that died, and is taken back.
+    pub playback: bool,
     /// The application synced a file of it.
     pub synced: bool,
     /// Its newest write was made with a journal: refused, that takes it back.
@@ -166,6 +170,7 @@ impl Database {
             wals: AtomicU32::new(0),
             shms: AtomicU32::new(0),
             journals: AtomicU32::new(0),
+            writing: AtomicU32::new(0),
             committed: AtomicU32::new(0),
             committing: AtomicPtr::new(core::ptr::null_mut()),
             synced: AtomicU32::new(0),
@@ -197,6 +202,12 @@ impl Database {
         self.files.load(Ordering::Relaxed) > 1
     }
 
+    /// Commits in WAL mode are published without a lock that says so: with `locking_mode=EXCLUSIVE` there is no wal-index,
+    /// or nobody else may look at it.
+    pub fn is_exclusive(&self) -> bool {
+        self.shms.load(Ordering::Relaxed) == 0 || self.writing.load(Ordering::Relaxed) == 0
+    }
+
     /// Neither a WAL nor a journal is open: nothing takes a write back.
     pub fn is_unjournaled(&self) -> bool {
         self.wals.load(Ordering::Relaxed) == 0 && self.journals.load(Ordering::Relaxed) == 0
@@ -210,6 +221,7 @@ impl Transaction {
             len: 0,
             bytes: 0,
             unknown: false,
+            playback: false,
             synced: false,
             journaled: false,
             held: None,
@@ -270,6 +282,7 @@ impl Transaction {
     pub fn clear(&mut self) {
         self.len = 0;
         self.unknown = false;
+        self.playback = false;
         self.synced = false;
         self.journaled = false;
     }
@@ -285,6 +298,9 @@ pub fn file(fd: i32) -> Option<&'static File> {
 /// The database that a path names, and what of it; it must be given back with [`release`].
 pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
     let Some((kind, name)) = Kind::of(managed.name.bytes()) else { return Err(0) };
+    if managed.cluster == managed::TOO_MANY {
+        return Err(libc::ENFILE);
+    }
     let _changes = CHANGES.lock().ok_or(libc::EDEADLK)?;
     let mut free = None;
     for database in &DATABASE {
@@ -310,7 +326,8 @@ pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
     drop(own);
     database.cluster.store(managed.cluster as u32, Ordering::Relaxed);
     database.attached.store(0, Ordering::Relaxed);
-    for count in [&database.wals, &database.shms, &database.journals, &database.committed, &database.synced] {
+    let Database { wals, shms, journals, writing, committed, synced, .. } = database;
+    for count in [wals, shms, journals, writing, committed, synced] {
         count.store(0, Ordering::Relaxed);
     }
     database.wal_bytes.store(0, Ordering::Relaxed);
@@ -429,6 +446,7 @@ pub fn forked() {
             // What is under way is the parent's.
             database.committing.store(core::ptr::null_mut(), Ordering::Relaxed);
             database.committed.store(0, Ordering::Relaxed);
+            database.writing.store(0, Ordering::Relaxed);
             if let Some(mut transaction) = database.transaction.lock() {
                 transaction.clear();
                 transaction.held = None;

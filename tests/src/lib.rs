@@ -30,6 +30,7 @@ mod consul;
 mod door;
 mod history;
 mod host;
+pub mod library;
 mod network;
 mod ports;
 mod roles;

@@ -87,6 +87,9 @@ impl Application<'_> {
     fn connect(&mut self) -> Result<(), ()> {
         // Never created: while the agent is replaced there may be nothing but an empty directory.
         let path = self.victim.host.path(&self.database);
+        // Writers do not queue for SQLite's lock, so on a slow disk one waits for several commits of the others. Nothing is
+        // refused here, so nobody waits in vain.
+        self.ask(".timeout 20000")?;
         self.ask(&format!("ATTACH 'file:{}?mode=rw' AS d;", path.display())).map(drop)
     }
 

@@ -32,6 +32,25 @@ impl Database {
         result
     }
 
+    /// As [`Database::follow_wal`], by the WAL itself: for a database that a process has for itself, which may publish
+    /// what it has committed a moment later.
+    pub fn follow_file(&self, st: &mut State) -> Result<Option<Logged>, CaptureError> {
+        if !self.shared.follows_wals() || !self.shared.is_writable() {
+            return Ok(None);
+        }
+        st.check_health()?;
+        let mut followed = std::mem::take(&mut st.followed);
+        let result = (|| {
+            let there = followed.open(self)?;
+            match (followed.scan(self)?, &followed.wal) {
+                (Some(index), Some(wal)) if there => published::capture_published(self, st, wal, &index),
+                _ => Ok(None),
+            }
+        })();
+        st.followed = followed;
+        result
+    }
+
     fn follow(&self, st: &mut State, followed: &mut Followed) -> Result<Option<Logged>, CaptureError> {
         if !followed.open(self)? {
             if st.wal.has_ended() {
@@ -80,11 +99,15 @@ impl Database {
         }
         let mut st = self.state();
         st.ahead = true;
+        // The newest transaction of the log may have been held, and its writer have died before it was published: what
+        // of it is not in the WAL is put back by the next transaction.
+        let unpublished = st.wal.take_unpublished();
         st.wal.reset();
         let mut followed = Followed::default();
         let result = self.follow(&mut st, &mut followed);
         st.followed = followed;
         st.ahead = false;
+        st.wal.put_back(unpublished);
         result.map(|_| ())
     }
 
@@ -109,6 +132,44 @@ impl Database {
             let index = self.published_index(st).ok().flatten();
             st.applied_frames = index.map(|index| (index.salts, index.max_frame));
         }
+    }
+
+    /// Before transactions of a primary are written to a rollback-mode file: whether it is as this agent has left it.
+    pub(crate) fn look_for_foreign_writes(&self, st: &mut State) {
+        if self.shared.follows_wals() && !st.wal_mode && st.has_stamp() && st.page_count > 0 {
+            st.suspect |= st.stamp_changed(self).unwrap_or(true);
+        }
+    }
+
+    /// After that: a file that somebody else may have written to is compared with what the log has, and set aside where
+    /// it is something else.
+    pub(crate) fn check_applied(&self, st: &mut State) {
+        if !self.shared.follows_wals() || st.wal_mode || st.page_count == 0 {
+            st.suspect = false;
+            return;
+        }
+        // A journal that was left has been played back.
+        st.rollback = Default::default();
+        if st.suspect && st.applied.position == st.position {
+            st.rollback.mark_unknown();
+            match self.is_as_logged(st) {
+                Ok(true) => st.suspect = false,
+                Ok(false) => {
+                    st.rollback = Default::default();
+                    st.suspect = false;
+                    let file = self.paths.database.display();
+                    st.quarantine(
+                        self,
+                        format!(
+                            "{file}: somebody wrote to it on this replica without the preload library; it is kept as it \
+                             is, and a snapshot comes with the next transaction"
+                        ),
+                    );
+                }
+                Err(error) => tracing::warn!(database = %self.name, %error, "cannot compare it with the log"),
+            }
+        }
+        let _ = st.remember_stamp(self);
     }
 
     fn published_index(&self, st: &mut State) -> Result<Option<IndexHeader>, CaptureError> {
@@ -161,6 +222,10 @@ impl Database {
     pub fn read_applied_wal(&self) -> Result<(), CaptureError> {
         let mut st = self.state();
         st.applied_frames = None;
+        if std::mem::take(&mut st.suspect) {
+            // What somebody else has written becomes a transaction.
+            st.rollback.mark_unknown();
+        }
         let mut followed = std::mem::take(&mut st.followed);
         let read = match followed.open(self) {
             Ok(true) => match &followed.wal {

@@ -39,6 +39,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 /// Paths of a database's files below the backing directory.
 #[derive(Debug, Clone)]
@@ -142,6 +143,8 @@ pub struct State {
     pub wal_cached_end: u64,
     /// The application has synced the WAL since its last commit, as with `synchronous=FULL`.
     pub wal_synced: bool,
+    /// On a replica: somebody else may have written to the plain file. Asked when transactions were applied to it.
+    pub(crate) suspect: bool,
     /// The running rollback-mode transaction.
     pub rollback: RollbackCapture,
     /// Open handles through which the door does not see writes.
@@ -156,6 +159,8 @@ pub struct State {
     pub handles: u32,
     /// End of the newest record in the log.
     pub logged_end: Lsn,
+    /// When an application behind the preload door has closed it last.
+    pub released: Option<Instant>,
     /// When the newest transaction was committed, milliseconds since 1970.
     pub last_change_ms: i64,
     pub(crate) health: Health,
@@ -499,6 +504,11 @@ impl State {
     pub(crate) fn stamp_changed(&mut self, db: &Database) -> Result<bool, CaptureError> {
         let stamp = self.read_stamp(db)?;
         Ok(self.stamp != Some(stamp))
+    }
+
+    /// Whether it is known how the last capture, or the last transaction of a primary, left the file.
+    pub(crate) fn has_stamp(&self) -> bool {
+        self.stamp.is_some()
     }
 
     pub(crate) fn remember_stamp(&mut self, db: &Database) -> Result<(), CaptureError> {

@@ -75,6 +75,8 @@ impl Database {
                     &unmarked[..]
                 }
             };
+            // Plain files can be written without this agent, and may have been while none ran.
+            st.suspect = self.shared.wals_may_be_ahead();
             side.pending = waiting.iter().map(|record| (record.clone(), None)).collect();
         }
         self.reattach_wal(&mut st, last.as_ref())?;

@@ -247,6 +247,7 @@ impl Database {
                 return;
             }
             let wal_mode = self.load_journal_mode(&mut st);
+            self.look_for_foreign_writes(&mut st);
             DatabaseShape { page_size: st.applied.page_size, page_count: st.applied.page_count, wal_mode }
         };
         if let Err(error) = self.make_directory() {
@@ -281,6 +282,7 @@ impl Database {
                         page_count: last.commit,
                     };
                     st.set_wal_mode(shape.wal_mode);
+                    self.check_applied(&mut st);
                     let applied = st.applied;
                     if let Ok(sums) = st.open_checksums(self) {
                         sums.set_applied(applied);

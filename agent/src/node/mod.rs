@@ -239,6 +239,9 @@ impl Node {
         self.hold.is_served();
         if self.hold.is_taken_over() {
             self.finish_applying();
+        } else if self.shared.wals_may_be_ahead() {
+            // On plain files a dead journal is taken back with it: under EXCLUSIVE, since readers do so too.
+            self.shared.known().iter().for_each(|db| db.apply_again_later());
         }
         Ok(())
     }

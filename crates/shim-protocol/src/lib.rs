@@ -18,7 +18,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// Version of everything in this crate.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// First word of handshake and page: `LFSH`.
 pub const MAGIC: u32 = 0x4853_464c;
 /// File, beside the agent's socket, that names the managed directory: see [`Registration`].
@@ -146,6 +146,8 @@ pub struct Page {
     pub written: [AtomicU64; DATABASES],
     /// What of `written` the agent has looked at: see [`AHEAD_BYTES`].
     pub captured: [AtomicU64; DATABASES],
+    /// For each attached database: not 0 while the agent cannot take its commits (it is quarantined), set by the agent.
+    pub refused: [AtomicU32; DATABASES],
     /// Requests.
     pub slots: [Slot; SLOTS],
 }
@@ -233,6 +235,9 @@ pub const FLAG_SYNCED: u32 = 1;
 pub const FLAG_UNKNOWN: u32 = 2;
 /// [`Op::Commit`]: there was no journal; the transaction is over.
 pub const FLAG_UNJOURNALED: u32 = 4;
+
+/// [`Op::Commit`]: the journal of a process that died was played back; nobody's transaction ends.
+pub const FLAG_PLAYBACK: u32 = 8;
 
 /// Unit of offsets and lengths: the smallest page.
 pub const UNIT: u64 = 512;

@@ -11,7 +11,7 @@ use crate::database::{Database, State};
 use crate::log::WalEnd;
 use sqlite_file::wal::{FrameHeader, Salts, frame_bytes, frame_offset};
 use sqlite_file::wal_index::IndexHeader;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -81,6 +81,20 @@ pub fn capture_published(
 }
 
 impl WalCapture {
+    /// Pages of the newest captured commit, where it is not known whether it was published, and of those that never
+    /// were.
+    pub fn take_unpublished(&mut self) -> BTreeSet<u32> {
+        let last = self.last.take();
+        let mut pages = std::mem::take(&mut self.reverted);
+        pages.extend(last.into_iter().flat_map(|last| last.before).map(|(pgno, _)| pgno));
+        pages
+    }
+
+    /// The next transaction compares these pages, and has those that are not what the log has.
+    pub fn put_back(&mut self, pages: BTreeSet<u32>) {
+        self.reverted.extend(pages);
+    }
+
     /// Salts, and number of frames up to the last captured commit; `None` where the file says it better.
     pub fn captured_frames(&self) -> Option<(Salts, u32)> {
         let generation = self.generation.filter(|_| self.stale == Stale::No)?;

@@ -1,7 +1,7 @@
 //! Programs that use the cluster's directory without the preload library: nothing tells the agent of what they do, so it
 //! looks. What they write on the primary is captured afterwards; a file that is copied in becomes a database.
 
-use super::requests;
+use super::requests::{self, Look};
 use crate::DatabaseName;
 use crate::database::{Database, Shared};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
@@ -11,6 +11,11 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A process with the library may have written to a database, and be gone, for so long without being known: it looks so
+/// often whether there is another agent, and its end takes a moment to be noticed.
+const KNOWN_AFTER: Duration = Duration::from_secs(2);
 
 /// What keeps track of the directory.
 #[derive(Debug)]
@@ -25,6 +30,8 @@ pub struct Bystanders {
     changed: BTreeSet<DatabaseName>,
     /// Databases whose foreign writers were named.
     warned: HashSet<DatabaseName>,
+    /// Since when.
+    since: Instant,
 }
 
 impl Bystanders {
@@ -38,6 +45,7 @@ impl Bystanders {
             with_wal: BTreeSet::new(),
             changed: BTreeSet::new(),
             warned: HashSet::new(),
+            since: Instant::now(),
         };
         this.watch(Path::new(""))?;
         // Recovery has looked at those that are known.
@@ -125,6 +133,15 @@ impl Bystanders {
             }
         }
         if !self.shared.is_writable() {
+            // A WAL is looked at when there are transactions of the primary to add to it.
+            for name in std::mem::take(&mut self.changed) {
+                let Some(db) = self.shared.database(&name).filter(|db| db.paths().database.exists()) else {
+                    continue;
+                };
+                if requests::look_at_replica(&db) == Look::Later {
+                    self.changed.insert(name);
+                }
+            }
             return;
         }
         let with_wal = std::mem::take(&mut self.with_wal);
@@ -152,10 +169,22 @@ impl Bystanders {
                 continue;
             }
             let db = known.unwrap_or_else(|| self.shared.database_or_new(&name));
-            if db.is_complete_database() && requests::note_foreign_write(&db) && db.state().page_count > 0 {
-                self.warn(&db);
+            if !db.is_complete_database() {
+                continue;
+            }
+            match requests::note_foreign_write(&db) {
+                Look::Known => {}
+                Look::Later => drop(self.changed.insert(name)),
+                Look::Foreign if db.state().page_count > 0 => self.warn(&db),
+                Look::Foreign => {}
             }
         }
+    }
+
+    fn may_have_had_the_library(&self, db: &Database) -> bool {
+        let st = db.state();
+        let recently = st.released.is_some_and(|at| at.elapsed() < KNOWN_AFTER);
+        st.handles > 0 || recently || self.since.elapsed() < KNOWN_AFTER
     }
 
     /// Says, once for each database, that somebody writes it without the library.
@@ -163,8 +192,8 @@ impl Bystanders {
         let writer = match user(db) {
             User::WithLibrary => return,
             User::Without(pid) => Some(pid),
-            // It has gone already.
-            User::Unknown if db.state().handles > 0 => return,
+            // It has gone already, or may be one with the library.
+            User::Unknown if self.may_have_had_the_library(db) => return,
             User::Unknown => None,
         };
         if !self.warned.insert(db.name().clone()) {

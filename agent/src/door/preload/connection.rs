@@ -83,8 +83,22 @@ impl Connection {
         self.attached.lock().iter().flatten().cloned().collect()
     }
 
+    /// Tells the process which of its databases' commits cannot be taken.
+    pub fn refuse_quarantined(&self) {
+        for (number, db) in self.attached.lock().iter().enumerate() {
+            let Some(db) = db else { continue };
+            // Whoever has the state now may be at work for long.
+            if let Some(st) = db.try_state() {
+                let refused = u32::from(st.quarantine_reason().is_some());
+                self.memory.page().refused[number].store(refused, Ordering::Relaxed);
+            }
+        }
+    }
+
     /// Makes the serving thread end.
     pub fn end(&self) {
+        // A commit that it had begun will not be published.
+        self.memory.page().committing.store(0, Ordering::SeqCst);
         self.ended.store(true, Ordering::Release);
         self.memory.page().doorbell.fetch_add(1, Ordering::SeqCst);
         memory::wake(&self.memory.page().doorbell);
@@ -199,10 +213,10 @@ impl Connection {
                     return Ok(Answer::Now(0));
                 }
                 let writes = serving.writes.remove(&number).unwrap_or_default();
-                requests::commit(&db, flags, &writes)
+                requests::commit(&db, flags, &writes, self.peer.pid)
             }
             Op::WalEnd => requests::wal_end(&db, flags),
-            Op::WalCommit => requests::wal_commit(&db, &data.collect::<Vec<_>>()),
+            Op::WalCommit => requests::wal_commit(&db, &data.collect::<Vec<_>>(), self.peer.pid),
             Op::WalSync => Ok(Answer::WhenDurable(db.state().logged_end)),
             Op::Drop => requests::will_drop(&db),
             Op::Dropped => {
@@ -228,7 +242,7 @@ impl Connection {
             return Err(libc::EINVAL);
         }
         let db = self.shared.database_or_new(&name);
-        requests::take_up(&db);
+        let refused = requests::take_up(&db);
         let mut attached = self.attached.lock();
         let number = match attached.iter().position(Option::is_none) {
             Some(free) => free,
@@ -243,6 +257,7 @@ impl Connection {
         // The number may have been another database's.
         let page = self.memory.page();
         page.captured[number].store(page.written[number].load(Ordering::SeqCst), Ordering::SeqCst);
+        page.refused[number].store(u32::from(refused), Ordering::Relaxed);
         Ok(number as u32)
     }
 
@@ -272,6 +287,8 @@ impl Connection {
                 let written = page.written[number].load(Ordering::SeqCst);
                 if requests::follow(&db) {
                     self.has_captured(number, written);
+                } else if db.state().quarantine_reason().is_some() {
+                    page.refused[number].store(1, Ordering::Relaxed);
                 }
             }
             if what & protocol::CLOSED != 0 {

@@ -117,19 +117,20 @@ fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections,
             }
         }
         if look_at <= Instant::now() {
+            connections.all.lock().iter().for_each(|connection| connection.refuse_quarantined());
             bystanders.look();
             look_at = Instant::now() + LOOK_EVERY;
         }
     }
 }
 
-/// A process has gone: what it has committed is captured.
+/// A process has gone: what it has committed is captured. Until then its databases are asked for.
 fn end(connections: &Connections, served: Served) {
-    connections.all.lock().retain(|c| !Arc::ptr_eq(c, &served.connection));
     served.connection.end();
     if served.thread.join().is_err() {
         tracing::error!("a thread that served a process with the preload library panicked");
     }
+    connections.all.lock().retain(|c| !Arc::ptr_eq(c, &served.connection));
 }
 
 fn accept(listening: &OwnedFd, connections: &Connections) -> io::Result<Option<Served>> {
@@ -159,6 +160,8 @@ fn accept(listening: &OwnedFd, connections: &Connections) -> io::Result<Option<S
                 drop(greeted);
                 serving.serve();
             }
+            // It was killed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             Err(error) => {
                 tracing::warn!(pid = peer.pid, %error, "a process is refused at the preload door");
                 // The other descriptor keeps the connection open until the listening thread sees the end.

@@ -270,7 +270,7 @@ impl Connections {
             std::thread::sleep(Duration::from_micros(200));
         }
         for db in all.iter().flat_map(|connection| connection.databases()) {
-            requests::follow(&db);
+            requests::follow_to_the_end(&db);
         }
     }
 

@@ -1,15 +1,16 @@
 //! What a process asks through the preload library, and what becomes of it.
 
 use crate::capture::wal::published::HeldCommit;
-use crate::capture::{CaptureError, unix_ms};
+use crate::capture::{CaptureError, Logged, unix_ms};
 use crate::database::{Database, State};
 use crate::log::Lsn;
 use crate::sync::Hold;
 use parking_lot::MutexGuard;
-use shim_protocol::{FLAG_SYNCED, FLAG_UNJOURNALED, FLAG_UNKNOWN, write_of};
+use shim_protocol::{FLAG_PLAYBACK, FLAG_SYNCED, FLAG_UNJOURNALED, FLAG_UNKNOWN, write_of};
 use sqlite_file::locks::{self, LockGuard, LockKind};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -53,11 +54,12 @@ fn errno_of(db: &Database, doing: &str, error: &CaptureError) -> i32 {
     error.errno()
 }
 
-/// A process opens the database.
-pub fn take_up(db: &Arc<Database>) {
+/// A process opens the database. Answers whether its commits are refused.
+pub fn take_up(db: &Arc<Database>) -> bool {
     let mut st = db.state();
     st.handles += 1;
     note_replaced(db, &mut st);
+    st.quarantine_reason().is_some()
 }
 
 /// A process has closed the database, or died.
@@ -65,6 +67,7 @@ pub fn let_go(db: &Arc<Database>) {
     follow(db);
     let mut st = db.state();
     st.handles = st.handles.saturating_sub(1);
+    st.released = Some(Instant::now());
     if db.shared().is_writable() && has_dead_transaction(db) {
         // The sweep takes it back; whoever copies the database waits for that.
         st.rollback.journal_active = true;
@@ -109,8 +112,25 @@ pub fn follow(db: &Arc<Database>) -> bool {
 
 /// As [`follow`]; says whether something was captured.
 pub fn follow_for(db: &Arc<Database>, captured: &mut bool) -> bool {
+    follow_with(db, captured, |st| db.follow_wal(st))
+}
+
+/// As [`follow`], also what a process with `locking_mode=EXCLUSIVE` has written and may not have put into the wal-index.
+pub fn follow_to_the_end(db: &Arc<Database>) {
+    follow(db);
+    let held = |file: File| locks::conflicting_holder(&file, LockKind::Read, locks::SHARED);
+    if File::open(&db.paths().database).and_then(held).is_ok_and(|holder| holder.is_some()) {
+        follow_with(db, &mut false, |st| db.follow_file(st));
+    }
+}
+
+fn follow_with(
+    db: &Arc<Database>,
+    captured: &mut bool,
+    look: impl FnOnce(&mut State) -> Result<Option<Logged>, CaptureError>,
+) -> bool {
     let mut st = db.state();
-    let followed = match db.follow_wal(&mut st) {
+    let followed = match look(&mut st) {
         Ok(logged) => {
             *captured = logged.is_some();
             true
@@ -132,9 +152,34 @@ pub fn follow_for(db: &Arc<Database>, captured: &mut bool) -> bool {
     followed
 }
 
+/// Whether a process still is where it asked: it may have been killed since, and another one be in its place.
+fn holds(pid: i32, path: &Path, range: locks::LockRange) -> Option<bool> {
+    let holder = File::open(path).and_then(|file| locks::conflicting_holder(&file, LockKind::Read, range));
+    let holder = holder.ok().flatten()?;
+    Some(holder.pid == Some(pid))
+}
+
+/// Whether a process runs: one that was killed may not have been waited for.
+fn is_alive(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit(')').next().and_then(|rest| rest.trim_start().chars().next());
+    state.is_some_and(|state| !"ZXx".contains(state))
+}
+
+/// What a process asked that has died since: nobody waits for the answer, and its transaction is taken back.
+fn has_died(db: &Database, pid: i32) -> Result<Answer, i32> {
+    tracing::debug!(database = %db.name(), pid, "the process that asked for a commit has died");
+    Err(libc::ESTALE)
+}
+
 /// A transaction without WAL is about to end.
-pub fn commit(db: &Arc<Database>, flags: u32, writes: &Writes) -> Result<Answer, i32> {
+pub fn commit(db: &Arc<Database>, flags: u32, writes: &Writes, pid: i32) -> Result<Answer, i32> {
     let mut st = db.state();
+    if flags & FLAG_UNJOURNALED == 0
+        && !holds(pid, &db.paths().database, locks::SHARED).unwrap_or_else(|| is_alive(pid))
+    {
+        return has_died(db, pid);
+    }
     note_replaced(db, &mut st);
     if flags & FLAG_UNKNOWN != 0 || writes.too_many {
         st.rollback.mark_unknown();
@@ -148,7 +193,16 @@ pub fn commit(db: &Arc<Database>, flags: u32, writes: &Writes) -> Result<Answer,
     if !db.shared().is_writable() {
         // A rollback must be able to end: what is in the file then is what the log has.
         let as_logged = db.is_as_logged(&mut st).map_err(|e| errno_of(db, "commit", &e))?;
-        return if as_logged { Ok(Answer::Now(0)) } else { Err(libc::EROFS) };
+        if !as_logged && flags & FLAG_PLAYBACK == 0 {
+            return Err(libc::EROFS);
+        }
+        if !as_logged && st.applied.position == st.position {
+            // The log has what was taken back: looked at when the next transactions are applied.
+            st.suspect = true;
+        }
+        // Else the last agent died while it applied what the log has: it is applied again.
+        st.rollback = Default::default();
+        return Ok(Answer::Now(0));
     }
     let unjournaled = flags & FLAG_UNJOURNALED != 0;
     if unjournaled && st.page_count == 0 && !db.is_complete_database() {
@@ -178,13 +232,20 @@ pub fn wal_end(db: &Arc<Database>, flags: u32) -> Result<Answer, i32> {
 }
 
 /// A commit frame is held.
-pub fn wal_commit(db: &Arc<Database>, data: &[u64]) -> Result<Answer, i32> {
+pub fn wal_commit(db: &Arc<Database>, data: &[u64], pid: i32) -> Result<Answer, i32> {
     let &[offset, a, b, c] = data else { return Err(libc::EINVAL) };
     let mut header = [0; 24];
     for (bytes, word) in header.chunks_exact_mut(8).zip([a, b, c]) {
         bytes.copy_from_slice(&word.to_ne_bytes());
     }
     let mut st = db.state();
+    // With `locking_mode=EXCLUSIVE` there is no wal-index, or nobody has locks there.
+    let writes = holds(pid, &db.paths().shm, locks::WAL_WRITE)
+        .or_else(|| holds(pid, &db.paths().database, locks::SHARED))
+        .unwrap_or_else(|| is_alive(pid) && !db.paths().shm.exists());
+    if !writes {
+        return has_died(db, pid);
+    }
     let logged = db
         .capture_held_commit(&mut st, &HeldCommit { offset, header })
         .map_err(|e| errno_of(db, "commit", &e))?;
@@ -217,6 +278,10 @@ pub fn will_move(db: &Arc<Database>) -> Result<Answer, i32> {
 /// Another file has taken the place of the database.
 pub fn was_replaced(db: &Arc<Database>) -> Result<Answer, i32> {
     let mut st = db.state();
+    if db.paths().database.is_dir() {
+        // A directory of databases, which are found there.
+        return Ok(Answer::Now(0));
+    }
     note_replaced(db, &mut st);
     st.forget_journal_mode();
     st.rollback.mark_unknown();
@@ -241,33 +306,69 @@ pub fn note_removed(db: &Arc<Database>) {
     }
 }
 
+/// What became of a file that may have been written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// It is as this agent knows it.
+    Known,
+    /// Somebody is at work there.
+    Later,
+    /// Somebody without the library has written to it.
+    Foreign,
+}
+
+/// Whether somebody is in a transaction without WAL.
+fn is_being_written(db: &Database) -> bool {
+    let held = |file: File| locks::conflicting_holder(&file, LockKind::Write, locks::RESERVED);
+    File::open(&db.paths().database).and_then(held).is_ok_and(|holder| holder.is_some())
+}
+
+/// On a replica: whether the file of a rollback-mode database is as this agent has left it.
+pub fn look_at_replica(db: &Arc<Database>) -> Look {
+    let Some(_side) = db.apply.try_lock() else { return Look::Later };
+    let mut st = db.state();
+    if st.check_health().is_err() {
+        return Look::Known;
+    }
+    db.load_journal_mode(&mut st);
+    db.look_for_foreign_writes(&mut st);
+    if st.suspect && (st.applied.position != st.position || is_being_written(db)) {
+        return Look::Later;
+    }
+    db.check_applied(&mut st);
+    if st.quarantine_reason().is_some() { Look::Foreign } else { Look::Known }
+}
+
 /// A file was written by somebody without the library, or seems to be: it is looked at when nobody writes it.
-pub fn note_foreign_write(db: &Arc<Database>) -> bool {
+pub fn note_foreign_write(db: &Arc<Database>) -> Look {
     let mut st = db.state();
     // A transaction that the library reports is on its way, or has just been.
     let recent = st.handles > 0 && unix_ms() - st.last_change_ms < 1000;
     if recent || st.check_health().is_err() || st.rollback.is_dirty() {
-        return false;
+        return Look::Known;
     }
     note_replaced(db, &mut st);
     if st.rollback.is_dirty() || st.page_count == 0 {
         st.rollback.mark_unknown();
-        return true;
+        return Look::Foreign;
     }
     if !st.stamp_changed(db).unwrap_or(false) {
-        return false;
+        return Look::Known;
+    }
+    if is_being_written(db) {
+        return Look::Later;
     }
     st.forget_journal_mode();
     if !db.load_journal_mode(&mut st) {
         // Captured when nobody is in a transaction: see the sweep.
         st.rollback.mark_unknown();
-        return true;
+        return Look::Foreign;
     }
     let before = st.position;
     if let Err(error) = capture_checkpointed(db, &mut st) {
         tracing::error!(database = %db.name(), %error, "what was written without the preload library cannot be captured");
     }
-    st.position != before
+    if st.position == before { Look::Known } else { Look::Foreign }
 }
 
 /// A database in WAL mode has no WAL any more: all that was committed is in its file.
