@@ -415,7 +415,7 @@ fn drain(mut decoder: Decoder<BufReader<File>>) -> Result<(), Damage> {
 }
 
 /// Columns without lines, as in `ls -l`; `right` are aligned to the right.
-fn table(header: &[&str], right: &[usize]) -> Table {
+pub(super) fn table(header: &[&str], right: &[usize]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header.iter().copied());
     for (index, column) in table.column_iter_mut().enumerate() {
@@ -428,12 +428,12 @@ fn table(header: &[&str], right: &[usize]) -> Table {
 }
 
 /// A path without what could steer a terminal.
-fn shown(path: &Path) -> String {
+pub(super) fn shown(path: &Path) -> String {
     path.to_string_lossy().replace(char::is_control, "\u{fffd}")
 }
 
 /// UTC with milliseconds, or the plain number if that is no date.
-fn timestamp(ms: i64) -> String {
+pub(super) fn timestamp(ms: i64) -> String {
     match jiff::Timestamp::from_millisecond(ms) {
         Ok(time) => format!("{time:.3}"),
         Err(_) => format!("{ms}ms"),

@@ -3,6 +3,7 @@
 mod agent;
 mod client;
 mod config;
+mod diverged;
 mod doctor;
 mod exec;
 mod export;
@@ -175,6 +176,12 @@ enum Command {
     /// Look at files of transactions
     #[command(subcommand)]
     Ltx(ltx::LtxCommand),
+    /// Look at what this host had alone when another one led, and get it back
+    ///
+    /// When a primary comes back that had transactions nobody else had got, it follows the new primary and keeps its
+    /// own state as files. The command reads these files; it needs no agent.
+    #[command(subcommand)]
+    Diverged(diverged::DivergedCommand),
     /// Check or show the configuration
     #[command(subcommand)]
     Config(config::ConfigCommand),
@@ -282,6 +289,7 @@ impl Cli {
                     _ => Err(Failure::new(failure::DATA, format_args!("{error:#}"))),
                 },
             },
+            Command::Diverged(command) => diverged::run(command, &global.source(), out),
             Command::Config(command) => config::run(command, &global.source(), out),
             Command::Version => {
                 writeln!(out, "litefs {}", env!("CARGO_PKG_VERSION")).map_err(failure::stdout)?;

@@ -12,7 +12,7 @@ use crate::status::messages;
 use ltx::{Pos, Txid, page_checksum};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long readers may hold up an installation before the follower is told to try again.
@@ -30,7 +30,7 @@ impl Database {
         let mut side = self.apply.lock();
         let before = self.state().logged_mark();
         if before.position.txid.0 > 0 && Some(before.position.txid) != common {
-            match self.keep_diverged(common) {
+            match self.keep_diverged(common, snapshot) {
                 Ok(Some(kept)) => {
                     tracing::warn!(
                         MESSAGE_ID = messages::DIVERGED,
@@ -120,39 +120,6 @@ impl Database {
         self.shared.changed(&self.name);
         self.shared.visible(self, 1);
         Ok(())
-    }
-
-    /// Keeps the database as it is, and the records after `common`, below the directory for diverged data.
-    fn keep_diverged(&self, common: Option<Txid>) -> anyhow::Result<Option<PathBuf>> {
-        let position = self.state().position;
-        let Some((oldest, newest)) = self.shared.log.kept(&self.name)? else { return Ok(None) };
-        let dir =
-            self.shared.dirs.diverged.join(self.name.escaped()).join(position.to_string().replace('/', "-"));
-        std::fs::create_dir_all(&dir)?;
-        let mut next = common.map_or(oldest, |c| Txid(c.0 + 1)).max(oldest);
-        while next <= newest {
-            let Some(record) = self.shared.log.find(&self.name, next)? else { break };
-            if record.kind == RecordKind::Transaction {
-                let path = dir.join(format!("{}-{}.ltx", record.min_txid, record.max_txid));
-                let mut file = File::create(&path)?;
-                std::io::copy(&mut PayloadReader::of(&self.shared.log, &record), &mut file)?;
-                file.sync_all()?;
-            }
-            next = Txid(record.max_txid.0 + 1);
-        }
-        let copy = dir.join("database.db");
-        if self.state().quarantine_reason().is_none() && self.state().page_count > 0 {
-            self.copy_consistently(&copy).map_err(|e| anyhow::anyhow!("{e}"))?;
-        } else {
-            for path in [&self.paths.database, &self.paths.wal] {
-                if path.exists() {
-                    let suffix = if *path == self.paths.wal { "database.db-wal" } else { "database.db" };
-                    std::fs::copy(path, dir.join(suffix))?;
-                }
-            }
-        }
-        sync_dir_of(&copy)?;
-        Ok(Some(dir))
     }
 
     /// A copy of the database at one exact position, made without stopping writers: pages as they are found, then

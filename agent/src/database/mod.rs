@@ -5,6 +5,7 @@
 //! through the mount ([`crate::apply`]) holds only the database's apply lock.
 
 pub mod checksums;
+pub mod diverged;
 pub mod follow;
 mod hold;
 pub mod import;

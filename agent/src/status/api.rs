@@ -287,7 +287,7 @@ pub fn troubles<'a>(
 }
 
 /// Text of 16 hex digits for types that display and parse as that.
-pub(super) mod hex {
+pub(crate) mod hex {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
     use std::borrow::Cow;
     use std::fmt::Display;
