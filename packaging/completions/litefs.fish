@@ -43,8 +43,10 @@ complete -c litefs -n "__fish_litefs_needs_command" -f -a "list" -d 'List the da
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "export" -d 'Copy a database to a file, as of one transaction, and check the copy'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "import" -d 'Make a file the content of a database, as one transaction (primary only)'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "exec" -d 'Run a program so that the agent sees its commits'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "run" -d 'Run a program once this host may write'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "doctor" -d 'Say whether a program, a process or this host fits, and what to do'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "ltx" -d 'Look at files of transactions'
+complete -c litefs -n "__fish_litefs_needs_command" -f -a "diverged" -d 'Look at what this host had alone when another one led, and get it back'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "config" -d 'Check or show the configuration'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "version" -d 'Print the version'
 complete -c litefs -n "__fish_litefs_needs_command" -f -a "completions" -d 'Print a completion script for a shell'
@@ -123,6 +125,15 @@ complete -c litefs -n "__fish_litefs_using_subcommand exec" -l config -d 'Config
 complete -c litefs -n "__fish_litefs_using_subcommand exec" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
 complete -c litefs -n "__fish_litefs_using_subcommand exec" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand exec" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand run" -l with-halt-lock-on -d 'Get the halt lock of a database first (its path, or its name in `litefs list`): writers on the primary wait, the program may write it here, and each of its commits is on the primary before it returns' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand run" -l timeout -d 'Longest time to wait before the program is run, such as 30s [default: for ever]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand run" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand run" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand run" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand run" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand run" -l promote -d 'Make this host the primary first'
+complete -c litefs -n "__fish_litefs_using_subcommand run" -l on-primary -d 'Wait until this host is the primary'
+complete -c litefs -n "__fish_litefs_using_subcommand run" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c litefs -n "__fish_litefs_using_subcommand doctor" -s c -l cluster -d 'Name of the cluster [default: db]' -r
 complete -c litefs -n "__fish_litefs_using_subcommand doctor" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand doctor" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
@@ -155,6 +166,34 @@ complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subco
 complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from verify" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from verify" -l json -d 'Print JSON instead of text'
 complete -c litefs -n "__fish_litefs_using_subcommand ltx; and __fish_seen_subcommand_from verify" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and not __fish_seen_subcommand_from list show export" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and not __fish_seen_subcommand_from list show export" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and not __fish_seen_subcommand_from list show export" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and not __fish_seen_subcommand_from list show export" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and not __fish_seen_subcommand_from list show export" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and not __fish_seen_subcommand_from list show export" -f -a "list" -d 'List what is kept, with position, epoch, transactions and pages'
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and not __fish_seen_subcommand_from list show export" -f -a "show" -d 'Show what is kept of a database, transaction by transaction'
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and not __fish_seen_subcommand_from list show export" -f -a "export" -d 'Write the database as it was on this host, or the transactions that only this host had'
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from list" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from list" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from list" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from list" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from list" -l json -d 'Print JSON instead of a table'
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from show" -l at -d 'Position, or its beginning without leading zeros [default: all that are kept]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from show" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from show" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from show" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from show" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from show" -l json -d 'Print JSON instead of text'
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from show" -s h -l help -d 'Print help'
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from export" -l at -d 'Position, or its beginning without leading zeros [default: the only one that is kept]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from export" -s c -l cluster -d 'Name of the cluster [default: db]' -r
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from export" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from export" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from export" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from export" -l ltx -d 'Write the transactions, as LTX files, instead of the database'
+complete -c litefs -n "__fish_litefs_using_subcommand diverged; and __fish_seen_subcommand_from export" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c litefs -n "__fish_litefs_using_subcommand config; and not __fish_seen_subcommand_from check show" -s c -l cluster -d 'Name of the cluster [default: db]' -r
 complete -c litefs -n "__fish_litefs_using_subcommand config; and not __fish_seen_subcommand_from check show" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand config; and not __fish_seen_subcommand_from check show" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r

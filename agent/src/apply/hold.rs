@@ -15,6 +15,11 @@ pub struct WriterHold {
 }
 
 impl WriterHold {
+    /// Whether it is the write lock of a WAL.
+    pub fn is_of_wal(&self) -> bool {
+        self.connection.is_some()
+    }
+
     /// Waits for the transaction that is running. `None`: there is no database.
     pub(super) fn acquire(files: &Arc<Files>, patience: &Patience) -> Result<Option<Self>, ApplyError> {
         let Some(database) = files.open_database()? else { return Ok(None) };

@@ -8,6 +8,7 @@ pub mod rollback;
 pub mod wal;
 
 use crate::database::checksums::ChecksumsError;
+use crate::database::halt::Transaction;
 use crate::database::{Database, State};
 use crate::log::{LogError, Lsn, NewRecord, RecordKind, WalEnd};
 use crate::ship::engine::{RecordPayload, ShippedRecord};
@@ -69,6 +70,9 @@ pub enum CaptureError {
     /// Too few followers, and the configuration refuses commits then.
     #[error(transparent)]
     Unacknowledged(#[from] crate::sync::Refused),
+    /// The primary has not taken it, or nobody knows whether it has.
+    #[error("the halt lock is lost: {0}; the primary may have this transaction nevertheless")]
+    HaltLock(String),
     /// What was committed is no SQLite database.
     #[error("not an SQLite database: {0}")]
     NotADatabase(&'static str),
@@ -131,7 +135,7 @@ pub fn log_transaction(
 ) -> Result<Option<Logged>, CaptureError> {
     let term = db.shared.term();
     if !st.ahead {
-        db.shared.check_writable()?;
+        db.check_writable()?;
     }
     st.check_health()?;
     // What is in the files lacks these transactions: a commit on top of it would not be their successor.
@@ -200,11 +204,13 @@ pub fn log_transaction(
     if changed.is_empty() && commit.page_count == st.page_count {
         return Ok(None);
     }
-    let held = commit.may_hold && db.admit_held()?;
+    let lender = db.lender().filter(|_| !st.ahead);
+    // What the primary has taken is no commit of this node's term.
+    let held = lender.is_none() && commit.may_hold && db.admit_held()?;
     if commit.page_count == 0 {
         rolling = Checksum::EMPTY;
     }
-    let (_, spool) = encoder.finish(rolling)?;
+    let (_, mut spool) = encoder.finish(rolling)?;
     let record = NewRecord {
         database: &db.name,
         kind: RecordKind::Transaction,
@@ -217,8 +223,12 @@ pub fn log_transaction(
         commit: commit.page_count,
         timestamp_ms,
         wal: commit.wal,
-        fence: if st.ahead { None } else { Some(&term) },
+        fence: if st.ahead || lender.is_some() { None } else { Some(&term) },
     };
+    if let Some(lender) = lender {
+        // From here on the primary has it. Should this node not get it into its log, it comes like any other.
+        lender.commit(spool.as_transaction(db)?).map_err(CaptureError::HaltLock)?;
+    }
     let (end, payload) = spool.append(db, record).map_err(|error| match error {
         CaptureError::Log(LogError::Fenced { .. }) => CaptureError::NotPrimary,
         other => other,
@@ -287,6 +297,18 @@ impl Spool {
             .tempfile_in(dir)
             .map_err(|source| CaptureError::Io { path: dir.clone(), source })?;
         Ok(Spool::File(BufWriter::with_capacity(1 << 17, file)))
+    }
+
+    /// What has been written, for whoever gets it before the log.
+    fn as_transaction(&mut self, db: &Database) -> Result<Transaction, CaptureError> {
+        match self {
+            Spool::Memory(bytes) => Ok(Transaction::Bytes(Bytes::copy_from_slice(bytes))),
+            Spool::File(file) => {
+                let failed = |source| CaptureError::Io { path: db.shared.dirs.staging.clone(), source };
+                file.flush().map_err(failed)?;
+                Ok(Transaction::File(file.get_ref().path().to_owned()))
+            }
+        }
     }
 
     /// Gives the payload too when it is in memory.

@@ -240,7 +240,7 @@ pub fn written(
     offset: u64,
     data: &[u8],
 ) -> Result<Option<Logged>, CaptureError> {
-    db.shared.check_writable()?;
+    db.check_writable()?;
     st.check_health()?;
     let io = |source| db.wal_error(source);
     match st.wal.stale {

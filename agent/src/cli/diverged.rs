@@ -393,7 +393,7 @@ fn print_details(found: &[Diverged], as_json: bool, out: &mut dyn Write) -> Resu
         }
         text.push('\n');
     }
-    write!(out, "{}\n", text.trim_end()).map_err(failure::stdout)
+    writeln!(out, "{}", text.trim_end()).map_err(failure::stdout)
 }
 
 fn export_copy(one: &Diverged, path: &Path, out: &mut dyn Write) -> Result<u8, Failure> {

@@ -26,6 +26,18 @@ const RUNTIME_DIRS: &str = "LITEFS_RUNTIME_DIR";
 
 /// Becomes the program. Returns only when that fails.
 pub async fn run(global: &Global, command: &[OsString]) -> Result<u8, Failure> {
+    let mut command = prepare(global, command).await?;
+    let error = command.exec();
+    Err(cannot_run(&command, &error))
+}
+
+/// The program could not be started.
+pub fn cannot_run(command: &Command, error: &std::io::Error) -> Failure {
+    Failure::file(CANNOT_RUN, Path::new(command.get_program()), format_args!("cannot run it: {error}"))
+}
+
+/// The program, so that its commits are seen.
+pub async fn prepare(global: &Global, command: &[OsString]) -> Result<Command, Failure> {
     let Some((name, args)) = command.split_first() else {
         return Err(Failure::new(failure::USAGE, "no program was named"));
     };
@@ -50,8 +62,7 @@ pub async fn run(global: &Global, command: &[OsString]) -> Result<u8, Failure> {
             command.env(RUNTIME_DIRS, first(world.runtime_dir.as_os_str(), &before(RUNTIME_DIRS)));
         }
     }
-    let error = command.exec();
-    Err(Failure::file(CANNOT_RUN, name, format_args!("cannot run it: {error}")))
+    Ok(command)
 }
 
 /// Fails for a program whose commits would not be seen; says on stderr what else there is to know about it.

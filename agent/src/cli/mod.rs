@@ -15,6 +15,7 @@ pub mod logging;
 mod ltx;
 mod reload;
 mod role;
+mod run;
 mod status;
 mod wait;
 mod watch;
@@ -158,6 +159,15 @@ enum Command {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "PROGRAM")]
         command: Vec<OsString>,
     },
+    /// Run a program once this host may write
+    ///
+    /// With --promote or --on-primary this host is the primary, and takes writes, when the program begins; nothing keeps
+    /// it so. With --with-halt-lock-on the program may write one database wherever the primary is: the lock is renewed
+    /// while the program runs and ends with it. A lock that is lost makes further commits of the program fail.
+    ///
+    /// The exit code is the program's (128 and its number if a signal ended it), or as of `litefs exec` when it was not
+    /// run, 65 or 69 when this host may not write, and 75 when not within the timeout.
+    Run(run::Run),
     /// Say whether a program, a process or this host fits, and what to do
     ///
     /// Without PROGRAM or PID it looks at the host. A PROGRAM is looked at for the preload door: whether the library
@@ -281,6 +291,7 @@ impl Cli {
             Command::Export { name, path } => block_on(export::export(global.client(), &name, &path, out)),
             Command::Import { name, path } => block_on(import::import(global.client(), &name, &path, out)),
             Command::Exec { command } => block_on(exec::run(global, &command)),
+            Command::Run(run) => block_on(run::run(global, run)),
             Command::Doctor { target, json } => block_on(doctor::run(global, target.as_deref(), json, out)),
             Command::Ltx(command) => match ltx::run(command, out) {
                 Ok(()) => Ok(0),

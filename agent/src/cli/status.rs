@@ -156,7 +156,10 @@ fn database_row(db: &DatabaseStatus, now: i64) -> [String; 8] {
         position(db),
         BinaryBytes(db.size_bytes).to_string(),
         printable(&db.journal_mode),
-        state.to_owned(),
+        match &db.halt_lock {
+            Some(host) => format!("{state}, halt lock: {}", printable(host)),
+            None => state.to_owned(),
+        },
         lag,
         db.open_handles.to_string(),
         db.last_change_unix_ms.map_or("-".to_owned(), |at| format!("{} ago", ago(now, at))),

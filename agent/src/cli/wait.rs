@@ -58,19 +58,29 @@ fn position(text: &str) -> Result<Wanted, String> {
     })
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     jiff::fmt::friendly::SpanParser::new()
         .parse_unsigned_duration(text)
         .map_err(|_| "must be a duration such as \"100ms\", \"5s\" or \"10m\"".to_owned())
 }
 
 impl Conditions {
+    /// This host is primary and takes writes.
+    pub fn primary(timeout: Option<Duration>) -> Conditions {
+        Conditions { role: Some("primary".into()), position: Vec::new(), caught_up: false, timeout }
+    }
+
     /// What is not as it should be; nothing when all is.
     fn missing(&self, status: &Status) -> Option<String> {
         if let Some(role) = &self.role
             && status.role.name.as_str() != role
         {
             return Some(format!("this host is {}", describe(status.role.name)));
+        }
+        if self.role.as_deref() == Some("primary")
+            && let Some(why) = &status.role.waits
+        {
+            return Some(format!("this host is the primary and takes no writes: {why}"));
         }
         for wanted in &self.position {
             let db = status.databases.iter().find(|db| db.name == wanted.database);

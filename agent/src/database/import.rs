@@ -75,7 +75,7 @@ impl Database {
     pub fn import(&self, staged: &Path) -> Result<Pos, ImportError> {
         let io_error = |source| ImportError::Io { path: staged.to_owned(), source };
         let capture = |source| ImportError::Capture { name: self.name.clone(), source };
-        self.shared.check_writable().map_err(capture)?;
+        self.check_writable().map_err(capture)?;
         let file = File::open(staged).map_err(io_error)?;
         let len = file.metadata().map_err(io_error)?.len();
         let mut first = [0; sqlite_file::header::HEADER_BYTES];

@@ -7,6 +7,7 @@
 pub mod checksums;
 pub mod diverged;
 pub mod follow;
+pub mod halt;
 mod hold;
 pub mod import;
 pub mod install;
@@ -29,7 +30,7 @@ use crate::ship::engine::{RecordPayload, ShippedRecord};
 use crate::status::messages;
 use checksums::{Checksums, ChecksumsError, Mark};
 use ltx::{Pos, Txid};
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use receive::ApplySide;
 pub use shared::{Dirs, Notice, RoleStep, Shared};
 use sqlite_file::wal::Salts;
@@ -78,6 +79,8 @@ pub struct Database {
     durable: Mutex<Pos>,
     /// Writes transactions through the applications' path. Taken before `state`, never while holding it.
     pub(crate) apply: Mutex<ApplySide>,
+    /// Who may write it, where that is not simply the primary. A leaf.
+    loan: RwLock<Option<halt::Loan>>,
 }
 
 /// The newest small records of a database, oldest first.
@@ -197,6 +200,7 @@ impl Database {
             state: Mutex::default(),
             durable: Mutex::default(),
             apply: Mutex::new(ApplySide::new(applier)),
+            loan: RwLock::default(),
         })
     }
 

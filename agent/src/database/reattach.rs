@@ -99,7 +99,7 @@ impl Database {
     /// Whether there is the journal of a transaction that the last agent was applying, and of which readers must see
     /// nothing. On a replica nobody else writes journals.
     pub fn has_journal_of_dead_apply(&self) -> bool {
-        !self.shared.is_writable() && self.state().rollback.journal_active
+        !self.may_write() && self.state().rollback.journal_active
     }
 
     /// Takes back what the last agent has applied in part. Readers that are about to look whether the journal is hot may

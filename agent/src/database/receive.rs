@@ -8,7 +8,7 @@ use crate::apply::{
     Applier, ApplyError, CheckpointOutcome, DatabaseShape, Durability, LtxTransactions, WriterHold,
 };
 use crate::capture::{CaptureError, ChecksumOrEmpty};
-use crate::log::{CommitLog, LogError, NewRecord, Payload, RecordInfo, RecordKind};
+use crate::log::{CommitLog, Fence, LogError, NewRecord, Payload, RecordInfo, RecordKind};
 use crate::ship::engine::{EngineError, RecordPayload, ShippedRecord};
 use ltx::{Checksum, Decoder, Header, Pos, page_checksum};
 use std::collections::VecDeque;
@@ -91,7 +91,7 @@ impl Database {
         }
         let mut logged = Ok(());
         for record in records {
-            logged = self.log_received(&mut side, record);
+            logged = self.log_received(&mut side, record, None);
             if logged.is_err() {
                 break;
             }
@@ -114,7 +114,13 @@ impl Database {
     }
 
     /// Checks a record against the database and appends it to the log.
-    fn log_received(&self, side: &mut ApplySide, record: ShippedRecord) -> Result<(), EngineError> {
+    /// `fence`: the term in which alone the log takes it.
+    pub(super) fn log_received(
+        &self,
+        side: &mut ApplySide,
+        record: ShippedRecord,
+        fence: Option<&dyn Fence>,
+    ) -> Result<(), EngineError> {
         // Large records are read and synced before the state is held: others look at it.
         let reader: Box<dyn Read> = match &record.payload {
             RecordPayload::Bytes(bytes) => Box::new(Cursor::new(bytes.clone())),
@@ -142,6 +148,10 @@ impl Database {
             max_txid: record.max_txid,
             position,
         };
+        if record.max_txid <= st.position.txid && fence.is_none() && self.is_logged(&record)? {
+            // This node committed it itself, under a halt lock; the stream brings it like all others.
+            return Ok(());
+        }
         if record.min_txid.0 != st.position.txid.0 + 1 {
             return Err(out_of_sequence(st.position));
         }
@@ -173,7 +183,7 @@ impl Database {
             commit: header.commit,
             timestamp_ms: header.timestamp_ms,
             wal: Some(WAL_IS_FROM_THE_LOG),
-            fence: None,
+            fence,
         };
         let end = match &record.payload {
             RecordPayload::Bytes(bytes) => self.shared.log.append(&new, bytes),
@@ -199,6 +209,15 @@ impl Database {
             self.shared.log.last(&self.name).ok_or_else(|| other("the log lost a record just appended"))?;
         side.pending.push_back((info, payload));
         Ok(())
+    }
+
+    /// Whether the log has just this record.
+    fn is_logged(&self, record: &ShippedRecord) -> Result<bool, EngineError> {
+        let known = self.shared.log.find(&self.name, record.max_txid).map_err(other)?;
+        Ok(known.is_some_and(|known| {
+            (known.min_txid, known.max_txid) == (record.min_txid, record.max_txid)
+                && (known.post_apply, known.epoch) == (record.post_apply, record.epoch)
+        }))
     }
 
     /// The database's checksum after a transaction, from the pages' old and new checksums.
@@ -337,7 +356,7 @@ impl Database {
         if !side.pending.is_empty() || side.applier.wal_frames() == 0 {
             return Ok(());
         }
-        let durability = match self.shared.is_writable() {
+        let durability = match self.may_write() {
             // Through the preload door, frames may be there that were not captured yet.
             true => Durability::Wal,
             false => {
@@ -382,7 +401,7 @@ impl Database {
     /// [`Applier::keep_writers_out`]).
     pub fn keep_writers_out(&self, hold: WriterHold) {
         self.apply.lock().applier.keep_writers_out(hold);
-        if self.shared.is_writable() {
+        if self.may_write() {
             // It became primary meanwhile.
             self.let_writers_in();
         }

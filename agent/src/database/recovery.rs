@@ -666,7 +666,7 @@ impl Database {
             drop(st);
             return self.mark_durable();
         }
-        if !self.shared.is_writable() {
+        if !self.may_write() {
             let reason = format!("{} pages differ from the log after a crash", differing.len());
             st.quarantine(self, reason);
             return Ok(());

@@ -137,6 +137,7 @@ fn tidy(node: &Node) {
 }
 
 fn retry(node: &Node) {
+    node.end_halt_locks();
     let bound = node.config.read().replication.apply_wait;
     for name in node.shared.take_pending() {
         if let Some(db) = node.shared.database(&name) {
@@ -159,7 +160,7 @@ fn sweep(node: &Node) {
     if !node.shared.is_writable() {
         return;
     }
-    for db in node.shared.known() {
+    for db in node.shared.known().into_iter().filter(|db| !db.is_lent()) {
         if node.shared.is_writable()
             && let Err(error) = db.end_dead_transaction()
         {

@@ -79,6 +79,12 @@ impl Node {
     fn hold_writers(&self) -> Result<Vec<Held>, String> {
         let begun = Instant::now();
         let mut held = Vec::new();
+        if let Some(lent) = self.shared.known().into_iter().find(|db| db.is_lent()) {
+            return Err(format!(
+                "another host has a halt lock on {}: try again when it has let go",
+                lent.name()
+            ));
+        }
         for db in self.shared.known().into_iter().filter(|db| is_in_use(db)) {
             let left = HOLD.saturating_sub(begun.elapsed());
             let hold = db.hold_writers(left);
@@ -95,6 +101,9 @@ impl Node {
         for db in self.shared.known().into_iter().filter(|db| is_in_use(db)) {
             if self.shared.is_writable() {
                 return;
+            }
+            if db.may_write() {
+                continue;
             }
             if db.keeps_writers_out() {
                 continue;

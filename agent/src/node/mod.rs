@@ -9,6 +9,7 @@ mod background;
 mod bus;
 mod candidate;
 mod discovery;
+mod halt;
 mod handoff;
 mod identity;
 mod lease_driver;
@@ -18,6 +19,7 @@ mod source;
 mod takeover;
 mod view;
 
+pub use halt::HeldLock;
 pub use identity::{Identity, IdentityError, LastStop};
 pub use role::{Role, Upstream};
 
@@ -71,6 +73,7 @@ pub struct Node {
     pub(crate) access: Arc<Access>,
     role: watch::Sender<Role>,
     write_gate: role::WriteGate,
+    halt_locks: halt::Locks,
     lease: OnceLock<LeaseHandle>,
     /// What was found at the start and waits for the first role.
     discovered: Mutex<Option<discovery::Discovered>>,
@@ -170,6 +173,7 @@ impl Node {
             access,
             role: watch::Sender::new(Role::unknown(epoch)),
             write_gate: role::WriteGate::default(),
+            halt_locks: halt::Locks::default(),
             lease: OnceLock::new(),
             discovered: Mutex::new(Some(found)),
             heard: Mutex::default(),
@@ -312,6 +316,7 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
     server.set_candidate(node.clone());
+    server.set_halt_locks(Arc::new(halt::LendingNode(node.clone())));
     let handler = Arc::new(view::HttpHandler { node: node.clone() });
     // Others ask how far this node is before there is a primary.
     let options = HttpOptions { access: node.access.clone(), ..HttpOptions::default() };
@@ -376,6 +381,7 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
     systemd::status::stopping();
     systemd::targets::stop(&config.cluster).await;
     node.stop_hooks().await;
+    node.give_back_all().await;
     if config.lease.kind != LeaseKind::Static
         && node.role().name == RoleName::Primary
         && let Err(why) = node.hand_over_to_best().await

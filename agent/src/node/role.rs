@@ -158,7 +158,7 @@ impl Node {
         if !self.allow_writes(epoch, number) {
             return Ok(false);
         }
-        self.shared.known().iter().for_each(|db| db.let_writers_in());
+        self.shared.known().iter().filter(|db| db.may_write()).for_each(|db| db.let_writers_in());
         self.settle(true);
         Ok(true)
     }

@@ -162,6 +162,7 @@ impl Node {
     pub(super) fn database_status(&self, db: &Database) -> DatabaseStatus {
         let is_primary = self.role.borrow().name == RoleName::Primary;
         let heard = self.heard.lock().get(db.name()).copied();
+        let halt_lock = self.halt_lock_of(db.name());
         let mut st = db.state();
         let wal_mode = db.load_journal_mode(&mut st);
         let lag = match heard {
@@ -192,6 +193,7 @@ impl Node {
             lag,
             wal_frames: st.wal.committed_frames(),
             open_handles: u64::from(st.handles),
+            halt_lock,
             last_change_unix_ms: (st.last_change_ms > 0).then_some(st.last_change_ms),
         }
     }
@@ -369,6 +371,9 @@ impl NodeView for Node {
         if !self.shared.is_writable() {
             return Err(ViewError::NotPrimary { primary: self.primary_hostname() });
         }
+        if self.shared.database(name).is_some_and(|db| db.is_lent()) {
+            return Err(ViewError::Busy(name.clone()));
+        }
         self.shared.database_or_new(name).import(staged).map_err(|e| match e {
             ImportError::NotADatabase { .. } => ViewError::BadDatabase(e.to_string()),
             ImportError::Apply(crate::apply::ApplyError::Busy { .. }) => ViewError::Busy(name.clone()),
@@ -382,6 +387,10 @@ impl NodeView for Node {
 
     fn request_role(self: Arc<Self>, request: RoleRequest) -> BoxFuture<'static, Result<(), ViewError>> {
         Box::pin(async move { self.change_role_on_request(request).await })
+    }
+
+    fn halt(self: Arc<Self>, name: DatabaseName) -> BoxFuture<'static, Result<super::HeldLock, ViewError>> {
+        Box::pin(Node::halt(self, name))
     }
 
     fn import_dir(&self) -> PathBuf {

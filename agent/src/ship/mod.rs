@@ -7,6 +7,7 @@
 //! | [`http`]   | the node's HTTP server: sockets, HTTP/1 and 2, routing                    |
 //! | [`peer`]   | identity, protocol version and refusals, on every request                 |
 //! | [`frame`]  | the frames that streams are made of                                       |
+//! | [`halt`]   | halt locks: what nodes ask the primary about them                         |
 //! | [`server`] | the side that is followed                                                 |
 //! | [`follow`] | the side that follows                                                     |
 
@@ -14,6 +15,7 @@ pub mod body;
 pub mod engine;
 pub mod follow;
 pub mod frame;
+pub mod halt;
 pub mod http;
 pub mod peer;
 pub mod server;

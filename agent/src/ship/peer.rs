@@ -148,12 +148,14 @@ pub enum RefusalCode {
     Stopping,
     /// The peer has not proved that it belongs to the cluster.
     Unauthorized,
+    /// The halt lock is not to be had, or not held.
+    HaltLock,
     /// A code of a newer minor version.
     Other(u16),
 }
 
 /// Code, its number in an Error frame, its name in the refusal header, its HTTP status.
-const CODES: [(RefusalCode, u16, &str, StatusCode); 14] = [
+const CODES: [(RefusalCode, u16, &str, StatusCode); 15] = [
     (RefusalCode::BadRequest, 1, "bad-request", StatusCode::BAD_REQUEST),
     (RefusalCode::Protocol, 2, "protocol", StatusCode::UPGRADE_REQUIRED),
     (RefusalCode::Cluster, 3, "cluster", StatusCode::FORBIDDEN),
@@ -168,6 +170,7 @@ const CODES: [(RefusalCode, u16, &str, StatusCode); 14] = [
     (RefusalCode::Engine, 12, "engine", StatusCode::INTERNAL_SERVER_ERROR),
     (RefusalCode::Stopping, 13, "stopping", StatusCode::SERVICE_UNAVAILABLE),
     (RefusalCode::Unauthorized, 14, "unauthorized", StatusCode::UNAUTHORIZED),
+    (RefusalCode::HaltLock, 15, "halt-lock", StatusCode::LOCKED),
 ];
 
 impl RefusalCode {

@@ -162,6 +162,9 @@ pub struct DatabaseStatus {
     pub wal_frames: u64,
     /// Handles that applications have open.
     pub open_handles: u64,
+    /// Name of the host that writes it under a halt lock, on that host and on the primary.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub halt_lock: Option<String>,
     /// When its last transaction was committed; nothing when unknown.
     pub last_change_unix_ms: Option<i64>,
 }

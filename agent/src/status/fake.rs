@@ -39,6 +39,7 @@ pub fn status() -> Status {
             lag: None,
             wal_frames: 5,
             open_handles: 1,
+            halt_lock: None,
             last_change_unix_ms: Some(2000),
         }],
         followers: vec![FollowerStatus {
@@ -162,6 +163,13 @@ impl NodeView for FakeNode {
     ) -> BoxFuture<'static, Result<(), ViewError>> {
         self.asked.lock().push(request);
         Box::pin(async { Ok(()) })
+    }
+
+    fn halt(
+        self: std::sync::Arc<Self>,
+        name: DatabaseName,
+    ) -> BoxFuture<'static, Result<crate::node::HeldLock, ViewError>> {
+        Box::pin(async move { Err(ViewError::NoSuchDatabase(name)) })
     }
 
     fn import_dir(&self) -> PathBuf {

@@ -15,6 +15,7 @@ use serde_json::json;
 use std::fmt::Display;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::AsyncReadExt;
 
 /// A response's body; an error in it breaks the connection, so that the other end notices.
@@ -30,6 +31,9 @@ pub const LITEFS_POSITION: HeaderName = HeaderName::from_static("litefs-position
 /// Bytes of a database in one frame of an export.
 const CHUNK: usize = 256 << 10;
 
+/// Time between lines of an answer that stands for a halt lock: by these it is noticed that nobody reads it.
+const HALT_HEARTBEAT: Duration = Duration::from_millis(250);
+
 /// A refusal: status and message, for people.
 struct Refusal(StatusCode, String);
 
@@ -43,7 +47,9 @@ impl From<ViewError> for Refusal {
     fn from(error: ViewError) -> Refusal {
         let status = match &error {
             ViewError::NoSuchDatabase(_) => StatusCode::NOT_FOUND,
-            ViewError::NotPrimary { .. } | ViewError::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
+            ViewError::NotPrimary { .. } | ViewError::Busy(_) | ViewError::HaltLock(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             ViewError::Quarantined { .. }
             | ViewError::Damaged(_)
             | ViewError::StaticLease(_)
@@ -98,7 +104,9 @@ where
 /// The method that a path answers.
 fn method_of(path: &str) -> Option<Method> {
     match path {
-        "/v1/import" | "/v1/reload" | "/v1/promote" | "/v1/demote" | "/v1/handoff" => Some(Method::POST),
+        "/v1/import" | "/v1/reload" | "/v1/promote" | "/v1/demote" | "/v1/handoff" | "/v1/halt" => {
+            Some(Method::POST)
+        }
         "/v1/status" | "/v1/export" | "/info" | "/metrics" | "/events" => Some(Method::GET),
         _ => None,
     }
@@ -133,6 +141,7 @@ where
             json_of(&json!({}))
         }
         "/v1/promote" | "/v1/demote" | "/v1/handoff" => change_role(&req, privileged, view).await,
+        "/v1/halt" => halt(&req, privileged, view).await,
         "/v1/export" => export(database_name(&req)?, view).await,
         "/events" => {
             // Subscribed before the role is read: a change between the two is then seen twice, not never.
@@ -174,6 +183,28 @@ async fn change_role<B>(
     };
     view.request_role(request).await?;
     json_of(&json!({}))
+}
+
+/// A halt lock for whoever asks. It lasts as long as the answer, which is empty lines while all is well, and why the lock
+/// was lost when it is.
+async fn halt<B>(
+    req: &Request<B>,
+    privileged: bool,
+    view: Arc<dyn NodeView>,
+) -> Result<Response<Body>, Refusal> {
+    if !privileged {
+        let message = "a halt lock is for programs of this host: run `litefs run --with-halt-lock-on` there";
+        return Err(Refusal(StatusCode::FORBIDDEN, message.to_owned()));
+    }
+    let held = view.halt(database_name(req)?).await?;
+    let lines = stream::unfold(Some(held), |held| async move {
+        let held = held?;
+        match tokio::time::timeout(HALT_HEARTBEAT, held.lost()).await {
+            Ok(why) => Some((Ok(Frame::data(Bytes::from(format!("{why}\n")))), None)),
+            Err(_) => Some((Ok(Frame::data(Bytes::from_static(b"\n"))), Some(held))),
+        }
+    });
+    Ok(with_type("text/plain; charset=utf-8", BodyExt::boxed_unsync(StreamBody::new(lines))))
 }
 
 /// What LiteFS tells of itself at this path.

@@ -65,6 +65,12 @@ pub trait NodeView: Send + Sync + 'static {
         request: RoleRequest,
     ) -> BoxFuture<'static, Result<(), ViewError>>;
 
+    /// Lets applications on this host write a database, wherever the primary is, until the result is dropped.
+    fn halt(
+        self: std::sync::Arc<Self>,
+        name: DatabaseName,
+    ) -> BoxFuture<'static, Result<crate::node::HeldLock, ViewError>>;
+
     /// Where files for [`NodeView::import`] are staged; on the file system of the databases. Does not block.
     fn import_dir(&self) -> PathBuf;
 }
@@ -123,6 +129,9 @@ pub enum ViewError {
     /// The primary is who it was.
     #[error("{0}")]
     Handoff(String),
+    /// This host may not write the database of another primary.
+    #[error("no halt lock: {0}")]
+    HaltLock(String),
     /// What is on disk is not what was committed.
     #[error("{0}")]
     Damaged(String),

@@ -153,6 +153,7 @@ pub fn errno_of(db: &Database, doing: &str, error: &CaptureError) -> i32 {
     match error {
         CaptureError::RefusedBefore { .. } => {}
         CaptureError::WalIsNeeded => tracing::warn!(database = %db.name(), doing, %error, "refused"),
+        CaptureError::HaltLock(_) => tracing::warn!(database = %db.name(), doing, %error, "a commit failed"),
         CaptureError::NotPrimary => tracing::debug!(database = %db.name(), doing, "refused: not the primary"),
         _ => {
             let full = errno == libc::ENOSPC;
@@ -220,7 +221,7 @@ impl OpenFile {
             && !db.paths().database.exists()
         {
             // Part of a copy whose database has not come yet.
-            db.shared().check_writable().map_err(|e| errno_of(db, "write", &e))?;
+            db.check_writable().map_err(|e| errno_of(db, "write", &e))?;
             st.wal.mark_written_by_others();
             return plain(&self.file).map(|()| Answer::Now);
         }
@@ -410,9 +411,7 @@ fn main_written(
     offset: u64,
     data: &[u8],
 ) -> Result<Answer, CaptureError> {
-    if st.page_count > 0 || !db.shared().is_writable() {
-        db.shared().check_writable()?;
-    }
+    db.check_writable()?;
     st.check_health()?;
     // In WAL mode SQLite writes here what the WAL, and so the log, already has.
     let checkpoint = db.load_journal_mode(st) && !st.rollback.journal_active;
@@ -437,7 +436,7 @@ fn journal_written(
     offset: u64,
     data: &[u8],
 ) -> Result<Answer, CaptureError> {
-    db.shared().check_writable()?;
+    db.check_writable()?;
     st.check_health()?;
     let ends = offset == 0 && data.len() == JOURNAL_HEADER_BYTES && data.iter().all(|b| *b == 0);
     let answer = if ends { journal_ends(db, st)? } else { Answer::Now };

@@ -237,6 +237,16 @@ impl LitefsFilesystem {
         internal || self.shared.is_writable()
     }
 
+    /// As [`Self::may_write`], for a file of a database, which may be lent or borrowed.
+    fn may_write_file(&self, internal: bool, kind: Kind, db: Option<&Arc<Database>>) -> bool {
+        match db {
+            // Who opens a database that is lent writes when it is back.
+            Some(db) if kind == Kind::Main => self.may_write(internal) || db.may_write(),
+            Some(db) => internal || db.may_write(),
+            None => self.may_write(internal),
+        }
+    }
+
     /// Opens a regular file: decides how, and keeps the handle.
     fn open_file(
         &self,
@@ -257,7 +267,10 @@ impl LitefsFilesystem {
         // SQLite opens databases for reading and writing, and never truncates them at open.
         let plain_program =
             !internal && (flags & libc::O_ACCMODE == libc::O_WRONLY || flags & libc::O_TRUNC != 0);
-        if writes && !self.may_write(internal) && !matches!(kind, Kind::Wal | Kind::Shm) {
+        if writes
+            && !matches!(kind, Kind::Wal | Kind::Shm)
+            && !self.may_write_file(internal, kind, db.as_ref())
+        {
             // SQLite goes on read-only after EROFS; a journal it must not be able to make.
             return Err(if kind == Kind::Journal { Errno::EACCES } else { Errno::EROFS });
         }
@@ -438,8 +451,8 @@ impl LitefsFilesystem {
         };
         let db = DatabaseName::new(&base).ok().and_then(|name| self.shared.database(&name));
         let Some(db) = db.filter(|_| !internal) else { return finish(remove(), reply) };
-        if !self.shared.is_writable() && !matches!(kind, Kind::Wal | Kind::Shm) {
-            return reply.error(Errno::EROFS);
+        if !db.may_write() && !matches!(kind, Kind::Wal | Kind::Shm) {
+            return reply.error(if db.is_lent() { Errno::EBUSY } else { Errno::EROFS });
         }
         let mut st = db.state();
         let result = match kind {
@@ -687,7 +700,11 @@ impl Filesystem for LitefsFilesystem {
         if matches!(node, Node::Special(_)) {
             return reply.error(Errno::EPERM);
         }
-        if !self.may_write(internal) && !companion {
+        let may_write = match &node {
+            Node::File(kind, db) => self.may_write_file(internal, *kind, db.as_ref()),
+            _ => self.may_write(internal),
+        };
+        if !may_write && !companion {
             return reply.error(Errno::EROFS);
         }
         let path = self.backing(&inode.path());
@@ -869,8 +886,9 @@ impl Filesystem for LitefsFilesystem {
             if self.special_at(&path).is_some() {
                 return Err(Errno::EEXIST);
             }
-            let kind = classify(&path).0;
-            if !self.may_write(internal) && !matches!(kind, Kind::Wal | Kind::Shm) {
+            let (kind, base) = classify(&path);
+            let db = DatabaseName::new(&base).ok().and_then(|name| self.shared.database(&name));
+            if !matches!(kind, Kind::Wal | Kind::Shm) && !self.may_write_file(internal, kind, db.as_ref()) {
                 return Err(if kind == Kind::Journal { Errno::EACCES } else { Errno::EROFS });
             }
             let backing = self.backing(&path);

@@ -5,6 +5,7 @@ mod connection;
 mod control;
 mod database;
 mod divergence;
+pub mod halt;
 mod intake;
 mod latest;
 mod snapshot;

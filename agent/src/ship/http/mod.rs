@@ -7,6 +7,7 @@ mod first_bytes;
 use crate::lease::peers::PREFIX as LEASE_PREFIX;
 use crate::ship::body::Body;
 use crate::ship::frame::full_text;
+use crate::ship::halt::PREFIX as HALT_PREFIX;
 use crate::ship::server::{DATABASES_PREFIX, FOLLOW_PATH, Server};
 use access::Access;
 use first_bytes::FirstBytes;
@@ -330,7 +331,11 @@ async fn route(site: &Site, request: Request<Incoming>, caller: Caller) -> Respo
     {
         return site.ship.refuse(&request, &refusal);
     }
-    if path == FOLLOW_PATH || path.starts_with(DATABASES_PREFIX) || path.starts_with(LEASE_PREFIX) {
+    if path == FOLLOW_PATH
+        || path.starts_with(DATABASES_PREFIX)
+        || path.starts_with(LEASE_PREFIX)
+        || path.starts_with(HALT_PREFIX)
+    {
         return site.ship.handle(request).await;
     }
     site.handler.handle(request, matches!(caller, Caller::ThisHost)).await

@@ -11,6 +11,7 @@ use crate::DatabaseName;
 use crate::lease::peers::{self, Candidate};
 use crate::ship::body::{self, Body};
 use crate::ship::engine::{EngineError, Epoch, Source};
+use crate::ship::halt::{self, HaltLocks};
 use crate::ship::http::PeerAddr;
 use crate::ship::peer::{Identity, IdentityError, PROTOCOL, Refusal, RefusalCode, query_value};
 use changes::Changes;
@@ -80,6 +81,8 @@ pub struct Server {
     sessions: Sessions,
     /// Answers questions about the lease.
     candidate: OnceLock<Arc<dyn Candidate>>,
+    /// Lends databases.
+    halt_locks: OnceLock<Arc<dyn HaltLocks>>,
     cancel: CancellationToken,
     tracker: TaskTracker,
 }
@@ -98,6 +101,7 @@ impl Server {
             reads,
             sessions: Sessions::default(),
             candidate: OnceLock::new(),
+            halt_locks: OnceLock::new(),
             cancel,
             tracker,
         })
@@ -106,6 +110,11 @@ impl Server {
     /// Who answers other nodes that ask about the lease; once.
     pub fn set_candidate(&self, candidate: Arc<dyn Candidate>) {
         let _ = self.candidate.set(candidate);
+    }
+
+    /// Who lends databases to other nodes; once.
+    pub fn set_halt_locks(&self, halt_locks: Arc<dyn HaltLocks>) {
+        let _ = self.halt_locks.set(halt_locks);
     }
 
     /// Followers that are connected now.
@@ -143,7 +152,7 @@ impl Server {
     fn refused(&self, peer: &str, path: &str, refusal: &Refusal) -> Response<Body> {
         match refusal.code {
             // Part of normal life; the follower decides what to do.
-            RefusalCode::Gap | RefusalCode::Diverged | RefusalCode::NotKept => {
+            RefusalCode::Gap | RefusalCode::Diverged | RefusalCode::NotKept | RefusalCode::HaltLock => {
                 tracing::debug!(peer, path, "{refusal}");
             }
             _ => tracing::warn!(peer, path, "refused: {refusal}"),
@@ -167,6 +176,12 @@ impl Server {
             let asks = self.admit(peer, &request)?.node_id;
             let (method, uri) = (request.method(), request.uri());
             return peers::serve(&**candidate, asks, method, uri.path(), uri.query()).await;
+        }
+        if let Some(halt_locks) = self.halt_locks.get()
+            && request.uri().path().starts_with(halt::PREFIX)
+        {
+            let asks = self.admit(peer, &request)?;
+            return halt::serve(&**halt_locks, &asks, request).await;
         }
         let method = match request.uri().path() {
             FOLLOW_PATH => Method::POST,

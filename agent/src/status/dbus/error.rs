@@ -72,6 +72,7 @@ impl From<ViewError> for BusError {
             ViewError::NotPrimary { .. } => "NotPrimary",
             ViewError::StaticLease(_) => "StaticLease",
             ViewError::Handoff(_) => "HandoffFailed",
+            ViewError::HaltLock(_) => "HaltLock",
             ViewError::Quarantined { .. } => "Quarantined",
             ViewError::Busy(_) => "Busy",
             ViewError::Damaged(_) => "ChecksumMismatch",

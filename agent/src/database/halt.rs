@@ -1,0 +1,203 @@
+//! A halt lock (decision 34): the primary lends a database to another node, which then is its only writer. The lender's
+//! writers wait meanwhile; what the borrower commits goes to the lender first, and only then into the borrower's log.
+
+use super::Database;
+use super::receive::other;
+use crate::apply::{Applier, WriterHold};
+use crate::capture::CaptureError;
+use crate::ship::engine::{EngineError, ShippedRecord};
+use ltx::Pos;
+use std::fmt::Debug;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Who may write a database, where that does not follow from the node's role alone.
+#[derive(Debug)]
+pub(super) enum Loan {
+    /// Another node.
+    Lent,
+    /// This node, although another one is the primary.
+    Borrowed(Arc<dyn Lender>),
+}
+
+/// The bytes of a transaction that is about to be logged.
+#[derive(Debug, Clone)]
+pub enum Transaction {
+    /// In memory.
+    Bytes(bytes::Bytes),
+    /// A complete LTX file.
+    File(PathBuf),
+}
+
+/// The primary, as the node sees it that has borrowed a database.
+pub trait Lender: Send + Sync + Debug {
+    /// Whether the lock is held, by this node's clock and epoch.
+    fn is_held(&self) -> bool;
+
+    /// Has the primary commit a transaction. When this returns it is durable there; after an error it may be.
+    ///
+    /// # Errors
+    /// Why it is not known to be. The lock is lost then.
+    fn commit(&self, transaction: Transaction) -> Result<(), String>;
+}
+
+impl Database {
+    /// Whether applications on this host may write this database.
+    pub fn may_write(&self) -> bool {
+        match &*self.loan.read() {
+            None => self.shared.is_writable(),
+            Some(Loan::Lent) => false,
+            Some(Loan::Borrowed(lender)) => lender.is_held(),
+        }
+    }
+
+    pub(crate) fn check_writable(&self) -> Result<(), CaptureError> {
+        if self.may_write() { Ok(()) } else { Err(CaptureError::NotPrimary) }
+    }
+
+    /// Whether another node has the database.
+    pub fn is_lent(&self) -> bool {
+        matches!(&*self.loan.read(), Some(Loan::Lent))
+    }
+
+    /// Where commits go first.
+    pub(crate) fn lender(&self) -> Option<Arc<dyn Lender>> {
+        match &*self.loan.read() {
+            Some(Loan::Borrowed(lender)) => Some(lender.clone()),
+            _ => None,
+        }
+    }
+
+    /// Makes this node's writers wait and says where the database is, durably. From then on only [`Database::take_lent`]
+    /// changes it. The result has to be kept until the database is taken back.
+    ///
+    /// # Errors
+    /// Others hold its locks for longer than `bound`, or what they wrote cannot be captured.
+    pub fn lend(&self, bound: Duration) -> Result<(Pos, Option<WriterHold>), EngineError> {
+        let no_database = || EngineError::NoSuchDatabase(self.name.clone());
+        let hold = self.hold_writers(bound)?.ok_or_else(no_database)?;
+        let (position, end) = {
+            let mut st = self.state();
+            if !self.load_journal_mode(&mut st) && st.rollback.is_dirty() {
+                // Written without a journal: nobody has said yet that it is committed.
+                self.capture_rollback(&mut st).map_err(other)?;
+            }
+            if let Some(reason) = st.quarantine_reason() {
+                return Err(EngineError::Quarantined { name: self.name.clone(), reason: reason.to_owned() });
+            }
+            if st.applied.position != st.position {
+                return Err(EngineError::Busy(self.name.clone()));
+            }
+            *self.loan.write() = Some(Loan::Lent);
+            (st.position, st.logged_end)
+        };
+        if let Err(error) = self.shared.log.wait_durable(end) {
+            *self.loan.write() = None;
+            return Err(other(error));
+        }
+        let mut kept = None;
+        keep_out(&mut self.apply.lock().applier, hold, &mut kept);
+        Ok((position, kept))
+    }
+
+    /// The lock has ended.
+    pub fn take_back(&self) {
+        *self.loan.write() = None;
+        if self.may_write() {
+            self.let_writers_in();
+        }
+    }
+
+    /// Logs and applies a transaction of the node that has the database. `hold` is what [`Database::lend`] gave.
+    ///
+    /// # Errors
+    /// It does not follow the database's position, this node's term has ended, or the log failed. Nothing is logged then.
+    pub fn take_lent(
+        &self,
+        record: ShippedRecord,
+        hold: &mut Option<WriterHold>,
+        bound: Duration,
+    ) -> Result<Pos, EngineError> {
+        let term = self.shared.term();
+        let mut side = self.apply.lock();
+        self.queue_unapplied(&mut side)?;
+        if !self.is_lent() {
+            return Err(other(format_args!("{} is not lent any more", self.name)));
+        }
+        self.log_received(&mut side, record, Some(&term))?;
+        let (position, end) = {
+            let st = self.state();
+            (st.position, st.logged_end)
+        };
+        self.shared.log.wait_durable(end).map_err(other)?;
+        self.set_durable_position(position);
+        self.shared.changed(&self.name);
+        // In rollback modes applying takes the locks itself.
+        *hold = None;
+        self.apply_pending(&mut side, bound);
+        if !side.applier.keeps_writers_out() {
+            match side.applier.hold_writers(bound) {
+                Ok(Some(again)) => keep_out(&mut side.applier, again, hold),
+                Ok(None) => {}
+                Err(error) => tracing::debug!(
+                    database = %self.name,
+                    %error,
+                    "writers get an error until the halt lock ends, instead of waiting"
+                ),
+            }
+        }
+        Ok(position)
+    }
+
+    /// This node's applications may write from now on, though it is a replica: what they commit goes to `lender` first.
+    pub fn borrow(&self, lender: Arc<dyn Lender>) {
+        *self.loan.write() = Some(Loan::Borrowed(lender));
+        self.let_writers_in();
+    }
+
+    /// This node is a replica like any other again. The running transaction gets at most `bound` to end first.
+    pub fn give_back(&self, bound: Duration) {
+        if self.lender().is_none() {
+            return;
+        }
+        let hold = if self.may_write() {
+            // The transaction of an application that died; it is seen the second time.
+            for _ in 0..2 {
+                if let Err(error) = self.end_dead_transaction() {
+                    tracing::warn!(database = %self.name, %error, "cannot take back the transaction of a dead application");
+                }
+            }
+            self.hold_writers(bound).unwrap_or_else(|error| {
+                tracing::warn!(database = %self.name, %error, "a transaction outlasts its halt lock, and fails");
+                None
+            })
+        } else {
+            None
+        };
+        {
+            let mut st = self.state();
+            if hold.is_some()
+                && !self.load_journal_mode(&mut st)
+                && st.rollback.is_dirty()
+                && let Err(error) = self.capture_rollback(&mut st)
+            {
+                tracing::warn!(database = %self.name, %error, "what was written without a journal is not captured");
+            }
+            *self.loan.write() = None;
+        }
+        if let Some(hold) = hold {
+            self.keep_writers_out(hold);
+        }
+        self.shared.pending_again(&self.name);
+    }
+}
+
+/// In WAL mode the applier keeps the lock; in rollback modes `kept` does.
+fn keep_out(applier: &mut Applier, hold: WriterHold, kept: &mut Option<WriterHold>) {
+    if hold.is_of_wal() {
+        applier.keep_writers_out(hold);
+    } else {
+        *kept = Some(hold);
+    }
+}
