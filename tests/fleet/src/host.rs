@@ -217,6 +217,16 @@ impl Host {
         self.enter(&["bash", "-c", script]).expect("the host is on")
     }
 
+    /// What opens a shell inside the host from this machine.
+    ///
+    /// # Panics
+    /// If the host is off.
+    #[track_caller]
+    pub fn shell(&self) -> String {
+        let init = self.state().as_ref().expect("the host is on").init;
+        format!("nsenter --all --target {init} bash")
+    }
+
     fn enter(&self, args: &[&str]) -> Result<Command> {
         let init = match &*self.state() {
             Some(running) => running.init.to_string(),

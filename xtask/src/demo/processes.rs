@@ -1,33 +1,25 @@
-//! `cargo xtask demo`: a primary and a replica on this machine, without any configuration file.
+//! A primary and a replica as processes of this machine, without any configuration file.
 
+use super::{CREATE, INSERT, Interrupt, SELECT, heading};
 use crate::run::{self, cargo, show};
 use crate::setup;
 use anyhow::{Context, Result, bail};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, poll};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use std::fs::{self, File};
 use std::io::IsTerminal;
 use std::net::TcpListener;
-use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long an agent may take to start, and a transaction to arrive. A working one needs milliseconds.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-const CREATE: &str = "PRAGMA journal_mode=WAL; CREATE TABLE greeting(id INTEGER PRIMARY KEY, text TEXT);";
-const INSERT: &str = "INSERT INTO greeting(text) VALUES ('hello from the primary'), ('seen on the replica');";
-const SELECT: &str = "SELECT * FROM greeting;";
-
 /// Shows the main job.
 pub fn run() -> Result<()> {
-    setup::packages()?;
     setup::can_mount()?;
     heading("build");
     run::run(&mut cargo(&["build", "--release", "--package", "litefs-agent"]))?;
@@ -84,10 +76,6 @@ pub fn run() -> Result<()> {
     replica.stop()?;
     primary.stop()?;
     dir.close().context("cannot remove the directory of the demo")
-}
-
-fn heading(text: &str) {
-    println!("\n== {text}");
 }
 
 fn try_next(primary: &Agent, replica: &Agent) {
@@ -292,49 +280,5 @@ impl Drop for Agent {
         {
             eprintln!("{error:#}");
         }
-    }
-}
-
-/// Set by Ctrl-C and SIGTERM.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-/// Ctrl-C and SIGTERM are noticed between steps. (Handled, not blocked: programs inherit a block, but no handler.)
-struct Interrupt;
-
-impl Interrupt {
-    fn new() -> Result<Interrupt> {
-        extern "C" fn note(_: i32) {
-            INTERRUPTED.store(true, Ordering::Relaxed);
-        }
-        // Without SA_RESTART, so that waiting ends at once.
-        let action = SigAction::new(SigHandler::Handler(note), SaFlags::empty(), SigSet::empty());
-        for signal in [Signal::SIGINT, Signal::SIGTERM] {
-            // SAFETY: the handler only stores to an atomic, which is async-signal-safe.
-            unsafe { sigaction(signal, &action) }.context("cannot handle signals")?;
-        }
-        Ok(Interrupt)
-    }
-
-    /// Waits; fails when interrupted.
-    fn pause(&self, time: Duration) -> Result<()> {
-        std::thread::sleep(time);
-        if INTERRUPTED.load(Ordering::Relaxed) {
-            bail!("interrupted");
-        }
-        Ok(())
-    }
-
-    /// Waits for Enter, the end of the input, or an interruption, which here is a good way to end.
-    fn wait_for_enter(&self) -> Result<()> {
-        let stdin = std::io::stdin();
-        while !INTERRUPTED.load(Ordering::Relaxed) {
-            let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, 200u16) {
-                Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) => break,
-                Err(error) => return Err(error).context("cannot wait for the terminal"),
-            }
-        }
-        Ok(())
     }
 }
