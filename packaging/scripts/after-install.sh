@@ -4,7 +4,8 @@ systemd-tmpfiles --create litefs.conf
 if [ -d /run/systemd/system ]; then
     systemctl daemon-reload
     if [ -n "$previous" ]; then
-        # Running agents are replaced; their mounts stay.
+        # Running agents are replaced; their mounts stay. What mounts for them keeps nothing.
+        systemctl try-restart litefs-mount.service || true
         systemctl try-restart 'litefs@*.service' || true
     fi
 fi

@@ -188,7 +188,7 @@ fn how_long_writers_wait() {
         (0..rounds).map(round).collect()
     };
     let times = killed(10, &|from| {
-        // What ExecStopPost= does.
+        // What systemd does when it gives an agent up.
         let agent = from.agent_command();
         let mut release = Command::new(agent.get_program());
         release.arg("release-lease").args(agent.get_args().filter(|word| *word != "agent"));

@@ -106,7 +106,7 @@ enum Command {
     },
     /// Let go of the lease of an agent that died, so that another host takes over at once
     ///
-    /// For `ExecStopPost=` of the service. It does nothing to the lease of an agent that lives (exit code 65).
+    /// systemd does this when it gives the agent up (litefs-release-lease@.service). It does nothing to the lease of an agent that lives (exit code 65).
     ReleaseLease,
     /// Print the role and positions of this host, and each change of them, one per line
     ///

@@ -101,6 +101,13 @@ pub const KEYS: &[Key] = &[
         },
     },
     Key {
+        path: "mount.helper",
+        default: "none",
+        doc: "Socket of `litefs-mount`, which mounts and registers files for passthrough on behalf of an agent that may \
+              not (CAP_SYS_ADMIN). `litefs@.service` sets it; without it the agent does this itself.",
+        set: |config, value| absolute_path(value.text()?).map(|path| config.mount.helper = Some(path)),
+    },
+    Key {
         path: "mount.takeover-wait",
         default: "\"30s\"",
         doc: "When the agent dies, applications behind FUSE wait this long for the next one, which goes on where it \

@@ -110,6 +110,8 @@ pub struct MountConfig {
     pub passthrough: Passthrough,
     /// Threads that answer the kernel; 0: as many as suit the CPUs.
     pub threads: usize,
+    /// Socket of `litefs-mount`, which mounts for an agent that may not.
+    pub helper: Option<PathBuf>,
     /// How long applications wait for another agent when this one dies.
     #[serde(serialize_with = "duration")]
     pub takeover_wait: Duration,
@@ -494,6 +496,7 @@ impl Config {
             mount: MountConfig {
                 dir: Path::new("/srv/litefs").join(cluster),
                 passthrough: Passthrough::Auto,
+                helper: None,
                 takeover_wait: Duration::from_secs(30),
                 threads: 0,
             },

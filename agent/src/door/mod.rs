@@ -4,7 +4,7 @@ pub mod fuse;
 pub mod preload;
 
 use fuse::NameInvalidator;
-use fuse_session::MountError;
+use fuse_session::{MountError, Mounter};
 use std::sync::Arc;
 
 /// The open door.
@@ -62,6 +62,10 @@ impl Door {
 }
 
 /// Whether FUSE can be used here.
-pub fn has_fuse() -> bool {
-    std::fs::File::options().read(true).write(true).open("/dev/fuse").is_ok()
+pub fn has_fuse(mounter: &Mounter) -> Result<bool, MountError> {
+    match mounter.open_device() {
+        Ok(_) => Ok(true),
+        Err(MountError::Device(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
 }

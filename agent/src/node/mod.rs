@@ -107,7 +107,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let identity = Identity::open(&config.data.dir)?;
     let mut config = config;
     config.door = match config.door {
-        DoorKind::Auto if door::has_fuse() => DoorKind::Fuse,
+        DoorKind::Auto if door::has_fuse(&takeover::mounter(&config))? => DoorKind::Fuse,
         DoorKind::Auto => {
             tracing::info!("/dev/fuse cannot be opened: applications need the preload library (litefs exec)");
             DoorKind::Preload
@@ -202,6 +202,7 @@ impl Node {
             let options = preload::Options {
                 dir: dir.clone(),
                 runtime_dir,
+                mounter: takeover::mounter(&config),
                 hold: match config.preload.hold {
                     Hold::Auto => config.lease.kind != LeaseKind::Static,
                     Hold::Always => true,

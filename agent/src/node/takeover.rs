@@ -5,12 +5,17 @@ use super::Identity;
 use crate::config::{Config, DoorKind};
 use crate::systemd::fds;
 use anyhow::Context;
-use fuse_session::{AfterDeath, Connection, Guard, GuardOptions, Inherited, MountError, claim};
+use fuse_session::{AfterDeath, Connection, Guard, GuardOptions, Inherited, MountError, Mounter, claim};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Names in systemd's store.
 const DEVICE: &str = "fuse-device";
 const HANDLES: &str = "fuse-handles";
+
+/// Who mounts for this agent.
+pub fn mounter(config: &Config) -> Mounter {
+    config.mount.helper.clone().map_or_else(Mounter::own, Mounter::helper)
+}
 
 /// The agent's hold on its mount.
 #[derive(Debug)]
@@ -40,15 +45,16 @@ impl MountHold {
                 None
             }
         };
-        let taken_over = inherited.as_ref().map(|inherited| inherited.connect(&config.mount.dir));
+        let mounter = mounter(config);
+        let taken_over = inherited.as_ref().map(|inherited| inherited.connect(&config.mount.dir, &mounter));
         let connection = match taken_over {
             Some(Ok(connection)) => Ok(connection),
             Some(Err(error)) => {
                 tracing::warn!(%error, "cannot go on with the mount of the last agent; applications get errors");
                 forget_stored();
-                Connection::new()
+                Connection::new(&mounter)
             }
-            None => Connection::new(),
+            None => Connection::new(&mounter),
         };
         let after_death = if config.mount.takeover_wait.is_zero() {
             AfterDeath::Abort

@@ -3,21 +3,19 @@
 //! fuser ties a registration to the process that made it; here it is a number that another process may go on with, since the
 //! kernel wants all open files of an inode to have the same one.
 
+use crate::mounter::Mounter;
 use fuser::{FileAttr, FileHandle, FopenFlags, Generation, ReplyCreate, ReplyOpen};
-use nix::libc;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
-
-/// `FUSE_DEV_IOC_BACKING_CLOSE` (linux/fuse.h): `_IOW(229, 2, uint32_t)`.
-const BACKING_CLOSE: libc::Ioctl = nix::request_code_write!(229, 2, size_of::<u32>()) as libc::Ioctl;
 
 /// A registered backing file; unregistered when dropped. Files that are open keep it until they are closed.
 #[derive(Debug)]
 pub struct Backing {
     device: Arc<OwnedFd>,
+    mounter: Mounter,
     id: u32,
 }
 
@@ -25,18 +23,19 @@ pub struct Backing {
 #[derive(Debug, Clone)]
 pub struct Backings {
     pub(crate) device: Arc<OwnedFd>,
+    pub(crate) mounter: Mounter,
 }
 
 impl Backings {
-    /// Registers a file; needs CAP_SYS_ADMIN.
+    /// Registers a file; needs CAP_SYS_ADMIN, or the helper that has it.
     pub fn register(&self, file: &File) -> io::Result<Backing> {
-        let id = fuser::BackingId::create_raw(&*self.device, file)?;
-        Ok(Backing { device: self.device.clone(), id })
+        let id = self.mounter.register(self.device.as_fd(), file.as_fd())?;
+        Ok(self.adopt(id))
     }
 
     /// A registration that another process made and that nobody else will end.
     pub fn adopt(&self, id: u32) -> Backing {
-        Backing { device: self.device.clone(), id }
+        Backing { device: self.device.clone(), mounter: self.mounter.clone(), id }
     }
 }
 
@@ -73,10 +72,8 @@ impl Backing {
 
 impl Drop for Backing {
     fn drop(&mut self) {
-        // SAFETY: the ioctl reads one u32 at the address given.
-        let closed = unsafe { libc::ioctl(self.device.as_raw_fd(), BACKING_CLOSE, &raw const self.id) };
-        if closed < 0 {
-            tracing::debug!(id = self.id, error = %io::Error::last_os_error(), "cannot unregister a backing file");
+        if let Err(error) = self.mounter.unregister(self.device.as_fd(), self.id) {
+            tracing::debug!(id = self.id, %error, "cannot unregister a backing file");
         }
     }
 }

@@ -5,7 +5,8 @@
 //! and the descriptor of the device then takes the socket's place.
 
 use crate::handles::HandleTable;
-use crate::mount::{MountError, open_device};
+use crate::mount::MountError;
+use crate::mounter::Mounter;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -28,6 +29,7 @@ const INIT_READ_BYTES: usize = 64 * 1024;
 #[derive(Debug)]
 pub struct Connection {
     pub(crate) device: Arc<OwnedFd>,
+    pub(crate) mounter: Mounter,
     /// Open handles.
     pub handles: Arc<HandleTable>,
     taken_over: bool,
@@ -35,13 +37,14 @@ pub struct Connection {
 
 impl Connection {
     /// A new connection. It becomes one for the kernel when it is mounted.
-    pub fn new() -> Result<Connection, MountError> {
+    pub fn new(mounter: &Mounter) -> Result<Connection, MountError> {
         let handles = HandleTable::new().map_err(MountError::Table)?;
-        Ok(Connection { device: Arc::new(open_device()?), handles: Arc::new(handles), taken_over: false })
+        let device = Arc::new(mounter.open_device()?);
+        Ok(Connection { device, mounter: mounter.clone(), handles: Arc::new(handles), taken_over: false })
     }
 
     /// The connection of another process, which is mounted already.
-    pub fn take_over(device: OwnedFd, table: OwnedFd) -> Result<Connection, MountError> {
+    pub fn take_over(device: OwnedFd, table: OwnedFd, mounter: &Mounter) -> Result<Connection, MountError> {
         let handles = HandleTable::open(table).map_err(MountError::Table)?;
         if !handles.is_resumable() {
             return Err(MountError::Table(io::Error::other("the kernel does not send requests again")));
@@ -53,7 +56,13 @@ impl Connection {
         }
         // fuser takes "again" for a reason to try at once.
         set_blocking(&device, true).map_err(MountError::Device)?;
-        Ok(Connection { device: Arc::new(device), handles: Arc::new(handles), taken_over: true })
+        let (device, mounter) = (Arc::new(device), mounter.clone());
+        Ok(Connection { device, mounter, handles: Arc::new(handles), taken_over: true })
+    }
+
+    /// Who mounts it.
+    pub fn mounter(&self) -> &Mounter {
+        &self.mounter
     }
 
     /// Whether it came from another process.

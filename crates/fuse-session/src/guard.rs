@@ -8,14 +8,12 @@
 
 use crate::connection::{self, Connection};
 use crate::handles::HandleTable;
+use crate::mounter::Mounter;
 use crate::successor::KeeperSocket;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
 use nix::libc;
-use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
-use nix::sys::stat::Mode;
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, getppid};
 use std::io;
@@ -73,6 +71,7 @@ pub struct Guard {
 struct Watch<'a> {
     dir: &'a Path,
     device: Arc<OwnedFd>,
+    mounter: Mounter,
     handles: Arc<HandleTable>,
     lock: Option<BorrowedFd<'a>>,
     after_death: AfterDeath,
@@ -91,6 +90,7 @@ impl Guard {
         let watch = Watch {
             dir: options.dir,
             device: options.connection.device.clone(),
+            mounter: options.connection.mounter.for_child(),
             handles: options.connection.handles.clone(),
             lock: options.lock,
             after_death: options.after_death.clone(),
@@ -151,12 +151,8 @@ impl Watch<'_> {
         socket.hand_over(&[self.device.as_fd(), self.handles.as_fd()], Instant::now() + wait)
     }
 
-    /// MNT_FORCE aborts the connection. The mount must stay: applications get an error from it, while in a bare directory
-    /// they would find nothing and make their databases anew. So it is held, which asks its server nothing.
     fn abort(&self) -> ! {
-        let held = open(self.dir, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
-        let _ = umount2(self.dir, MntFlags::MNT_FORCE | MntFlags::UMOUNT_NOFOLLOW);
-        drop(held);
+        self.mounter.abort(self.dir);
         std::process::exit(0)
     }
 

@@ -2,21 +2,23 @@
 //! with.
 //!
 //! This is the only crate that names `fuser`; the door uses the re-exports in [`fuse`]. The mount is made with
-//! mount(2) directly, because no helper program is needed by a privileged agent and the `/dev/fuse` descriptor
-//! stays ours.
+//! mount(2) directly, by this process or by [`helper`], a small one that has the privilege for it.
 
 mod backing;
 mod connection;
 mod guard;
 mod handles;
+pub mod helper;
 mod mount;
+mod mounter;
 mod successor;
 
 pub use backing::{Backing, Backings};
 pub use connection::{Connection, RESENT};
 pub use guard::{AfterDeath, Guard, GuardOptions};
 pub use handles::{HandleTable, OpenHandle};
-pub use mount::{MountError, MountState, mount_state, open_device, unmount};
+pub use mount::{MountError, MountState, mount_state};
+pub use mounter::Mounter;
 pub use successor::{Inherited, claim};
 
 /// The names of the FUSE protocol that a file system needs.
@@ -40,6 +42,7 @@ use std::thread::JoinHandle;
 #[derive(Debug)]
 pub struct Session {
     dir: PathBuf,
+    mounter: Mounter,
     notifier: fuser::Notifier,
     server: Option<JoinHandle<io::Result<()>>>,
 }
@@ -58,9 +61,9 @@ impl Session {
         if connection.is_taken_over() {
             return Self::serve(fs, connection, dir, threads);
         }
-        mount::mount(&connection.device, dir, source)?;
+        connection.mounter.mount(&connection.device, dir, source)?;
         Self::serve(fs, connection, dir, threads).inspect_err(|_| {
-            let _ = unmount(dir);
+            let _ = connection.mounter.unmount(dir);
         })
     }
 
@@ -92,7 +95,8 @@ impl Session {
             .name("fuse".into())
             .spawn(move || session.run())
             .map_err(handshake)?;
-        Ok(Session { dir: dir.to_owned(), notifier, server: Some(server) })
+        let mounter = connection.mounter.clone();
+        Ok(Session { dir: dir.to_owned(), mounter, notifier, server: Some(server) })
     }
 
     /// Sends invalidations to the kernel. Never call it from a handler, nor holding a lock a handler takes.
@@ -108,7 +112,7 @@ impl Session {
     /// Takes the mount away and waits until the server has ended. A mount in use is detached: open files go on
     /// being served until they are closed or this process exits, so the wait is for an idle mount only.
     pub fn stop(mut self) -> Result<(), MountError> {
-        let busy = unmount(&self.dir)?;
+        let busy = self.mounter.unmount(&self.dir)?;
         if let Some(server) = self.server.take() {
             if busy {
                 return Ok(());
@@ -129,6 +133,6 @@ impl Session {
 impl Connection {
     /// Registers backing files with this connection.
     pub fn backings(&self) -> Backings {
-        Backings { device: Arc::clone(&self.device) }
+        Backings { device: Arc::clone(&self.device), mounter: self.mounter.clone() }
     }
 }

@@ -2,10 +2,8 @@
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
-use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 /// Type shown in the mount table; unmounting by this crate touches only mounts of this type.
@@ -24,6 +22,23 @@ pub enum MountError {
         dir: PathBuf,
         /// From mount(2).
         source: io::Error,
+    },
+    /// The helper that mounts cannot be asked.
+    #[error("cannot ask litefs-mount at {socket}: {source}; is litefs-mount.socket active?")]
+    Helper {
+        /// Its socket.
+        socket: PathBuf,
+        /// Reason.
+        source: io::Error,
+    },
+    /// The mount of the helper does not reach this process.
+    #[error(
+        "the mount at {dir} does not reach this service: the root of this host does not pass mounts on; run `mount \
+         --make-rshared /` before the service starts, as systemd does outside of containers"
+    )]
+    Invisible {
+        /// Mount point.
+        dir: PathBuf,
     },
     /// umount(2) failed.
     #[error("cannot unmount {dir}: {source}")]
@@ -70,40 +85,28 @@ pub enum MountState {
     Other(String),
 }
 
-/// Opens the FUSE device.
-pub fn open_device() -> Result<OwnedFd, MountError> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(nix::libc::O_CLOEXEC)
-        .open("/dev/fuse")
-        .map(OwnedFd::from)
-        .map_err(MountError::Device)
-}
-
 /// Mounts the connection behind `device` at `dir`; the kernel checks permissions, for all users.
-pub fn mount(device: &OwnedFd, dir: &Path, source: &str) -> Result<(), MountError> {
+pub(crate) fn mount(device: BorrowedFd<'_>, dir: &Path, source: &str) -> io::Result<()> {
     let options = format!(
         "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
         device.as_raw_fd()
     );
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
-    nix::mount::mount(Some(source), dir, Some(FS_TYPE), flags, Some(options.as_str()))
-        .map_err(|e| MountError::Mount { dir: dir.to_owned(), source: e.into() })
+    Ok(nix::mount::mount(Some(source), dir, Some(FS_TYPE), flags, Some(options.as_str()))?)
 }
 
 /// Unmounts `dir`. A busy mount is detached lazily and `true` is returned.
-pub fn unmount(dir: &Path) -> Result<bool, MountError> {
-    let failed = |e: Errno| MountError::Unmount { dir: dir.to_owned(), source: e.into() };
+pub(crate) fn unmount(dir: &Path) -> io::Result<bool> {
     match nix::mount::umount2(dir, MntFlags::UMOUNT_NOFOLLOW) {
         Ok(()) => Ok(false),
         // Not mounted any more: somebody else took it away.
         Err(Errno::EINVAL) => Ok(false),
         Err(Errno::EBUSY) => {
             let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
-            nix::mount::umount2(dir, flags).map_err(failed).map(|()| true)
+            nix::mount::umount2(dir, flags)?;
+            Ok(true)
         }
-        Err(e) => Err(failed(e)),
+        Err(e) => Err(e.into()),
     }
 }
 

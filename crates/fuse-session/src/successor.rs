@@ -5,6 +5,7 @@
 
 use crate::connection::Connection;
 use crate::mount::{self, MountError};
+use crate::mounter::Mounter;
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -90,13 +91,13 @@ impl Inherited {
     }
 
     /// The connection that it is, if it is mounted at `dir`.
-    pub fn connect(&self, dir: &Path) -> Result<Connection, MountError> {
+    pub fn connect(&self, dir: &Path, mounter: &Mounter) -> Result<Connection, MountError> {
         if !mount::is_ours(dir)? {
             let source = io::Error::other("it was taken away from outside");
             return Err(MountError::Serve { dir: dir.to_owned(), source });
         }
         let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(MountError::Device);
-        Connection::take_over(duplicate(&self.device)?, duplicate(&self.table)?)
+        Connection::take_over(duplicate(&self.device)?, duplicate(&self.table)?, mounter)
     }
 
     /// From here on another guard watches: the one that kept the mount may go.

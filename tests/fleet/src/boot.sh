@@ -35,5 +35,7 @@ mkdir -p .old
 pivot_root . .old
 umount -l /.old
 rmdir /.old
+# As systemd has it on a host of its own: services with mounts of their own see those that are made later.
+mount --make-rshared /
 export container=litefs-fleet
 exec /lib/systemd/systemd --system </dev/null

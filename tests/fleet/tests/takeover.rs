@@ -1,23 +1,47 @@
-//! A restart, a crash, an upgrade and a stop of the service, under applications that write.
+//! A restart, a crash, an upgrade and a stop of the service, under applications that write through both doors.
 
-use fleet::Fleet;
+use fleet::{Fleet, Host};
+use std::process::Child;
 
 /// Commits row after row until it is told to stop, and ends with an error at the first error.
 const WRITER: &str = r#"
-import os, sqlite3
-db = sqlite3.connect("/srv/litefs/db/app.db", timeout=60, isolation_level=None)
+import os, sqlite3, sys
+cluster = sys.argv[1]
+db = sqlite3.connect(f"/srv/litefs/{cluster}/app.db", timeout=60, isolation_level=None)
 db.execute("PRAGMA journal_mode=wal")
 db.execute("CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, x)")
 n = 0
 while not os.path.exists("/tmp/stop"):
     n += 1
     db.execute("INSERT INTO t VALUES (?, randomblob(100))", (n,))
-    with open("/tmp/done.new", "w") as f:
+    with open(f"/tmp/{cluster}.new", "w") as f:
         f.write(str(n))
-    os.rename("/tmp/done.new", "/tmp/done")
+    os.rename(f"/tmp/{cluster}.new", f"/tmp/{cluster}.done")
 assert db.execute("SELECT count(*) FROM t").fetchone() == (n,)
 assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 "#;
+
+/// An application, and the cluster that it writes to.
+struct Writer<'a> {
+    host: &'a Host,
+    cluster: &'static str,
+    process: Child,
+}
+
+impl Writer<'_> {
+    fn rows(&self) -> u64 {
+        self.host.wait_for(&format!("cat /tmp/{}.done", self.cluster)).trim().parse().expect("a number")
+    }
+
+    fn goes_on(&mut self, what: &str) {
+        let before = self.rows();
+        fleet::wait_for(&format!("the writer of {} goes on after: {what}", self.cluster), || {
+            let ended = self.process.try_wait().expect("it is our child");
+            assert!(ended.is_none(), "{}: after {what} an error\n{}", self.cluster, self.host.journal());
+            (self.rows() > before + 20).then_some(())
+        });
+    }
+}
 
 #[test]
 fn applications_go_on_while_the_service_is_restarted_killed_and_upgraded_and_the_mount_goes_with_a_stop() {
@@ -28,42 +52,65 @@ fn applications_go_on_while_the_service_is_restarted_killed_and_upgraded_and_the
     }
     host.start_litefs(None);
     replica.start_litefs(Some(host));
+    // A second cluster on this host, whose applications come through the preload library.
+    host.apt_install("liblitefs");
+    host.push("/etc/litefs/shop.toml", "door = \"preload\"\n[http]\nlisten = \"127.0.0.1:20203\"\n");
+    host.run("systemctl enable --now litefs@shop && test -L /srv/litefs/shop");
     // Ready before anything happens: the upgrade itself then takes a moment.
     host.offer_packages(2);
     host.push("/tmp/writer.py", WRITER.as_bytes());
-    let mut writer = host.command("python3 /tmp/writer.py").spawn().expect("the writer starts");
-    let done = || host.wait_for("cat /tmp/done").trim().parse::<u64>().expect("a number");
-    let mut goes_on = |what: &str| {
-        let before = done();
-        fleet::wait_for(&format!("the writer goes on after: {what}"), || {
-            let ended = writer.try_wait().expect("it is our child");
-            assert!(ended.is_none(), "after {what} the writer saw an error\n{}", host.journal());
-            (done() > before + 20).then_some(())
-        });
+    let start = |command: &str, cluster| {
+        let process = host.command(command).spawn().expect("the writer starts");
+        Writer { host, cluster, process }
     };
-    goes_on("the start");
+    let mut writers = [
+        start("python3 /tmp/writer.py db", "db"),
+        start("litefs -c shop exec -- python3 /tmp/writer.py shop", "shop"),
+    ];
+    for writer in &mut writers {
+        writer.goes_on("the start");
+    }
     let mount = host.run("findmnt -no ID,SOURCE /srv/litefs/db");
     let disturbances = [
-        "systemctl restart litefs@db",
-        "systemctl kill --kill-who=main -s KILL litefs@db",
+        "systemctl restart litefs@db litefs@shop",
+        "systemctl kill --kill-who=main -s KILL litefs@db litefs@shop",
         "apt-get install -y -qq litefs",
-        "systemctl kill --kill-who=main -s KILL litefs@db",
-        "systemctl restart litefs@db",
+        "systemctl kill --kill-who=main -s KILL litefs@db litefs@shop",
+        "systemctl restart litefs@db litefs@shop",
     ];
     for disturbance in disturbances {
-        let pid = host.run("systemctl show --value -p MainPID litefs@db");
+        let pids = host.run("systemctl show --value -p MainPID litefs@db litefs@shop");
         host.run(disturbance);
-        goes_on(disturbance);
-        host.wait_for("systemctl is-active litefs@db");
-        assert_ne!(host.run("systemctl show --value -p MainPID litefs@db"), pid, "{disturbance}");
+        for writer in &mut writers {
+            writer.goes_on(disturbance);
+        }
+        host.wait_for("systemctl is-active litefs@db litefs@shop");
+        let after = host.run("systemctl show --value -p MainPID litefs@db litefs@shop");
+        assert!(
+            pids.lines().zip(after.lines()).all(|(a, b)| a.is_empty() || a != b),
+            "{disturbance}: {pids}{after}"
+        );
         assert_eq!(host.run("findmnt -no ID,SOURCE /srv/litefs/db"), mount, "mounted anew by {disturbance}");
     }
     host.run("dpkg-query -W litefs | grep -- '-2$'");
+
+    // What mounts keeps nothing: another one registers the files of the next database.
+    host.run("systemctl kill -s KILL litefs-mount.service");
+    host.run("sqlite3 /srv/litefs/db/next.db 'PRAGMA journal_mode=wal; CREATE TABLE t(x); INSERT INTO t VALUES (1)'");
+    host.run("test $(sqlite3 /srv/litefs/db/next.db 'SELECT count(*) FROM t') = 1");
+    host.run("! journalctl -u litefs@db | grep 'cannot register'");
+    writers[0].goes_on("the death of what mounts");
+
     host.run("touch /tmp/stop");
-    assert!(writer.wait().expect("the writer ends").success(), "the writer saw an error\n{}", host.journal());
+    for writer in &mut writers {
+        let ended = writer.process.wait().expect("the writer ends");
+        assert!(ended.success(), "the writer of {} saw an error\n{}", writer.cluster, host.journal());
+    }
     // Nothing is lost, here and on the replica.
-    let rows = done();
+    let [rows, shop] = [writers[0].rows(), writers[1].rows()];
     replica.wait_for(&format!("test $(sqlite3 /srv/litefs/db/app.db 'SELECT count(*) FROM t') = {rows}"));
+    host.wait_for("litefs -c shop status");
+    host.run(&format!("litefs -c shop export app.db /tmp/app.db && test $(sqlite3 /tmp/app.db 'SELECT count(*) FROM t') = {shop}"));
     host.run("systemctl stop litefs@db");
     host.run("! findmnt /srv/litefs/db");
 }

@@ -14,11 +14,11 @@ const MAINTAINER: &str = "LiteFS maintainers <maintainers@litefs.io>";
 const HOMEPAGE: &str = "https://github.com/litefs/litefs";
 
 /// Builds one package and returns its path.
-pub fn build(package: &Package, binary: &Path, build: &Build) -> Result<PathBuf> {
+pub fn build(package: &Package, compiled: &[PathBuf], build: &Build) -> Result<PathBuf> {
     let arch = run::output(Command::new("dpkg").arg("--print-architecture"))?.trim().to_owned();
     let version = format!("{}-{}", build.version, build.revision);
     let stage = build.output.join("stage").join(format!("{}.deb", package.name));
-    lay_out(package, binary, Format::Deb, &stage)?;
+    lay_out(package, compiled, Format::Deb, &stage)?;
     let doc = stage.join("usr/share/doc").join(package.name);
     put(&gzip(changelog(package, &version, build)?.as_bytes())?, &doc.join("changelog.Debian.gz"), 0o644)?;
     put(copyright().as_bytes(), &doc.join("copyright"), 0o644)?;
@@ -31,7 +31,7 @@ pub fn build(package: &Package, binary: &Path, build: &Build) -> Result<PathBuf>
         Command::new("du").args(["--summarize", "--block-size=1024", "--apparent-size"]).arg(&stage),
     )?;
     let size = size.split_whitespace().next().context("du prints a size")?;
-    let libraries = libraries(&stage.join(super::manifest::place(package.binary.to, Format::Deb)))?;
+    let libraries = libraries(&stage.join(super::manifest::place(package.binaries[0].to, Format::Deb)))?;
     let control = stage.join("DEBIAN");
     let text = control_file(package, &version, &arch, size, &libraries);
     put(text.as_bytes(), &control.join("control"), 0o644)?;

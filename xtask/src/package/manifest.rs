@@ -12,8 +12,8 @@ pub struct Package {
     pub description: &'static [&'static str],
     /// Debian's section, and its name as an RPM group has none.
     pub section: &'static str,
-    /// Of what it is built.
-    pub binary: Binary,
+    /// Of what it is built; the first one decides what the package depends on.
+    pub binaries: &'static [Binary],
     /// Files, in no order.
     pub files: &'static [Entry],
     /// Empty directories: path and mode.
@@ -71,14 +71,25 @@ pub const PACKAGES: &[Package] = &[
             "systemctl enable --now litefs@db starts the agent of a cluster named db.",
         ],
         section: "database",
-        binary: Binary {
-            cargo_package: "litefs-agent",
-            profile: "release",
-            file: "litefs",
-            to: "usr/bin/litefs",
-        },
+        binaries: &[
+            Binary {
+                cargo_package: "litefs-agent",
+                profile: "release",
+                file: "litefs",
+                to: "usr/bin/litefs",
+            },
+            Binary {
+                cargo_package: "fuse-session",
+                profile: "release",
+                file: "litefs-mount",
+                to: "usr/libexec/litefs/litefs-mount",
+            },
+        ],
         files: &[
             entry("systemd/litefs@.service", "usr/lib/systemd/system/"),
+            entry("systemd/litefs-release-lease@.service", "usr/lib/systemd/system/"),
+            entry("systemd/litefs-mount.service", "usr/lib/systemd/system/"),
+            entry("systemd/litefs-mount.socket", "usr/lib/systemd/system/"),
             entry("systemd/litefs@.socket", "usr/lib/systemd/system/"),
             entry("systemd/litefs-control@.socket", "usr/lib/systemd/system/"),
             entry("systemd/litefs-primary@.target", "usr/lib/systemd/system/"),
@@ -117,12 +128,12 @@ pub const PACKAGES: &[Package] = &[
              database, on hosts where the agent cannot mount.",
         ],
         section: "libs",
-        binary: Binary {
+        binaries: &[Binary {
             cargo_package: "preload-shim",
             profile: "shim",
             file: "liblitefs.so",
             to: "{lib}/liblitefs.so",
-        },
+        }],
         files: &[],
         dirs: &[],
         relations: &[Relation { deb: ("Suggests", "litefs"), rpm: Some(("Suggests", "litefs")) }],

@@ -10,7 +10,7 @@ pub use repository::{Options as RepositoryOptions, run as repository};
 
 use crate::run::{self, cargo};
 use anyhow::{Context, Result};
-use manifest::{PACKAGES, Package};
+use manifest::{Binary, PACKAGES};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -68,10 +68,11 @@ pub fn run(options: &Options) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(&output).with_context(|| format!("cannot make {}", output.display()))?;
     let mut made = Vec::new();
     for package in PACKAGES {
-        let binary = compile(package, &target, options.dev)?;
-        made.push(deb::build(package, &binary, &build)?);
+        let compiled = package.binaries.iter().map(|binary| compile(binary, &target, options.dev));
+        let compiled = compiled.collect::<Result<Vec<_>>>()?;
+        made.push(deb::build(package, &compiled, &build)?);
         if !options.deb_only {
-            made.push(rpm::build(package, &binary, &build)?);
+            made.push(rpm::build(package, &compiled, &build)?);
         }
     }
     for package in &made {
@@ -81,13 +82,13 @@ pub fn run(options: &Options) -> Result<Vec<PathBuf>> {
 }
 
 /// Has cargo build what is packaged, and returns its path. No path of this machine gets into what is given away.
-fn compile(package: &Package, target: &Path, dev: bool) -> Result<PathBuf> {
-    let binary = &package.binary;
-    let mut command = cargo(&["build", "--quiet", "--package", binary.cargo_package]);
+fn compile(binary: &Binary, target: &Path, dev: bool) -> Result<PathBuf> {
     if dev {
-        run::run(&mut command)?;
+        // The whole workspace: alone, the package would be built with other features of its dependencies.
+        run::run(&mut cargo(&["build", "--quiet", "--workspace"]))?;
         return Ok(target.join("debug").join(binary.file));
     }
+    let mut command = cargo(&["build", "--quiet", "--package", binary.cargo_package]);
     let target = target.join("package-build");
     let home = std::env::var("CARGO_HOME").or_else(|_| std::env::var("HOME").map(|home| home + "/.cargo"))?;
     let flags = format!(

@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Builds one package and returns its path.
-pub fn build(package: &Package, binary: &Path, build: &Build) -> Result<PathBuf> {
+pub fn build(package: &Package, compiled: &[PathBuf], build: &Build) -> Result<PathBuf> {
     let stage = build.output.join("stage").join(format!("{}.rpm", package.name));
-    lay_out(package, binary, Format::Rpm, &stage)?;
+    lay_out(package, compiled, Format::Rpm, &stage)?;
     set_times(&stage, build)?;
     let top = build.output.join("stage/rpmbuild");
     fs::create_dir_all(&top).with_context(|| format!("cannot make {}", top.display()))?;

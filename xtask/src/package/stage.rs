@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Lays out all files of a package below `root`, which is emptied before.
-pub fn lay_out(package: &Package, binary: &Path, format: Format, root: &Path) -> Result<()> {
+pub fn lay_out(package: &Package, compiled: &[PathBuf], format: Format, root: &Path) -> Result<()> {
     if root.exists() {
         fs::remove_dir_all(root).with_context(|| format!("cannot remove {}", root.display()))?;
     }
@@ -19,12 +19,16 @@ pub fn lay_out(package: &Package, binary: &Path, format: Format, root: &Path) ->
         make_dir(&root.join(dir))?;
         fs::set_permissions(root.join(dir), fs::Permissions::from_mode(*mode))?;
     }
-    let installed = root.join(place(package.binary.to, format));
-    // Debian has libraries not executable, others do.
-    let is_library = package.binary.file.ends_with(".so");
-    let mode = if is_library && format == Format::Deb { 0o644 } else { 0o755 };
-    put(&fs::read(binary).with_context(|| format!("cannot read {}", binary.display()))?, &installed, mode)?;
-    run::run(Command::new("strip").args(["--strip-unneeded", "--remove-section=.comment"]).arg(&installed))?;
+    for (binary, compiled) in package.binaries.iter().zip(compiled) {
+        let installed = root.join(place(binary.to, format));
+        // Debian has libraries not executable, others do.
+        let mode = if binary.file.ends_with(".so") && format == Format::Deb { 0o644 } else { 0o755 };
+        let content = fs::read(compiled).with_context(|| format!("cannot read {}", compiled.display()))?;
+        put(&content, &installed, mode)?;
+        run::run(
+            Command::new("strip").args(["--strip-unneeded", "--remove-section=.comment"]).arg(&installed),
+        )?;
+    }
     for entry in package.files {
         for from in sources(entry.from)? {
             let name = from.file_name().and_then(|name| name.to_str()).context("a file without a name")?;

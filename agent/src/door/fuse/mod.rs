@@ -26,7 +26,7 @@ pub(crate) use files::CACHE_AHEAD_BYTES;
 pub use special::RoleView;
 
 use crate::database::{Database, Shared};
-use fuse_session::{Connection, MountError, MountState, Session, mount_state, unmount};
+use fuse_session::{Connection, MountError, MountState, Mounter, Session, mount_state};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -119,7 +119,7 @@ impl Door {
     ) -> Result<Door, DoorError> {
         let dir = &options.mount;
         if !connection.is_taken_over() {
-            Self::prepare(dir)?;
+            Self::prepare(dir, connection.mounter())?;
         }
         let directory = |source| DoorError::Directory { dir: dir.clone(), source };
         let passthrough = Arc::new(std::sync::atomic::AtomicBool::new(false));
@@ -140,12 +140,12 @@ impl Door {
     }
 
     /// Makes sure that the directory can be mounted over.
-    fn prepare(dir: &Path) -> Result<(), DoorError> {
+    fn prepare(dir: &Path, mounter: &Mounter) -> Result<(), DoorError> {
         match mount_state(dir)? {
             MountState::Free => {}
             MountState::Stale => {
                 tracing::warn!(mount = %dir.display(), "taking away the mount that a dead agent left behind");
-                unmount(dir)?;
+                mounter.unmount(dir)?;
             }
             MountState::Served => {
                 return Err(DoorError::InUse {

@@ -4,6 +4,7 @@
 use super::requests::{self, Look};
 use crate::DatabaseName;
 use crate::database::{Database, Shared};
+use fuse_session::Mounter;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use sqlite_file::locks::{self, LockKind};
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -21,6 +22,7 @@ const KNOWN_AFTER: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Bystanders {
     shared: Arc<Shared>,
+    mounter: Mounter,
     inotify: Inotify,
     /// Watched directories, below the cluster's.
     directories: HashMap<WatchDescriptor, PathBuf>,
@@ -36,10 +38,11 @@ pub struct Bystanders {
 
 impl Bystanders {
     /// Watches all directories.
-    pub fn new(shared: Arc<Shared>) -> io::Result<Self> {
+    pub fn new(shared: Arc<Shared>, mounter: Mounter) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let mut this = Bystanders {
             shared,
+            mounter,
             inotify,
             directories: HashMap::new(),
             with_wal: BTreeSet::new(),
@@ -189,7 +192,7 @@ impl Bystanders {
 
     /// Says, once for each database, that somebody writes it without the library.
     fn warn(&mut self, db: &Arc<Database>) {
-        let writer = match user(db) {
+        let writer = match user(db, &self.mounter) {
             User::WithLibrary => return,
             User::Without(pid) => Some(pid),
             // It has gone already, or may be one with the library.
@@ -219,13 +222,13 @@ enum User {
     Unknown,
 }
 
-fn user(db: &Database) -> User {
+fn user(db: &Database, mounter: &Mounter) -> User {
     let holder = File::open(&db.paths().shm)
         .and_then(|index| locks::conflicting_holder(&index, LockKind::Write, locks::WAL_DMS));
     let Some(pid) = holder.ok().flatten().and_then(|holder| holder.pid) else { return User::Unknown };
-    match std::fs::read_to_string(format!("/proc/{pid}/maps")) {
-        Ok(maps) if maps.contains("liblitefs") => User::WithLibrary,
-        Ok(_) => User::Without(pid),
+    match mounter.has_library(pid.cast_unsigned()) {
+        Ok(true) => User::WithLibrary,
+        Ok(false) => User::Without(pid),
         Err(_) => User::Unknown,
     }
 }

@@ -5,6 +5,7 @@ use super::bystanders::Bystanders;
 use super::connection::Connection;
 use super::memory::SharedPage;
 use super::peer::Peer;
+use fuse_session::Mounter;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, listen,
@@ -44,7 +45,7 @@ struct Served {
 
 impl Listener {
     /// Binds the socket and starts the thread.
-    pub fn start(path: &Path, connections: Arc<Connections>) -> io::Result<Listener> {
+    pub fn start(path: &Path, connections: Arc<Connections>, mounter: Mounter) -> io::Result<Listener> {
         match std::fs::remove_file(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
@@ -56,7 +57,7 @@ impl Listener {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))?;
         listen(&listening, Backlog::new(128)?)?;
         let (stop, stopped) = UnixStream::pair()?;
-        let bystanders = Bystanders::new(connections.shared.clone())?;
+        let bystanders = Bystanders::new(connections.shared.clone(), mounter)?;
         let thread = std::thread::Builder::new()
             .name("preload-listen".into())
             .spawn(move || run(&listening, &stopped, &connections, bystanders))?;

@@ -19,7 +19,7 @@ mod requests;
 
 use crate::database::{RoleStep, Shared};
 use connection::Connection;
-use fuse_session::{MountError, MountState, mount_state, unmount};
+use fuse_session::{MountError, MountState, Mounter, mount_state};
 use listener::Listener;
 use parking_lot::Mutex;
 use shim_protocol::{self as protocol, REGISTRATION, Registration, SOCKET, VERSION};
@@ -41,6 +41,8 @@ pub struct Options {
     pub dir: PathBuf,
     /// Where the library finds the agent.
     pub runtime_dir: PathBuf,
+    /// Takes away what a dead agent left mounted.
+    pub mounter: Mounter,
     /// Commits in WAL mode are held until the log has them.
     pub hold: bool,
 }
@@ -97,7 +99,7 @@ pub struct Door {
 impl Door {
     /// Makes the directory, and listens.
     pub fn open(shared: Arc<Shared>, options: &Options) -> Result<Door, DoorError> {
-        link(&options.dir, &shared.dirs.files)?;
+        link(&options.dir, &shared.dirs.files, &options.mounter)?;
         let connections = Arc::new(Connections {
             shared: shared.clone(),
             all: Mutex::default(),
@@ -112,7 +114,7 @@ impl Door {
             requests::follow(&db);
         }
         let socket = options.runtime_dir.join(SOCKET);
-        let listener = Listener::start(&socket, connections.clone())
+        let listener = Listener::start(&socket, connections.clone(), options.mounter.clone())
             .map_err(|source| DoorError::Io { path: socket, source })?;
         let registration = options.runtime_dir.join(REGISTRATION);
         let io = |source| DoorError::Io { path: registration.clone(), source };
@@ -157,7 +159,7 @@ pub fn in_use(shared: &Shared) -> Option<crate::DatabaseName> {
 }
 
 /// Makes `dir` a link to the files.
-fn link(dir: &Path, files: &Path) -> Result<(), DoorError> {
+fn link(dir: &Path, files: &Path, mounter: &Mounter) -> Result<(), DoorError> {
     let io = |source| DoorError::Io { path: dir.to_owned(), source };
     if std::fs::read_link(dir).is_ok_and(|to| to == files) {
         return Ok(());
@@ -165,7 +167,7 @@ fn link(dir: &Path, files: &Path) -> Result<(), DoorError> {
     match mount_state(dir)? {
         MountState::Free => {}
         MountState::Stale => {
-            unmount(dir)?;
+            mounter.unmount(dir)?;
         }
         MountState::Served => {
             return Err(DoorError::InUse { dir: dir.to_owned(), fs_type: "litefs".into() });
