@@ -123,6 +123,18 @@ fn a_host_of_its_own() {
     host.push("/etc/litefs/shop.toml", "[http]\nlisten = \"127.0.0.1:20203\"\n");
     host.run("systemctl enable --now litefs@shop && sqlite3 /srv/litefs/shop/app.db 'CREATE TABLE s(x)'");
     host.run("litefs -c shop list | grep app.db && systemctl is-active litefs@db");
+
+    // Without a takeover the mount of a dead agent ends with it, which its guard asks for, and there is a new one.
+    host.push(
+        "/etc/litefs/shop.toml",
+        "[http]\nlisten = \"127.0.0.1:20203\"\n[mount]\ntakeover-wait = \"0s\"\n",
+    );
+    host.run("systemctl restart litefs@shop");
+    let mount = host.run("findmnt -no ID /srv/litefs/shop");
+    host.run("systemctl kill --kill-who=main -s KILL litefs@shop");
+    host.wait_for("sqlite3 'file:/srv/litefs/shop/app.db?mode=rw' 'INSERT INTO s VALUES (1)'");
+    assert_ne!(host.run("findmnt -no ID /srv/litefs/shop"), mount);
+
     host.run("systemctl stop litefs@shop && systemctl is-active litefs@db");
 
     // A mistake in the configuration is said once, not tried again.
