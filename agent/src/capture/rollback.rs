@@ -25,6 +25,10 @@ pub struct RollbackCapture {
     pub journal_active: bool,
     /// The application synced a file of this transaction, so its commit must be durable when it ends.
     pub synced: bool,
+    /// The journal's newest header does not count its records yet: nothing in the database depends on them.
+    pub uncounted: bool,
+    /// The journal's next sync is to make its entry in the directory durable as well.
+    pub directory_owed: bool,
 }
 
 /// Pages written since the last capture.

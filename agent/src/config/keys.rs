@@ -2,10 +2,10 @@
 //!
 //! Reading, `litefs config show`, the man page `litefs.toml(5)` and `docs/configuration.md` follow this table.
 
-use super::value::Value;
+use super::value::{Value, absolute_path};
 use super::{
     Bus, ClientCertificates, Config, DoorKind, Hold, LeaseKind, LeaseRole, LogFormat, LogLevel, Passthrough,
-    absolute_path, problem, sync,
+    problem, sync,
 };
 use std::time::Duration;
 

@@ -61,7 +61,7 @@ pub struct SyncPolicy {
     /// Names of the hosts that count, this one may be among them; none: every follower counts.
     pub members: Vec<String>,
     /// After so long `on_timeout` happens.
-    #[serde(serialize_with = "super::duration")]
+    #[serde(serialize_with = "super::sections::duration")]
     pub timeout: Duration,
     /// What happens after the time-out.
     pub on_timeout: OnTimeout,

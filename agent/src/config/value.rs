@@ -1,5 +1,6 @@
 //! Values as they are written: sizes, durations, and the types of TOML.
 
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 use toml::de::DeValue;
 
@@ -146,6 +147,21 @@ pub(super) fn show_size(size: u64) -> String {
 /// A duration the way it is read.
 pub fn show_duration(duration: Duration) -> String {
     jiff::fmt::friendly::SpanPrinter::new().unsigned_duration_to_string(&duration)
+}
+
+/// An absolute path without `.` and `..`, or what is wrong with it.
+pub(super) fn absolute_path(text: &str) -> Result<PathBuf, String> {
+    let path: PathBuf = Path::new(text).components().filter(|part| *part != Component::CurDir).collect();
+    if !path.is_absolute()
+        || path.components().any(|part| part == Component::ParentDir)
+        || text.contains('\0')
+    {
+        return Err(format!("must be an absolute path without \"..\", is {text:?}"));
+    }
+    if path.parent().is_none() {
+        return Err("must not be the root directory".to_owned());
+    }
+    Ok(path)
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ impl Database {
         damage: &Damage,
     ) -> Result<Recovered, RecoveryError> {
         let mut done = Recovered::default();
-        self.recover_journal(&mut done)?;
+        self.recover_journal(None, &mut done)?;
         self.recover_wal(&|_| u64::MAX, true, &mut done)?;
         remove_if_there(&self.paths.shm)?;
         // The file is looked at as a whole here.

@@ -342,6 +342,7 @@ impl Database {
     fn capture_ending(&self, st: &mut State, may_hold: bool) -> Result<Option<Logged>, CaptureError> {
         let logged = capture::rollback::capture(self, st, may_hold)?;
         st.rollback.journal_active = false;
+        st.rollback.uncounted = false;
         st.journal_left = false;
         Ok(logged)
     }

@@ -255,6 +255,7 @@ impl Database {
             st.rollback.journal_active = true;
             // Whether the application synced it is not known: its commit waits for the log.
             st.rollback.synced = true;
+            st.rollback.directory_owed = true;
         }
         let unlogged = last.is_some() && st.open_checksums(self).map_err(failed)?.may_have_unlogged_writes();
         if active || unlogged || last.is_some_and(|last| self.written_after(last)) {

@@ -4,7 +4,8 @@
 //! The log is the truth. A file may be behind it (the log is made durable first) or ahead of it (what SQLite wrote
 //! without a sync, when power failed). In this order:
 //!
-//! 1. A hot journal is played back as SQLite would, unless its super-journal is gone: then its transaction counts.
+//! 1. A hot journal is played back as SQLite would, unless its super-journal is gone: then its transaction counts. After a
+//!    power failure only pages are that the log knows: the journal may be torn, or one that was removed.
 //! 2. Frames of the WAL that the log knows are moved into the file; the others are dropped.
 //! 3. The records after the sidecar's mark are written to file and sidecar.
 //! 4. Only where something may have been written that the log does not know, all pages are compared: after a hot
@@ -101,7 +102,17 @@ impl Database {
             && st.open_checksums(self).map_err(failed)?.may_have_unlogged_writes();
         let written_later = noted || last.as_ref().is_some_and(|last| self.written_after(last));
         done.kept_file = noted && last_stop == LastStop::Killed && self.file_has_all(last.as_ref())?;
-        let journal = self.recover_journal(&mut done)?;
+        let verified = last_stop == LastStop::PowerFailed
+            && intact
+            && !noted
+            && mark.page_count > 0
+            && !self.is_reset_after(mark, target)?;
+        let journal = match verified {
+            true => {
+                self.recover_journal(Some((st.open_checksums(self).map_err(failed)?, mark)), &mut done)?
+            }
+            false => self.recover_journal(None, &mut done)?,
+        };
         let known_end = known_wal_end(last.as_ref());
         let ahead = self.frames_ahead(last.as_ref(), &known_end)?;
         let wal = self.recover_wal(&known_end, ahead.is_none(), &mut done)?;
@@ -315,8 +326,13 @@ impl Database {
         Ok(())
     }
 
-    /// Step 1. Returns whether there was a journal.
-    pub(super) fn recover_journal(&self, done: &mut Recovered) -> Result<bool, RecoveryError> {
+    /// Step 1. Returns whether there was a journal. With the checksums of the pages at a mark only pages that have them are
+    /// played back: see [`play_back_known`].
+    pub(super) fn recover_journal(
+        &self,
+        known: Option<(&Checksums, Mark)>,
+        done: &mut Recovered,
+    ) -> Result<bool, RecoveryError> {
         let Some(journal_file) = open_if_there(&self.paths.journal)? else { return Ok(false) };
         let hot = journal::is_hot(&journal_file).map_err(failed)?;
         if hot && let Some(database) = open_if_there(&self.paths.database)? {
@@ -325,7 +341,12 @@ impl Database {
                 None => false,
             };
             if !committed {
-                journal::rollback(&journal_file, &database).map_err(failed)?;
+                match known {
+                    Some((sums, mark)) => {
+                        play_back_known(&journal_file, &database, sums, mark).map_err(failed)?
+                    }
+                    None => journal::rollback(&journal_file, &database).map_err(failed).map(drop)?,
+                }
             } else if let Ok(Some(journal)) = Journal::open(&journal_file, None) {
                 tracing::info!(
                     database = %self.name,
@@ -338,6 +359,20 @@ impl Database {
         }
         remove_if_there(&self.paths.journal)?;
         Ok(hot)
+    }
+
+    /// Whether the log has the database begin anew, or changes its page size, after a mark.
+    fn is_reset_after(&self, mark: Mark, target: Mark) -> Result<bool, RecoveryError> {
+        let mut next = mark.position.txid.0 + 1;
+        while next <= target.position.txid.0 {
+            match self.shared.log.find(&self.name, Txid(next)).map_err(failed)? {
+                Some(record) if record.kind != RecordKind::Reset && record.page_size == mark.page_size => {
+                    next = record.max_txid.0 + 1;
+                }
+                _ => return Ok(true),
+            }
+        }
+        Ok(false)
     }
 
     /// A super-journal is named by its path in the mount.
@@ -685,6 +720,35 @@ impl Database {
     pub(crate) fn staged_path(&self, txid: Txid) -> std::path::PathBuf {
         self.shared.dirs.staging.join(format!("{}@{txid}.snapshot", self.name.escaped()))
     }
+}
+
+/// Plays back a journal of which a power failure may have left anything, because neither its records nor its removal need to
+/// be on the disk (decision 0016): only pages that are as the log knows them. Pages logged after the mark are replayed
+/// later. A page that is skipped is torn, and then SQLite had not begun to write to the database; or the journal is that of
+/// a logged transaction.
+fn play_back_known(
+    journal: &File,
+    database: &File,
+    sums: &Checksums,
+    mark: Mark,
+) -> Result<(), journal::JournalError> {
+    // The database is about to depend on it.
+    journal.sync_data()?;
+    let Some(journal) = Journal::open(journal, Some(mark.page_size))? else { return Ok(()) };
+    if journal.header().page_size != mark.page_size {
+        return Ok(());
+    }
+    for record in journal.records() {
+        let record = record?;
+        if record.pgno <= mark.page_count
+            && sums.get(record.pgno) == Some(page_checksum(record.pgno, &record.page))
+        {
+            let at = u64::from(record.pgno - 1) * u64::from(mark.page_size);
+            database.write_all_at(&record.page, at)?;
+        }
+    }
+    database.sync_all()?;
+    Ok(())
 }
 
 /// How far the log knows a WAL with these salts.

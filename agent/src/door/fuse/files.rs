@@ -1,6 +1,7 @@
 //! Open files of the mount, and what each kind does with a read, a write, a sync and a close.
 
 use super::inodes::{Inode, Special};
+use super::journal_sync::{self, SparedSyncs};
 use super::names::Kind;
 use super::rename;
 use super::staged::StagedWrite;
@@ -144,6 +145,8 @@ pub enum Answer {
     WhenAcknowledged(Hold),
     /// When the file is synced.
     WhenSynced,
+    /// When the file is synced, and the directory that it is in.
+    WhenEntrySynced,
 }
 
 /// Turns a failure into the error number the application gets, and says it once in the log where it is not an
@@ -282,8 +285,8 @@ impl OpenFile {
         }
     }
 
-    /// Makes the file durable, as far as the log does not do it already.
-    pub fn sync(&self) -> Result<Answer, i32> {
+    /// Makes the file durable, as far as the log does not do it already. `thread` asks for it.
+    pub fn sync(&self, thread: u32, spared: &SparedSyncs) -> Result<Answer, i32> {
         let Some(db) = self.db.as_ref().filter(|_| !self.internal) else { return Ok(Answer::WhenSynced) };
         let mut st = db.state();
         match self.kind {
@@ -295,7 +298,11 @@ impl OpenFile {
             }
             Kind::Journal if st.rollback.journal_active => {
                 st.rollback.synced = true;
-                Ok(Answer::WhenSynced)
+                if spared.spare(db, &mut st, thread) {
+                    return Ok(Answer::Now);
+                }
+                let directory_owed = std::mem::take(&mut st.rollback.directory_owed);
+                Ok(if directory_owed { Answer::WhenEntrySynced } else { Answer::WhenSynced })
             }
             // The sync after the journal's end (TRUNCATE, PERSIST): should the end be lost, the journal is rolled
             // back and the log rolled forward.
@@ -444,6 +451,7 @@ fn journal_written(
     if answer == Answer::Now {
         file.write_all_at(data, offset)
             .map_err(|source| CaptureError::Io { path: db.paths().journal.clone(), source })?;
+        journal_sync::note_written(st, offset, data);
     }
     st.rollback.journal_active = !ends;
     Ok(answer)
@@ -576,11 +584,20 @@ pub fn finish(result: Result<(), Errno>, reply: ReplyEmpty) {
 /// Answers an empty reply at its time.
 pub fn answer_empty(workers: &Workers, file: &OpenFile, answer: Result<Answer, i32>, reply: ReplyEmpty) {
     match (answer, &file.db) {
-        (Ok(Answer::WhenSynced), _) => {
+        (Ok(answer @ (Answer::WhenSynced | Answer::WhenEntrySynced)), db) => {
             let file = file.file.clone();
-            workers.sync(move || match write_out::whole(&file).and_then(|()| file.sync_data()) {
-                Ok(()) => reply.ok(),
-                Err(e) => reply.error(Errno::from_i32(e.raw_os_error().unwrap_or(libc::EIO))),
+            let directory = db.as_ref().filter(|_| answer == Answer::WhenEntrySynced);
+            let directory = directory.and_then(|db| db.paths().journal.parent()).map(Path::to_owned);
+            workers.sync(move || {
+                let synced = write_out::whole(&file).and_then(|()| file.sync_data());
+                let synced = synced.and_then(|()| match directory {
+                    Some(directory) => File::open(directory)?.sync_all(),
+                    None => Ok(()),
+                });
+                match synced {
+                    Ok(()) => reply.ok(),
+                    Err(e) => reply.error(Errno::from_i32(e.raw_os_error().unwrap_or(libc::EIO))),
+                }
             });
         }
         (Ok(Answer::WhenDurable(end)), Some(db)) => {

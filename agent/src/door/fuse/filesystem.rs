@@ -6,6 +6,7 @@ use super::files::{
     self, Answer, Handle, Handles, Invalidator, OpenFile, PLAIN_BIT, answer_empty, finish, flags,
 };
 use super::inodes::{Inode, Inodes, Node, OpenState, ROOT, SPECIAL_BIT, Special};
+use super::journal_sync::SparedSyncs;
 use super::names::{Kind, POSITION_SUFFIX, classify};
 use super::page_count;
 use super::predecessor::Predecessor;
@@ -53,6 +54,7 @@ pub struct LitefsFilesystem {
     passthrough: Arc<AtomicBool>,
     invalidator: Arc<Invalidator>,
     workers: Workers,
+    spared: SparedSyncs,
     threads: Threads,
     /// Threads that have found their CPU.
     settled: AtomicUsize,
@@ -102,6 +104,7 @@ impl LitefsFilesystem {
             passthrough,
             invalidator,
             workers: Workers::start()?,
+            spared: SparedSyncs::default(),
             threads,
             settled: AtomicUsize::new(0),
         };
@@ -1051,9 +1054,11 @@ impl Filesystem for LitefsFilesystem {
         reply.ok();
     }
 
-    fn fsync(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+    fn fsync(&self, req: &Request, _ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
         match self.handles.get(fh.0).as_deref() {
-            Some(Handle::File(file)) => answer_empty(&self.workers, file, file.sync(), reply),
+            Some(Handle::File(file)) => {
+                answer_empty(&self.workers, file, file.sync(req.pid(), &self.spared), reply)
+            }
             _ => reply.ok(),
         }
     }
@@ -1097,9 +1102,12 @@ impl Filesystem for LitefsFilesystem {
         reply.ok();
     }
 
-    fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        let synced = self.inode(ino.0).and_then(|inode| {
-            File::open(self.backing(&inode.path())).and_then(|dir| dir.sync_all()).map_err(errno)
+    fn fsyncdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        let synced = self.inode(ino.0).map(|inode| self.backing(&inode.path())).and_then(|directory| {
+            if self.spared.spare_directory(&directory, req.pid()) {
+                return Ok(());
+            }
+            File::open(directory).and_then(|dir| dir.sync_all()).map_err(errno)
         });
         finish(synced, reply);
     }

@@ -14,6 +14,7 @@
 mod files;
 mod filesystem;
 mod inodes;
+mod journal_sync;
 mod names;
 mod page_count;
 mod predecessor;
