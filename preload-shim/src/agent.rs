@@ -19,6 +19,8 @@ const CHECK_NS: u64 = 500_000_000;
 const WELCOME_MS: i32 = 2000;
 /// Between tries to reach an agent that is not there.
 const RETRY_MS: u64 = 20;
+/// Words of a file that the agent makes up: the name of a host.
+const SPECIAL_WORDS: usize = 40;
 /// Number of a file that no database can have the name of.
 const PLAIN: u32 = u32::MAX;
 
@@ -344,27 +346,51 @@ fn attach_on(
     if (attached >> 32) as u32 == generation && generation != 0 {
         return Ok(attached as u32);
     }
-    let mut words = [0u64; managed::NAME_MAX / 8 + 1];
-    let len = {
+    let (words, len) = {
         let name = database.name().ok_or(Some(libc::EDEADLK))?;
-        for (word, bytes) in words.iter_mut().zip(name.bytes().chunks(8)) {
-            let mut padded = [0; 8];
-            padded[..bytes.len()].copy_from_slice(bytes);
-            *word = u64::from_ne_bytes(padded);
-        }
-        name.bytes().len()
+        (words_of(name.bytes()), name.bytes().len())
     };
     let question = Question { op: Op::Attach, database: 0, flags: 0, count: len as u32 };
-    let number =
-        match post(page, generation, database.cluster(), &question, &words[..len.div_ceil(8)], deadline_ns) {
-            Ok(Ok(number)) => number,
-            Ok(Err(libc::EINVAL)) => PLAIN,
-            Ok(Err(error)) => return Err(Some(error)),
-            Err(Lost::HungUp) => return Err(None),
-            Err(Lost::TimedOut) => return Err(Some(libc::ETIMEDOUT)),
-        };
+    let words = &words[..len.div_ceil(8)];
+    let number = match post(page, generation, database.cluster(), &question, words, deadline_ns, &mut []) {
+        Ok(Ok(number)) => number,
+        Ok(Err(libc::EINVAL)) => PLAIN,
+        Ok(Err(error)) => return Err(Some(error)),
+        Err(Lost::HungUp) => return Err(None),
+        Err(Lost::TimedOut) => return Err(Some(libc::ETIMEDOUT)),
+    };
     database.attached.store(u64::from(generation) << 32 | u64::from(number), Ordering::Release);
     Ok(number)
+}
+
+type NameWords = [u64; managed::NAME_MAX / 8 + 1];
+
+fn words_of(name: &[u8]) -> NameWords {
+    let mut words = [0u64; managed::NAME_MAX / 8 + 1];
+    for (word, bytes) in words.iter_mut().zip(name.chunks(8)) {
+        let mut padded = [0; 8];
+        padded[..bytes.len()].copy_from_slice(bytes);
+        *word = u64::from_ne_bytes(padded);
+    }
+    words
+}
+
+/// Content of a file that the agent makes up, and its length in bytes.
+pub fn special(cluster: usize, name: &[u8]) -> Result<([u64; SPECIAL_WORDS], usize), i32> {
+    let connection = &CONNECTION[cluster];
+    let deadline = sys::now_ns() + wait_ms() * 1_000_000;
+    let words = words_of(name);
+    let question = Question { op: Op::Special, database: 0, flags: 0, count: name.len() as u32 };
+    let mut content = [0; SPECIAL_WORDS];
+    loop {
+        let (page, generation) = connection.connect(cluster, deadline)?;
+        let words = &words[..name.len().div_ceil(8)];
+        match post(page, generation, cluster, &question, words, deadline, &mut content) {
+            Ok(answer) => return answer.map(|len| (content, (len as usize).min(SPECIAL_WORDS * 8))),
+            Err(Lost::HungUp) => connection.lose(generation),
+            Err(Lost::TimedOut) => return Err(libc::ETIMEDOUT),
+        }
+    }
 }
 
 /// Asks the agent and waits for its answer, if need be of its successor. A file that is no database is granted
@@ -413,13 +439,13 @@ fn ask_on(
     let whole = data.len().saturating_sub(1) / protocol::DATA_WORDS * protocol::DATA_WORDS;
     for part in data[..whole].chunks(protocol::DATA_WORDS) {
         let question = Question { op: Op::Written, database: number, flags: 0, count: part.len() as u32 };
-        if let Err(error) = post(page, generation, cluster, &question, part, deadline_ns)? {
+        if let Err(error) = post(page, generation, cluster, &question, part, deadline_ns, &mut [])? {
             return Ok(Err(error));
         }
     }
     let last = &data[whole..];
     let question = Question { op, database: number, flags, count: last.len() as u32 };
-    post(page, generation, cluster, &question, last, deadline_ns).map(|answer| answer.map(|_| ()))
+    post(page, generation, cluster, &question, last, deadline_ns, &mut []).map(|answer| answer.map(|_| ()))
 }
 
 struct Question {
@@ -429,6 +455,7 @@ struct Question {
     count: u32,
 }
 
+/// Posts a question and waits for its answer; `content` is what the answer has in its data.
 fn post(
     page: &Page,
     generation: u32,
@@ -436,6 +463,7 @@ fn post(
     question: &Question,
     data: &[u64],
     deadline_ns: u64,
+    content: &mut [u64],
 ) -> Result<Result<u32, i32>, Lost> {
     let connection = &CONNECTION[cluster];
     let gone = || {
@@ -498,6 +526,9 @@ fn post(
         }
     }
     let (error, answer) = (slot.error.load(Ordering::Relaxed), slot.answer.load(Ordering::Relaxed));
+    for (to, from) in content.iter_mut().zip(&slot.data) {
+        *to = from.load(Ordering::Relaxed);
+    }
     slot.state.store(protocol::FREE, Ordering::Release);
     Ok(if error == 0 { Ok(answer) } else { Err(error as i32) })
 }
@@ -518,6 +549,16 @@ fn number_on_page(database: &Database) -> Option<(&'static Page, u32)> {
     let number = attached as u32;
     let current = (attached >> 32) as u32 == connection.generation.load(Ordering::Relaxed);
     (current && (number as usize) < protocol::DATABASES).then_some((page, number))
+}
+
+/// Whether a write may begin without waiting for anything.
+pub fn is_ready(database: &Database) -> bool {
+    let Some((page, number)) = number_on_page(database) else { return false };
+    let number = number as usize;
+    let ahead = page.written[number]
+        .load(Ordering::Relaxed)
+        .saturating_sub(page.captured[number].load(Ordering::SeqCst));
+    is_up(database.cluster()) && ahead <= protocol::AHEAD_BYTES && may_write(database.cluster())
 }
 
 /// Whether the agent cannot take commits of this database now.

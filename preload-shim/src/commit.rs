@@ -2,7 +2,7 @@
 //! the order of calls are SQLite's (os_unix.c, pager.c, wal.c).
 
 use crate::agent;
-use crate::managed::Managed;
+use crate::managed::{self, Managed};
 use crate::sys;
 use crate::table::{self, Database, File, HeldFrame, Kind};
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -36,6 +36,13 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
     if !agent::is_own_process() {
         return real(flags);
     }
+    if is_special(managed.name.bytes()) && flags & libc::O_ACCMODE == libc::O_RDONLY {
+        match open_special(managed, flags) {
+            Err(libc::ENOENT) => return real(flags),
+            Ok(fd) => return fd,
+            Err(error) => return fail(error),
+        }
+    }
     let (kind, database) = match table::database(managed) {
         Ok(found) => found,
         Err(0) => return real(flags),
@@ -65,6 +72,7 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
     {
         // Another program: it is looked at when it has closed the file.
         transaction.unknown = true;
+        database.touched.store(1, Ordering::Relaxed);
     }
     if kind == Kind::Journal
         && flags & libc::O_ACCMODE != libc::O_RDONLY
@@ -75,6 +83,7 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
         // from the free list.
         transaction.unknown = true;
         transaction.playback = true;
+        database.touched.store(1, Ordering::Relaxed);
     }
     match table::opened(fd, kind, database) {
         Ok(()) => fd,
@@ -84,6 +93,22 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
             fail(error)
         }
     }
+}
+
+/// Whether it is the name of a file that the agent makes up.
+fn is_special(name: &[u8]) -> bool {
+    name == b".primary" || name == b".lag" || name.ends_with(b"-pos")
+}
+
+/// Such a file as it is now. `ENOENT`: there is none.
+fn open_special(managed: &Managed, flags: i32) -> Result<i32, i32> {
+    if managed.cluster == managed::TOO_MANY {
+        return Err(libc::ENFILE);
+    }
+    let (words, len) = agent::special(managed.cluster, managed.name.bytes())?;
+    // SAFETY: the bytes of initialised words; `len` is not more than there are.
+    let content = unsafe { core::slice::from_raw_parts(words.as_ptr().cast::<u8>(), len) };
+    sys::file_with(content, flags & libc::O_CLOEXEC != 0)
 }
 
 /// The flags to open with. `Err(0)`: the file is nobody's business.
@@ -160,6 +185,7 @@ fn database_write(database: &Database, data: &[u8], offset: u64) -> Result<(), i
         return Err(libc::EROFS);
     }
     let mut transaction = database.transaction.lock().ok_or(libc::EDEADLK)?;
+    database.touched.store(1, Ordering::Relaxed);
     transaction.add(offset, data.len() as u64);
     transaction.journaled = journaled;
     Ok(())
@@ -170,6 +196,7 @@ fn ends(database: &Database, flags: u32) -> Result<(), i32> {
     let mut transaction = database.transaction.lock().ok_or(libc::EDEADLK)?;
     if !transaction.is_dirty() {
         transaction.clear();
+        database.touched.store(0, Ordering::Relaxed);
         return Ok(());
     }
     let flags = flags
@@ -178,6 +205,7 @@ fn ends(database: &Database, flags: u32) -> Result<(), i32> {
         | if transaction.playback { FLAG_PLAYBACK } else { 0 };
     agent::ask(database, Op::Commit, flags, transaction.writes(), agent::wait_ms())?;
     transaction.clear();
+    database.touched.store(0, Ordering::Relaxed);
     Ok(())
 }
 
@@ -470,7 +498,7 @@ fn lock_shm(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) ->
     let of_writer = lock.l_start <= WAL_WRITE && WAL_WRITE < lock.l_start + lock.l_len;
     if kind == libc::F_WRLCK && of_writer {
         // Without a valid wal-index this is somebody who reads, and has to make it first.
-        if has_valid_index(fd) {
+        if !agent::is_ready(database) && has_valid_index(fd) {
             // Commits are announced to an agent, so there has to be one, or to have been one until a moment ago: its
             // successor finds them.
             if agent::attach(database, 0).is_err()
@@ -538,10 +566,10 @@ fn lock_database(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i3
         }
         return locked;
     }
-    // Giving up EXCLUSIVE makes a transaction without a journal visible.
+    // Giving up EXCLUSIVE makes a transaction without a journal visible. Readers give up their locks here too.
     let covers = lock.l_len == 0 || lock.l_start + lock.l_len > SHARED_FIRST;
-    let journaled = || database.transaction.lock().is_some_and(|transaction| transaction.journaled);
-    if covers && database.is_unjournaled() && !journaled() {
+    let unjournaled = || database.transaction.lock().is_some_and(|t| t.is_dirty() && !t.journaled);
+    if covers && database.touched.load(Ordering::Relaxed) != 0 && database.is_unjournaled() && unjournaled() {
         let error = sys::errno();
         let refused = ends(database, FLAG_UNJOURNALED).is_err();
         if refused {

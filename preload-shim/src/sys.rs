@@ -63,6 +63,22 @@ macro_rules! sys {
     }};
 }
 
+/// What tells this thread from all others of the process.
+pub fn thread() -> u64 {
+    let thread: u64;
+    // SAFETY: reads where the thread's control block is (its first word points to itself on x86-64).
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        core::arch::asm!("mov {}, fs:0", out(reg) thread, options(nostack, readonly, preserves_flags));
+    }
+    // SAFETY: reads where the thread's control block is.
+    #[cfg(target_arch = "aarch64")]
+    unsafe {
+        core::arch::asm!("mrs {}, tpidr_el0", out(reg) thread, options(nostack, nomem, preserves_flags));
+    }
+    thread
+}
+
 /// Opens for reading.
 pub fn open_read(path: &core::ffi::CStr, flags: i32) -> Result<i32> {
     // SAFETY: the path ends with a zero.
@@ -176,6 +192,20 @@ pub fn now_ns() -> u64 {
 /// The same, cheaper and a few milliseconds old.
 pub fn coarse_now_ns() -> u64 {
     clock(libc::CLOCK_MONOTONIC_COARSE)
+}
+
+/// A file without a name that has this content, at its beginning.
+pub fn file_with(content: &[u8], close_on_exec: bool) -> Result<i32> {
+    let flags = if close_on_exec { libc::MFD_CLOEXEC } else { 0 };
+    // SAFETY: the name ends with a zero.
+    let fd = unsafe { sys!(SYS_memfd_create, c"litefs".as_ptr(), flags) }? as i32;
+    match pwrite(fd, content, 0) {
+        Ok(_) => Ok(fd),
+        Err(error) => {
+            close(fd);
+            Err(error)
+        }
+    }
 }
 
 /// Sleeps.

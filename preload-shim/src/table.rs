@@ -92,6 +92,8 @@ pub struct Database {
     /// After the header of the newest commit frame begins.
     pub wal_end: AtomicU64,
     pub transaction: Lock<Transaction>,
+    /// There may be something in `transaction`; can be asked without its lock.
+    pub touched: AtomicU32,
 }
 
 /// The running transaction, or what came of the last.
@@ -177,6 +179,7 @@ impl Database {
             wal_bytes: AtomicU64::new(0),
             wal_end: AtomicU64::new(0),
             transaction: Lock::new(Transaction::new()),
+            touched: AtomicU32::new(0),
         }
     }
 
@@ -326,8 +329,8 @@ pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
     drop(own);
     database.cluster.store(managed.cluster as u32, Ordering::Relaxed);
     database.attached.store(0, Ordering::Relaxed);
-    let Database { wals, shms, journals, writing, committed, synced, .. } = database;
-    for count in [wals, shms, journals, writing, committed, synced] {
+    let Database { wals, shms, journals, writing, committed, synced, touched, .. } = database;
+    for count in [wals, shms, journals, writing, committed, synced, touched] {
         count.store(0, Ordering::Relaxed);
     }
     database.wal_bytes.store(0, Ordering::Relaxed);
@@ -447,6 +450,7 @@ pub fn forked() {
             database.committing.store(core::ptr::null_mut(), Ordering::Relaxed);
             database.committed.store(0, Ordering::Relaxed);
             database.writing.store(0, Ordering::Relaxed);
+            database.touched.store(0, Ordering::Relaxed);
             if let Some(mut transaction) = database.transaction.lock() {
                 transaction.clear();
                 transaction.held = None;

@@ -12,8 +12,18 @@ type Step = (&'static str, fn() -> Result<String>);
 
 /// Whole-system tests that run through the preload door too. Those of recovery, of a mount that is taken over and of plain
 /// files are about what the FUSE door does; `preload` has its counterparts and chooses the doors itself.
-const BOTH_DOORS: [&str; 8] =
-    ["access", "operations", "replication", "sqlite_behaviour", "sync", "torture", "watch", "workload"];
+const BOTH_DOORS: [&str; 10] = [
+    "access",
+    "elections",
+    "failover",
+    "operations",
+    "replication",
+    "sqlite_behaviour",
+    "sync",
+    "torture",
+    "watch",
+    "workload",
+];
 
 const STEPS: [Step; 11] = [
     // The tests of the whole system mount.

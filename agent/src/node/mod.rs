@@ -209,7 +209,7 @@ impl Node {
                     Hold::Never => false,
                 },
             };
-            Door::Preload(preload::Door::open(self.shared.clone(), &options)?)
+            Door::Preload(preload::Door::open(self.shared.clone(), self.clone(), &options)?)
         } else {
             if !self.hold.is_taken_over() {
                 if self.shared.wals_may_be_ahead()

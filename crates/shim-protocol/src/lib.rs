@@ -18,7 +18,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// Version of everything in this crate.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// First word of handshake and page: `LFSH`.
 pub const MAGIC: u32 = 0x4853_464c;
 /// File, beside the agent's socket, that names the managed directory: see [`Registration`].
@@ -178,11 +178,11 @@ pub struct Slot {
     pub database: AtomicU32,
     /// `FLAG_*` bits.
     pub flags: AtomicU32,
-    /// Words of `data` that count, or bytes for [`Op::Attach`].
+    /// Words of `data` that count, or bytes for [`Op::Attach`] and [`Op::Special`].
     pub count: AtomicU32,
     /// Answer: 0, or an error number.
     pub error: AtomicU32,
-    /// Answer of [`Op::Attach`].
+    /// Answer of [`Op::Attach`] and [`Op::Special`].
     pub answer: AtomicU32,
     /// Keeps what follows aligned.
     pub reserved: AtomicU32,
@@ -217,13 +217,16 @@ pub enum Op {
     Move = 9,
     /// Another file has taken its place: answered when the log has it.
     Moved = 10,
+    /// A file that the agent makes up is read (`.primary`, `.lag`, `NAME-pos`): `data` is its path below the managed
+    /// directory. Answers how many bytes `data` then has. `ENOENT`: there is none of this name now.
+    Special = 11,
 }
 
 impl Op {
     /// The operation of a number.
     pub fn from_number(number: u32) -> Option<Op> {
         use Op::*;
-        [Attach, Written, Commit, WalEnd, WalCommit, WalSync, Drop, Dropped, Move, Moved]
+        [Attach, Written, Commit, WalEnd, WalCommit, WalSync, Drop, Dropped, Move, Moved, Special]
             .into_iter()
             .find(|op| *op as u32 == number)
     }
@@ -284,6 +287,6 @@ mod tests {
     fn operations_have_their_numbers() {
         assert_eq!(Op::from_number(3), Some(Op::Commit));
         assert_eq!(Op::from_number(0), None);
-        assert_eq!(Op::from_number(11), None);
+        assert_eq!(Op::from_number(12), None);
     }
 }

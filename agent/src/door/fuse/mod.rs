@@ -24,6 +24,7 @@ mod staged;
 mod workers;
 
 pub(crate) use files::CACHE_AHEAD_BYTES;
+pub use inodes::Special;
 pub use special::RoleView;
 
 use crate::database::{Database, Shared};

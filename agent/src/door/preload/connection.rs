@@ -4,6 +4,7 @@
 use super::memory::{self, SharedPage};
 use super::peer::Peer;
 use super::requests::{self, Answer};
+use super::special::SpecialFiles;
 use crate::DatabaseName;
 use crate::database::{Database, Shared};
 use parking_lot::Mutex;
@@ -30,6 +31,7 @@ const WRITES_MAX: usize = 8 << 20;
 #[derive(Debug)]
 pub struct Connection {
     shared: Arc<Shared>,
+    special: Arc<SpecialFiles>,
     memory: Arc<SharedPage>,
     peer: Peer,
     /// The socket has ended, or the door is closed.
@@ -69,8 +71,15 @@ impl Pace {
 
 impl Connection {
     /// A process that has said hello. Nothing is served yet.
-    pub fn new(shared: Arc<Shared>, memory: Arc<SharedPage>, peer: Peer) -> Self {
-        Connection { shared, memory, peer, ended: AtomicBool::new(false), attached: Mutex::default() }
+    pub fn new(shared: Arc<Shared>, special: Arc<SpecialFiles>, memory: Arc<SharedPage>, peer: Peer) -> Self {
+        Connection {
+            shared,
+            special,
+            memory,
+            peer,
+            ended: AtomicBool::new(false),
+            attached: Mutex::default(),
+        }
     }
 
     /// The memory it shares with the process.
@@ -195,11 +204,12 @@ impl Connection {
         // What the process says is not trusted to be in range.
         let op = Op::from_number(slot.op.load(Ordering::Relaxed)).ok_or(libc::ENOSYS)?;
         let count = slot.count.load(Ordering::Relaxed) as usize;
-        if op == Op::Attach {
+        if matches!(op, Op::Attach | Op::Special) {
             let mut bytes: Vec<u8> =
                 slot.data.iter().flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes()).collect();
             bytes.truncate(count);
-            return self.attach(&bytes).map(Answer::Now);
+            let answer = if op == Op::Attach { self.attach(&bytes) } else { self.special(slot, &bytes) };
+            return answer.map(Answer::Now);
         }
         let number = slot.database.load(Ordering::Relaxed);
         let db = self.database(slot)?;
@@ -225,13 +235,25 @@ impl Connection {
             }
             Op::Move => requests::will_move(&db),
             Op::Moved => requests::was_replaced(&db),
-            Op::Attach => Err(libc::ENOSYS),
+            Op::Attach | Op::Special => Err(libc::ENOSYS),
         }
     }
 
     fn database(&self, slot: &Slot) -> Result<Arc<Database>, i32> {
         let number = slot.database.load(Ordering::Relaxed) as usize;
         self.attached.lock().get(number).cloned().flatten().ok_or(libc::EBADF)
+    }
+
+    /// Puts the content of a file that the agent makes up into the slot.
+    fn special(&self, slot: &Slot, path: &[u8]) -> Result<u32, i32> {
+        let path = std::str::from_utf8(path).map_err(|_| libc::ENOENT)?;
+        let content = self.special.content(path).ok_or(libc::ENOENT)?;
+        for (word, bytes) in slot.data.iter().zip(content.chunks(8)) {
+            let mut padded = [0; 8];
+            padded[..bytes.len()].copy_from_slice(bytes);
+            word.store(u64::from_ne_bytes(padded), Ordering::Relaxed);
+        }
+        u32::try_from(content.len()).map_err(|_| libc::EFBIG)
     }
 
     fn attach(&self, name: &[u8]) -> Result<u32, i32> {

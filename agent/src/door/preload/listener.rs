@@ -147,7 +147,12 @@ fn accept(listening: &OwnedFd, connections: &Connections) -> io::Result<Option<S
     let socket = unsafe { OwnedFd::from_raw_fd(accepted) };
     let peer = Peer::of(socket.as_fd())?;
     let memory = Arc::new(SharedPage::create()?);
-    let connection = Arc::new(Connection::new(connections.shared.clone(), memory.clone(), peer.clone()));
+    let connection = Arc::new(Connection::new(
+        connections.shared.clone(),
+        connections.special.clone(),
+        memory.clone(),
+        peer.clone(),
+    ));
     {
         // In one step with becoming known, so that no change of the role is missed.
         let mut all = connections.all.lock();

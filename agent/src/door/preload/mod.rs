@@ -9,6 +9,7 @@
 //! | [`bystanders`] | programs that use the directory without the library               |
 //! | [`memory`]     | the memory shared with a process                                  |
 //! | [`peer`]       | who a process is and what it may write                            |
+//! | [`special`]    | `.primary`, `.lag` and `NAME-pos`                                 |
 
 mod bystanders;
 mod connection;
@@ -16,13 +17,16 @@ mod listener;
 mod memory;
 mod peer;
 mod requests;
+mod special;
 
 use crate::database::{RoleStep, Shared};
+use crate::door::fuse::RoleView;
 use connection::Connection;
 use fuse_session::{MountError, MountState, Mounter, mount_state};
 use listener::Listener;
 use parking_lot::Mutex;
 use shim_protocol::{self as protocol, REGISTRATION, Registration, SOCKET, VERSION};
+use special::SpecialFiles;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -81,6 +85,7 @@ pub enum DoorError {
 #[derive(Debug)]
 struct Connections {
     shared: Arc<Shared>,
+    special: Arc<SpecialFiles>,
     all: Mutex<Vec<Arc<Connection>>>,
     hold: bool,
     /// What applications were told last.
@@ -98,10 +103,11 @@ pub struct Door {
 
 impl Door {
     /// Makes the directory, and listens.
-    pub fn open(shared: Arc<Shared>, options: &Options) -> Result<Door, DoorError> {
+    pub fn open(shared: Arc<Shared>, view: Arc<dyn RoleView>, options: &Options) -> Result<Door, DoorError> {
         link(&options.dir, &shared.dirs.files, &options.mounter)?;
         let connections = Arc::new(Connections {
             shared: shared.clone(),
+            special: Arc::new(SpecialFiles::new(shared.clone(), view)),
             all: Mutex::default(),
             hold: options.hold,
             writable: AtomicBool::new(shared.is_writable()),
