@@ -62,21 +62,21 @@ pub fn check() -> Result<()> {
 
 fn man_pages() -> Result<BTreeMap<String, String>> {
     let dir = tempfile::tempdir()?;
-    run::run(litefs(&["man", "--dir"]).arg(dir.path()))?;
+    run::run(litefs(&["man", "--dir"])?.arg(dir.path()))?;
     read_dir(dir.path())
 }
 
 fn completions() -> Result<BTreeMap<String, String>> {
     SHELLS
         .iter()
-        .map(|(shell, file)| Ok(((*file).to_owned(), run::output(&mut litefs(&["completions", shell]))?)))
+        .map(|(shell, file)| Ok(((*file).to_owned(), run::output(&mut litefs(&["completions", shell])?)?)))
         .collect()
 }
 
-fn litefs(args: &[&str]) -> std::process::Command {
-    let mut command = cargo(&["run", "--quiet", "--package", "litefs-agent", "--bin", "litefs", "--"]);
+fn litefs(args: &[&str]) -> Result<std::process::Command> {
+    let mut command = std::process::Command::new(run::as_in_tests("litefs")?);
     command.args(args);
-    command
+    Ok(command)
 }
 
 fn read_dir(dir: &Path) -> Result<BTreeMap<String, String>> {

@@ -28,6 +28,13 @@ pub fn cargo(args: &[&str]) -> Command {
     command
 }
 
+/// The path of a program or library of the workspace, built as the tests build it: for a part of the workspace, or without
+/// what only tests need, cargo chooses other features of dependencies, and builds them and the agent once more.
+pub fn as_in_tests(file: &str) -> Result<PathBuf> {
+    run(&mut cargo(&["build", "--quiet", "--workspace", "--lib", "--bins", "--test", "harness"]))?;
+    Ok(target_directory()?.join("debug").join(file))
+}
+
 /// Where cargo puts what it builds.
 pub fn target_directory() -> Result<PathBuf> {
     let metadata = output(&mut cargo(&["metadata", "--no-deps", "--format-version", "1"]))?;

@@ -41,7 +41,8 @@ const STEPS: [Step; 11] = [
             .current_dir(run::root());
         quiet(&mut command)
     }),
-    ("build", || quiet(&mut cargo(&["build", "--quiet", "--workspace"]))),
+    // With the features that the tests are built with, so that nothing is built twice.
+    ("build", || quiet(&mut cargo(&["build", "--quiet", "--workspace", "--all-targets"]))),
     ("generated files", || generated::check().map(|()| String::new())),
     // The root was begun with the first step; making it mostly waits for the disk.
     ("fleet root", || fleet::prepare().map(|root| root.display().to_string())),
@@ -91,7 +92,7 @@ fn through_the_preload_door() -> Result<String> {
     run::run(&mut cargo(&["build", "--quiet", "--profile", "shim", "--package", "preload-shim"]))?;
     let library = run::target_directory()?.join("shim/liblitefs.so");
     let agents = tempfile::tempdir()?;
-    let mut command = cargo(&["test", "--package", "litefs-tests", "--no-fail-fast"]);
+    let mut command = cargo(&["test", "--workspace", "--no-fail-fast"]);
     for name in BOTH_DOORS {
         command.args(["--test", name]);
     }

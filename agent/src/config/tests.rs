@@ -84,6 +84,7 @@ fn what_show_prints_is_a_configuration_with_the_same_values() {
 fn the_key_table_and_the_structs_name_the_same_keys() {
     let optional = r#"
         http.token-file = "/t"
+        mount.helper = "/h"
         consul = { token-file = "/c", tls-ca = "/a", tls-certificate = "/c", tls-key = "/k" }
         lease = { role = "replica", primary-url = "https://a:1" }
         tls = { certificate = "/c", key = "/k", ca = "/a", peer-name = "n" }

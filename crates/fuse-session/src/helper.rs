@@ -19,7 +19,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A call is a byte and its arguments; paths are shorter than PATH_MAX.
@@ -109,15 +109,32 @@ pub(crate) struct Answer {
 pub(crate) struct Helper {
     socket: PathBuf,
     stream: Mutex<Option<OwnedFd>>,
+    /// This process was not found to lack CAP_SYS_ADMIN.
+    capable: AtomicBool,
 }
 
 impl Helper {
     pub fn at(socket: PathBuf) -> Helper {
-        Helper { socket, stream: Mutex::new(None) }
+        Helper { socket, stream: Mutex::new(None), capable: AtomicBool::new(true) }
     }
 
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Does what CAP_SYS_ADMIN allows in any namespace, where an operator has left it to this process: that saves a round
+    /// trip. `None`: it has not.
+    pub fn with_own_capability<T>(&self, act: impl FnOnce() -> io::Result<T>) -> Option<io::Result<T>> {
+        if !self.capable.load(Ordering::Relaxed) {
+            return None;
+        }
+        match act() {
+            Err(error) if error.raw_os_error() == Some(nix::libc::EPERM) => {
+                self.capable.store(false, Ordering::Relaxed);
+                None
+            }
+            done => Some(done),
+        }
     }
 
     /// Asks, and waits for the answer. A helper that ended is asked again: another one has taken its place.

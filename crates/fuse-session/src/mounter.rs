@@ -111,7 +111,10 @@ impl Mounter {
     pub(crate) fn register(&self, device: BorrowedFd<'_>, file: BorrowedFd<'_>) -> io::Result<u32> {
         match &self.0 {
             Kind::Own => register(device, file),
-            Kind::Helper(helper) => helper.ask(&Call::Register, &[device, file])?.result,
+            Kind::Helper(helper) => match helper.with_own_capability(|| register(device, file)) {
+                Some(done) => done,
+                None => helper.ask(&Call::Register, &[device, file])?.result,
+            },
         }
     }
 
@@ -119,7 +122,10 @@ impl Mounter {
     pub(crate) fn unregister(&self, device: BorrowedFd<'_>, id: u32) -> io::Result<()> {
         match &self.0 {
             Kind::Own => unregister(device, id),
-            Kind::Helper(helper) => helper.ask(&Call::Unregister { id }, &[device])?.result.map(drop),
+            Kind::Helper(helper) => match helper.with_own_capability(|| unregister(device, id)) {
+                Some(done) => done,
+                None => helper.ask(&Call::Unregister { id }, &[device])?.result.map(drop),
+            },
         }
     }
 

@@ -124,6 +124,22 @@ fn a_host_of_its_own() {
     host.run("systemctl enable --now litefs@shop && sqlite3 /srv/litefs/shop/app.db 'CREATE TABLE s(x)'");
     host.run("litefs -c shop list | grep app.db && systemctl is-active litefs@db");
 
+    // Both ways of registering files for passthrough: the helper's, and the agent's own where it may.
+    let registers = |asks: &str| {
+        let agent = property(host, "litefs@shop", "MainPID");
+        host.run(&format!("grep -q CapEff.*{asks} /proc/{agent}/status"));
+        host.run("sqlite3 /srv/litefs/shop/app.db 'PRAGMA journal_mode=WAL; INSERT INTO s VALUES (0)'");
+        host.run("journalctl -u litefs@shop | grep passthrough=true");
+        host.run("! journalctl -u litefs@shop | grep 'cannot register'");
+    };
+    registers("000000000000001f");
+    host.push(
+        "/etc/systemd/system/litefs@shop.service.d/own.conf",
+        "[Service]\nCapabilityBoundingSet=CAP_SYS_ADMIN\n",
+    );
+    host.run("systemctl daemon-reload && systemctl restart litefs@shop");
+    registers("000000000020001f");
+
     // Without a takeover the mount of a dead agent ends with it, which its guard asks for, and there is a new one.
     host.push(
         "/etc/litefs/shop.toml",

@@ -84,9 +84,7 @@ pub fn run(options: &Options) -> Result<Vec<PathBuf>> {
 /// Has cargo build what is packaged, and returns its path. No path of this machine gets into what is given away.
 fn compile(binary: &Binary, target: &Path, dev: bool) -> Result<PathBuf> {
     if dev {
-        // The whole workspace: alone, the package would be built with other features of its dependencies.
-        run::run(&mut cargo(&["build", "--quiet", "--workspace"]))?;
-        return Ok(target.join("debug").join(binary.file));
+        return run::as_in_tests(binary.file);
     }
     let mut command = cargo(&["build", "--quiet", "--package", binary.cargo_package]);
     let target = target.join("package-build");
