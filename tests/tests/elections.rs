@@ -5,12 +5,19 @@ use nix::sys::signal::Signal;
 
 /// Candidates at one Consul whose commits need one more of them; the first one is primary, the others follow it.
 fn candidates(fleet: &Fleet, consul: &Consul, names: &[&str]) -> Vec<Host> {
+    candidates_with(fleet, consul, names, &[])
+}
+
+fn candidates_with(fleet: &Fleet, consul: &Consul, names: &[&str], settings: &[&str]) -> Vec<Host> {
     let address = consul.address();
     let hosts: Vec<Host> = names.iter().map(|name| fleet.host(name, Role::Candidate(&address))).collect();
     for host in &hosts {
         host.set("sync.acks=1").set(&format!("sync.members={}", names.join(",")));
         // Who is stopped for a while stays connected.
         host.set("replication.timeout=60s");
+        for setting in settings {
+            host.set(setting);
+        }
     }
     hosts[0].start();
     hosts[0].wait_for("the first host is primary", || hosts[0].is_primary());
@@ -129,4 +136,44 @@ fn acknowledgements_need_names_where_hosts_choose_the_primary() {
     let mut agent = host.agent_command();
     let refused = try_run(&mut agent).unwrap_err();
     assert!(refused.contains("sync.members does not say"), "{refused}");
+}
+
+/// Candidates of which the first two have an acknowledged commit in a database whose records are no longer in their logs;
+/// the third one lacks it, and still has the record before it.
+fn two_without_the_record(fleet: &Fleet, consul: &Consul) -> Vec<Host> {
+    let small = ["log.segment-size=64KiB", "log.retention-age=1s"];
+    let hosts = candidates_with(fleet, consul, &["a", "b", "c"], &small);
+    let [a, b, c] = &hosts[..] else { unreachable!() };
+    c.kill();
+    insert(a, 1);
+    a.wait_position_equal(b, "app.db");
+    // Another database fills the log, until retention has removed what it had of the first one.
+    let log = |host: &Host, what: &str| host.status()["log"][what].as_u64().expect("a number");
+    let ends = [a, b].map(|host| (host, log(host, "durable_lsn")));
+    a.sql("other.db", "PRAGMA journal_mode=wal; CREATE TABLE t(x)");
+    for (host, end) in ends {
+        host.wait_for("retention has removed the records", || {
+            a.sql("other.db", "INSERT INTO t VALUES (randomblob(100000)); DELETE FROM t");
+            log(host, "oldest_lsn") >= end
+        });
+    }
+    a.wait_position_equal(b, "other.db");
+    b.stop();
+    a.kill();
+    hosts
+}
+
+#[test]
+fn an_acknowledged_commit_counts_when_its_record_is_no_longer_kept() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let hosts = two_without_the_record(&fleet, &consul);
+    let [_a, b, c] = &hosts[..] else { unreachable!() };
+    c.start();
+    b.start();
+    b.wait_for("the one with the commit leads", || b.is_primary());
+    c.wait_for("the other one follows", || c.follows(b));
+    assert_eq!(rows(b), "1");
+    assert_equal(b, c, "app.db");
+    assert_equal(b, c, "other.db");
 }

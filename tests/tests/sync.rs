@@ -343,3 +343,67 @@ fn many_databases_commit_side_by_side() {
     }
     pair.primary.assert_no_errors();
 }
+
+#[test]
+fn readers_on_a_fenced_primary_see_no_commit_that_nobody_acknowledged() {
+    for mode in ["wal", "delete"] {
+        let mut consul = Consul::start();
+        let fleet = Fleet::new();
+        let address = consul.address();
+        let hosts = ["a", "b"].map(|name| fleet.host(name, Role::Candidate(&address)));
+        for host in &hosts {
+            host.set("sync.acks=1")
+                .set("sync.members=a,b")
+                .set("lease.ttl=2s")
+                .set("replication.timeout=60s");
+        }
+        let [a, b] = &hosts;
+        a.start();
+        a.wait_for("the first host is primary", || a.is_primary());
+        b.start();
+        b.wait_for("it follows", || b.follows(a));
+        a.sql("app.db", &format!("PRAGMA journal_mode={mode}; CREATE TABLE t(x); INSERT INTO t VALUES (1)"));
+        a.wait_position_equal(b, "app.db");
+        b.signal(Signal::SIGSTOP);
+        let path = a.path("app.db");
+        let insert = move || try_sqlite3(&path, "INSERT INTO t VALUES (2)");
+        let commit = std::thread::spawn(insert);
+        a.wait_for("the commit waits", || a.status()["sync"][0]["waiting"] == 1);
+        // Neither renewed nor acknowledged: the term ends, and the application is told.
+        consul.freeze();
+        commit.join().expect("no panic").expect_err("nobody acknowledged it");
+        let until = std::time::Instant::now() + Duration::from_millis(500);
+        while std::time::Instant::now() < until {
+            assert_eq!(a.sql("app.db", "SELECT group_concat(x) FROM t"), "1", "{mode}");
+        }
+        consul.thaw();
+        b.signal(Signal::SIGCONT);
+        // Whoever leads: the commit is with both of them, or kept aside. They agree.
+        wait_for("there is a primary", PATIENCE, || {
+            (a.is_primary() && b.follows(a) || b.is_primary() && a.follows(b)).then_some(())
+        });
+        let (primary, replica) = if a.is_primary() { (a, b) } else { (b, a) };
+        primary.wait_for("it takes writes", || primary.try_sql("app.db", "INSERT INTO t VALUES (3)").is_ok());
+        assert_equal(primary, replica, "app.db");
+        consul.kill();
+    }
+}
+
+#[test]
+fn an_export_has_no_commit_that_waits() {
+    let pair = Pair::new("fuse", &[]);
+    let name = pair.create("wal");
+    let before = pair.primary.txid(&name);
+    pair.replica.signal(Signal::SIGSTOP);
+    let commit = pair.begin(&name, "INSERT INTO t VALUES (2)");
+    pair.primary.wait_for("the commit waits", || pair.waiting() == 1);
+    let out = pair.primary.data().join("out.db");
+    let export = || try_run(&mut pair.primary.litefs(&["export", &name, out.to_str().expect("a path")]));
+    let error = export().expect_err("a copy would have what may come to nothing");
+    assert!(error.contains("waited for its followers"), "{error}");
+    assert_eq!(pair.primary.txid(&name), before);
+    pair.replica.signal(Signal::SIGCONT);
+    commit.join().expect("no panic").expect("it is acknowledged");
+    export().expect("nothing waits any more");
+    assert_eq!(sqlite3(&out, "SELECT count(*) FROM t"), "2");
+}

@@ -6,6 +6,7 @@
 //! connected throughout.
 
 mod door;
+mod failover;
 mod fleet;
 mod large;
 mod machine;
@@ -31,6 +32,12 @@ use std::time::{Duration, Instant};
 /// What to measure.
 #[derive(clap::Args)]
 pub struct Options {
+    /// Measure changes of the primary instead: how long writers wait, and what is lost
+    #[arg(long)]
+    failover: bool,
+    /// With --failover: so many things go wrong while commits wait for replicas
+    #[arg(long, default_value_t = 200)]
+    faults: u32,
     /// Only these rows
     #[arg(long, value_enum, value_delimiter = ',')]
     rows: Vec<Row>,
@@ -87,6 +94,9 @@ impl Options {
 pub fn run(options: Options) -> Result<()> {
     setup::packages()?;
     setup::can_mount()?;
+    if options.failover {
+        return failover::run(options.faults, options.litefs.as_deref());
+    }
     let target = run::target_directory()?;
     let litefs = match &options.litefs {
         Some(litefs) => fs::canonicalize(litefs).with_context(|| litefs.display().to_string())?,

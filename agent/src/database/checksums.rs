@@ -7,6 +7,7 @@
 //! has, for an agent that takes up databases in use, up to where a replica has applied; nothing makes that durable.
 
 use crate::DatabaseName;
+use crate::ship::engine::Epoch;
 use ltx::{Checksum, Pos, Txid};
 use memmap2::MmapMut;
 use std::fs::{File, OpenOptions};
@@ -20,6 +21,8 @@ const HEADER_BYTES: u64 = 4096;
 const STEP_BYTES: u64 = 64 * 1024;
 /// Changed alone, so the header's CRC leaves it out.
 const UNLOGGED_OFFSET: usize = 32;
+/// Epoch of the newest record; it outlives the record, which retention removes.
+const EPOCH_OFFSET: usize = 40;
 const NAME_OFFSET: usize = 80;
 const CRC_OFFSET: usize = HEADER_BYTES as usize - 4;
 /// Two places for the applied position, used in turn, so that one is whole whenever its writer is killed. The header's
@@ -68,13 +71,14 @@ pub struct Checksums {
     file: File,
     map: MmapMut,
     mark: Mark,
+    record_epoch: Epoch,
     /// No page after this one has a checksum.
     last: u32,
 }
 
 impl Checksums {
-    /// Reads only the header: the name it belongs to and its mark.
-    pub fn read_mark(path: &Path) -> Result<(DatabaseName, Mark), ChecksumsError> {
+    /// Reads only the header: the name it belongs to, its mark, and the epoch of the database's newest record.
+    pub fn read_mark(path: &Path) -> Result<(DatabaseName, Mark, Epoch), ChecksumsError> {
         let file = File::open(path).map_err(|e| io_error(path, e))?;
         let mut header = [0; HEADER_BYTES as usize];
         file.read_exact_at(&mut header, 0).map_err(|e| io_error(path, e))?;
@@ -87,7 +91,7 @@ impl Checksums {
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(io)?;
         let mut header = [0; HEADER_BYTES as usize];
         file.read_exact_at(&mut header, 0).map_err(io)?;
-        let (_, mark) = decode_header(path, &header)?;
+        let (_, mark, record_epoch) = decode_header(path, &header)?;
         let len = file.metadata().map_err(io)?.len();
         if len < HEADER_BYTES + 8 * u64::from(mark.page_count) {
             return Err(ChecksumsError::Damaged {
@@ -97,7 +101,7 @@ impl Checksums {
         }
         let map = map_file(&file, path)?;
         let used = map[HEADER_BYTES as usize..].iter().rposition(|b| *b != 0).map_or(0, |i| i / 8 + 1);
-        Ok(Checksums { path: path.to_owned(), file, map, mark, last: used as u32 })
+        Ok(Checksums { path: path.to_owned(), file, map, mark, record_epoch, last: used as u32 })
     }
 
     /// Creates an empty sidecar, replacing what is there.
@@ -107,14 +111,19 @@ impl Checksums {
             OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path).map_err(io)?;
         reserve(&file, HEADER_BYTES).map_err(io)?;
         let mark = Mark::default();
-        file.write_all_at(&encode_header(name, &mark), 0).map_err(io)?;
+        file.write_all_at(&encode_header(name, &mark, Epoch(0)), 0).map_err(io)?;
         let map = map_file(&file, path)?;
-        Ok(Checksums { path: path.to_owned(), file, map, mark, last: 0 })
+        Ok(Checksums { path: path.to_owned(), file, map, mark, record_epoch: Epoch(0), last: 0 })
     }
 
     /// The position up to which database and sidecar are durable.
     pub fn mark(&self) -> Mark {
         self.mark
+    }
+
+    /// Epoch of the newest record that the database had at its mark; 0 when that is not known.
+    pub fn record_epoch(&self) -> Epoch {
+        self.record_epoch
     }
 
     /// The checksum of a page; `None` for a page the database does not have.
@@ -189,16 +198,17 @@ impl Checksums {
         &mut self,
         name: &DatabaseName,
         mark: Mark,
+        record_epoch: Epoch,
         all_logged: bool,
     ) -> Result<(), ChecksumsError> {
         let io = |e| io_error(&self.path, e);
         let applied = self.applied().unwrap_or(mark);
         self.map.flush().map_err(io)?;
-        let mut header = encode_header(name, &mark);
+        let mut header = encode_header(name, &mark, record_epoch);
         header[UNLOGGED_OFFSET] = if all_logged { 0 } else { self.map[UNLOGGED_OFFSET] };
         self.file.write_all_at(&header, 0).map_err(io)?;
         self.file.sync_data().map_err(io)?;
-        self.mark = mark;
+        (self.mark, self.record_epoch) = (mark, record_epoch);
         self.set_applied(applied);
         Ok(())
     }
@@ -262,13 +272,14 @@ fn map_file(file: &File, path: &Path) -> Result<MmapMut, ChecksumsError> {
     unsafe { MmapMut::map_mut(file) }.map_err(|e| io_error(path, e))
 }
 
-fn encode_header(name: &DatabaseName, mark: &Mark) -> [u8; HEADER_BYTES as usize] {
+fn encode_header(name: &DatabaseName, mark: &Mark, record_epoch: Epoch) -> [u8; HEADER_BYTES as usize] {
     let mut h = [0; HEADER_BYTES as usize];
     h[0..8].copy_from_slice(&MAGIC);
     h[8..12].copy_from_slice(&mark.page_size.to_le_bytes());
     h[12..16].copy_from_slice(&mark.page_count.to_le_bytes());
     h[16..24].copy_from_slice(&mark.position.txid.0.to_le_bytes());
     h[24..32].copy_from_slice(&mark.position.checksum.0.to_le_bytes());
+    h[EPOCH_OFFSET..EPOCH_OFFSET + 8].copy_from_slice(&record_epoch.0.to_le_bytes());
     let text = name.as_str().as_bytes();
     h[NAME_OFFSET - 4..NAME_OFFSET].copy_from_slice(&(text.len() as u32).to_le_bytes());
     h[NAME_OFFSET..NAME_OFFSET + text.len()].copy_from_slice(text);
@@ -289,7 +300,7 @@ fn header_crc(header: &[u8; HEADER_BYTES as usize]) -> u32 {
 fn decode_header(
     path: &Path,
     h: &[u8; HEADER_BYTES as usize],
-) -> Result<(DatabaseName, Mark), ChecksumsError> {
+) -> Result<(DatabaseName, Mark, Epoch), ChecksumsError> {
     let damaged = |reason| ChecksumsError::Damaged { path: path.to_owned(), reason };
     let u32_at = |at: usize| u32::from_le_bytes([h[at], h[at + 1], h[at + 2], h[at + 3]]);
     let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
@@ -305,7 +316,8 @@ fn decode_header(
         .and_then(|t| DatabaseName::new(t).ok())
         .ok_or_else(|| damaged("names no database"))?;
     let position = Pos { txid: Txid(u64_at(16)), checksum: Checksum(u64_at(24)) };
-    Ok((name, Mark { position, page_size: u32_at(8), page_count: u32_at(12) }))
+    let mark = Mark { position, page_size: u32_at(8), page_count: u32_at(12) };
+    Ok((name, mark, Epoch(u64_at(EPOCH_OFFSET))))
 }
 
 #[cfg(test)]
@@ -328,15 +340,16 @@ mod tests {
         let mark =
             Mark { position: Pos { txid: Txid(7), checksum: sum(3) }, page_size: 512, page_count: 20_000 };
         sums.note_unlogged_writes(true).unwrap();
-        sums.persist(&name, mark, false).unwrap();
+        sums.persist(&name, mark, Epoch(4), false).unwrap();
         drop(sums);
         let mut sums = Checksums::open(&path).unwrap();
         assert!(sums.may_have_unlogged_writes(), "noted before the mark, and not all of it in the log");
-        sums.persist(&name, mark, true).unwrap();
+        sums.persist(&name, mark, Epoch(5), true).unwrap();
         assert!(!sums.may_have_unlogged_writes());
         drop(sums);
-        assert_eq!(Checksums::read_mark(&path).unwrap(), (name, mark));
+        assert_eq!(Checksums::read_mark(&path).unwrap(), (name, mark, Epoch(5)));
         let mut sums = Checksums::open(&path).unwrap();
+        assert_eq!(sums.record_epoch(), Epoch(5));
         assert_eq!((sums.get(1), sums.get(2), sums.get(20_000)), (Some(sum(5)), None, Some(sum(6))));
         assert_eq!(sums.fold(20_000), sum(5 ^ 6));
         sums.truncate(1);
@@ -354,7 +367,7 @@ mod tests {
         assert_eq!(sums.applied(), None);
         let at =
             |n| Mark { position: Pos { txid: Txid(n), checksum: sum(n) }, page_size: 512, page_count: 7 };
-        sums.persist(&name, at(3), true).unwrap();
+        sums.persist(&name, at(3), Epoch(1), true).unwrap();
         for n in [9, 4, 5] {
             sums.set_applied(at(n));
         }

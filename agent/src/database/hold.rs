@@ -6,6 +6,7 @@ use super::recovery::RecoveryError;
 use super::{Database, State};
 use crate::capture::{CaptureError, Logged};
 use crate::sync::Hold;
+use ltx::Pos;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -76,20 +77,64 @@ impl Database {
     }
 
     /// A held commit is not published by whoever made it: it comes from the log, or goes with a snapshot of the next
-    /// primary.
+    /// primary. Until it is known which, readers here must not see it: the next primary may not have it.
     fn abandon(&self, hold: Hold) {
         let mut st = self.state();
         if st.held == Some(hold.position) {
+            *self.unconfirmed.lock() = Some(hold.position);
             st.held = None;
             st.wal.abandon_held(libc::EIO);
+            // In rollback modes the journal is still there, and its application cannot play it back any more.
+            st.rollback.journal_active = !self.load_journal_mode(&mut st);
             drop(st);
             self.shared.pending_again(&self.name);
         }
     }
 
+    /// What is in the file of a commit that may not count is taken back, for its readers.
+    pub(super) fn take_back_unconfirmed(&self, side: &ApplySide) {
+        if !self.has_journal_of_dead_apply() {
+            return;
+        }
+        match side.applier.roll_back_under_readers() {
+            Ok(true) => self.state().rollback = Default::default(),
+            // Its application still has the lock.
+            Ok(false) => self.shared.pending_again(&self.name),
+            Err(error) => {
+                tracing::warn!(database = %self.name, %error, "cannot take back a commit that nobody acknowledged");
+                self.shared.pending_again(&self.name);
+            }
+        }
+    }
+
+    /// What the log has counts: this node leads with it, or follows one that has it too.
+    pub(crate) fn confirm(&self) {
+        if self.unconfirmed.lock().take().is_some() {
+            self.shared.pending_again(&self.name);
+        }
+    }
+
+    /// The primary that this node follows has the database at `position`; `None`: where it is here.
+    pub(crate) fn upstream_has(&self, position: Option<Pos>) {
+        let mut unconfirmed = self.unconfirmed.lock();
+        if unconfirmed.is_some_and(|own| position.is_none_or(|theirs| theirs == own)) {
+            *unconfirmed = None;
+            drop(unconfirmed);
+            self.shared.pending_again(&self.name);
+        }
+    }
+
+    /// Whether there is a commit that may not count.
+    pub(super) fn is_unconfirmed(&self) -> bool {
+        self.unconfirmed.lock().is_some()
+    }
+
     /// What the log has, the files do not, and nobody is about to publish waits to be applied.
     pub(super) fn queue_unapplied(&self, side: &mut ApplySide) -> Result<(), RecoveryError> {
         if !side.pending.is_empty() {
+            return Ok(());
+        }
+        if self.is_unconfirmed() {
             return Ok(());
         }
         let applied = {

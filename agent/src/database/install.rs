@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 /// How long readers may hold up an installation before the follower is told to try again.
 const INSTALL_PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long a copy waits for commits that wait for followers.
+const COMMITS_WAIT: Duration = Duration::from_secs(10);
+
 impl Database {
     /// Makes a staged snapshot the database. A crash at any point is finished by recovery, which finds the Reset
     /// record and the staged file.
@@ -68,6 +71,7 @@ impl Database {
         let end = self.shared.log.append(&record, &[]).map_err(other)?;
         self.shared.log.wait_durable(end).map_err(other)?;
         side.pending.clear();
+        self.confirm();
 
         let mark =
             Mark { position: snapshot.position, page_size: snapshot.page_size, page_count: snapshot.commit };
@@ -122,6 +126,27 @@ impl Database {
         Ok(())
     }
 
+    /// The position, once no commit waits for followers: one that does may come to nothing.
+    fn position_that_counts(&self) -> Result<Pos, EngineError> {
+        let deadline = Instant::now() + COMMITS_WAIT;
+        loop {
+            {
+                let st = self.state();
+                if st.held.is_none() {
+                    return Ok(st.position);
+                }
+            }
+            if Instant::now() > deadline {
+                return Err(other(format_args!(
+                    "a commit of {} has waited for its followers for {COMMITS_WAIT:?}, and a copy would have it: see \
+                     [sync] and `litefs status`",
+                    self.name
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// A copy of the database at one exact position, made without stopping writers: pages as they are found, then
     /// the records since the first of them was read.
     pub fn copy_consistently(&self, path: &Path) -> Result<Pos, EngineError> {
@@ -157,7 +182,7 @@ impl Database {
             }
             let (page_size, mut page_count) = shape.unwrap_or_default();
             // Everything a page could have come from is in the log by now.
-            let target = self.state().position;
+            let target = self.position_that_counts()?;
             let mut txid = base.txid.0 + 1;
             while txid <= target.txid.0 {
                 let found = self.shared.log.find(&self.name, Txid(txid)).map_err(other)?;

@@ -26,7 +26,7 @@ use crate::capture::rollback::RollbackCapture;
 use crate::capture::wal::WalCapture;
 use crate::capture::{self, CaptureError, Logged};
 use crate::log::Lsn;
-use crate::ship::engine::{RecordPayload, ShippedRecord};
+use crate::ship::engine::{Epoch, RecordPayload, ShippedRecord};
 use crate::status::messages;
 use checksums::{Checksums, ChecksumsError, Mark};
 use ltx::{Pos, Txid};
@@ -79,6 +79,8 @@ pub struct Database {
     durable: Mutex<Pos>,
     /// Writes transactions through the applications' path. Taken before `state`, never while holding it.
     pub(crate) apply: Mutex<ApplySide>,
+    /// Newest commit that nobody acknowledged before this node's term ended, until it is known whether it counts. A leaf.
+    unconfirmed: Mutex<Option<Pos>>,
     /// Who may write it, where that is not simply the primary. A leaf.
     loan: RwLock<Option<halt::Loan>>,
 }
@@ -172,6 +174,8 @@ pub struct State {
     file: Option<Arc<File>>,
     /// mtime and size of the file after the last capture.
     stamp: Option<(i64, i64, u64)>,
+    /// Epoch of the newest record at the last mark.
+    pub(crate) record_epoch: Epoch,
     /// Position of the mark in the sidecar.
     pub(crate) marked: Pos,
 }
@@ -200,6 +204,7 @@ impl Database {
             state: Mutex::default(),
             durable: Mutex::default(),
             apply: Mutex::new(ApplySide::new(applier)),
+            unconfirmed: Mutex::default(),
             loan: RwLock::default(),
         })
     }

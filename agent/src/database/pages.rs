@@ -3,11 +3,12 @@
 //! A page's committed content is in the WAL, in the database file, or (while a rollback-mode transaction has already
 //! written over it) in the journal; which of them is right is told by the checksum.
 
+use super::receive::PayloadReader;
 use super::{Database, State};
 use crate::capture::CaptureError;
 use crate::ship::engine::{EngineError, PageRange};
 use bytes::Bytes;
-use ltx::{lock_page, page_checksum};
+use ltx::{Checksum, Decoder, lock_page, page_checksum};
 use sqlite_file::journal::Journal;
 use sqlite_file::wal::FRAME_HEADER_BYTES;
 use std::fs::File;
@@ -113,6 +114,30 @@ impl Database {
             for record in journal.records().flatten() {
                 if record.pgno == pgno && page_checksum(pgno, &record.page) == expected {
                     return Ok(Some(record.page));
+                }
+            }
+        }
+        if self.is_unconfirmed() {
+            return self.page_of_unapplied(st, pgno, expected);
+        }
+        Ok(None)
+    }
+
+    /// A page of a commit that is in the log alone, because it may not count.
+    fn page_of_unapplied(
+        &self,
+        st: &State,
+        pgno: u32,
+        expected: Checksum,
+    ) -> Result<Option<Vec<u8>>, CaptureError> {
+        let last = self.shared.log.last(&self.name);
+        let records = self.records_after(st.applied, &last);
+        for record in records.map_err(|e| self.database_error(std::io::Error::other(e)))? {
+            let mut decoder = Decoder::new(PayloadReader::of(&self.shared.log, &record))?;
+            let mut page = Vec::new();
+            while let Some(found) = decoder.next_page(&mut page)? {
+                if found == pgno && page_checksum(pgno, &page) == expected {
+                    return Ok(Some(page));
                 }
             }
         }

@@ -185,6 +185,13 @@ impl Database {
             wal: Some(WAL_IS_FROM_THE_LOG),
             fence,
         };
+        // It follows what this node had alone, so that counts, and has to be applied before it.
+        if self.is_unconfirmed() {
+            drop(st);
+            self.confirm();
+            self.queue_unapplied(side)?;
+            st = self.state();
+        }
         let end = match &record.payload {
             RecordPayload::Bytes(bytes) => self.shared.log.append(&new, bytes),
             RecordPayload::File { path, .. } => self.shared.log.append_file(&new, path),
@@ -242,6 +249,9 @@ impl Database {
 
     /// Applies what waits, as far as readers let it within `bound`.
     pub(crate) fn apply_pending(&self, side: &mut ApplySide, bound: Duration) {
+        if self.is_unconfirmed() {
+            return self.take_back_unconfirmed(side);
+        }
         if let Err(error) = self.queue_unapplied(side) {
             tracing::error!(database = %self.name, %error, "cannot apply what the log has");
         }
@@ -301,6 +311,10 @@ impl Database {
                         page_count: last.commit,
                     };
                     st.set_wal_mode(shape.wal_mode);
+                    if !shape.wal_mode {
+                        // Whatever journal there was has been played back.
+                        st.rollback.journal_active = false;
+                    }
                     self.check_applied(&mut st);
                     let applied = st.applied;
                     if let Ok(sums) = st.open_checksums(self) {

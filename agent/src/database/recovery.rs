@@ -677,6 +677,7 @@ impl Database {
         if target.position.txid.0 == 0 {
             return Ok(());
         }
+        let epoch = self.newest_record_epoch(st);
         let sums = st.open_checksums(self).map_err(failed)?;
         let folded = sums.fold(target.page_count);
         if folded != target.position.checksum_or_empty() {
@@ -687,7 +688,7 @@ impl Database {
             )));
         }
         if !done.compare {
-            sums.persist(&self.name, target, true).map_err(failed)?;
+            sums.persist(&self.name, target, epoch, true).map_err(failed)?;
             st.marked = target.position;
         }
         Ok(())

@@ -125,6 +125,8 @@ pub struct Shared {
     /// Holds commits until followers have them.
     pub gate: Arc<Gate>,
     epoch: AtomicU64,
+    /// Newest epoch of a record that any database has had at the start of this agent.
+    record_epoch: AtomicU64,
     writable: AtomicBool,
     /// Writes to WALs are not seen by the door.
     follows_wals: AtomicBool,
@@ -159,6 +161,7 @@ impl Shared {
             counters: Counters::default(),
             gate: Arc::default(),
             epoch: AtomicU64::new(epoch.0),
+            record_epoch: AtomicU64::new(0),
             writable: AtomicBool::new(false),
             follows_wals: AtomicBool::new(false),
             wals_may_be_ahead: AtomicBool::new(false),
@@ -176,6 +179,19 @@ impl Shared {
     /// Epoch of the running term.
     pub fn epoch(&self) -> Epoch {
         Epoch(self.epoch.load(Ordering::Acquire))
+    }
+
+    /// A database has had a record of this epoch, which the log may have no longer.
+    pub(crate) fn note_record_epoch(&self, epoch: Epoch) {
+        self.record_epoch.fetch_max(epoch.0, Ordering::Relaxed);
+    }
+
+    /// Epoch of the newest record that this node has had.
+    pub(crate) fn newest_record_epoch(&self) -> Epoch {
+        let noted = Epoch(self.record_epoch.load(Ordering::Relaxed));
+        let logged = self.log.newest_epoch();
+        self.note_record_epoch(logged);
+        noted.max(logged)
     }
 
     /// The term that runs, or would.

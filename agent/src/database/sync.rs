@@ -4,6 +4,7 @@
 use super::checksums::Mark;
 use super::{Database, State};
 use crate::capture::CaptureError;
+use crate::ship::engine::Epoch;
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -31,11 +32,18 @@ impl Database {
         self.write_mark(mark)
     }
 
+    /// Epoch of the newest record, also when retention has removed it.
+    pub(crate) fn newest_record_epoch(&self, st: &State) -> Epoch {
+        self.shared.log.last(&self.name).map_or(st.record_epoch, |record| record.epoch)
+    }
+
     /// Writes a mark; the files must be durable up to it.
     pub(crate) fn write_mark(&self, mark: Mark) -> Result<(), CaptureError> {
         let mut st = self.state();
         let all_logged = st.all_writes_are_logged(self);
-        st.open_checksums(self)?.persist(&self.name, mark, all_logged)?;
+        let epoch = self.newest_record_epoch(&st);
+        st.open_checksums(self)?.persist(&self.name, mark, epoch, all_logged)?;
+        st.record_epoch = epoch;
         st.marked = mark.position;
         Ok(())
     }

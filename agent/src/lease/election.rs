@@ -27,7 +27,7 @@ impl Standing {
 /// How far a node is with one database.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
-    /// Epoch of its newest record; 0 when that is no longer kept.
+    /// Epoch of its newest record, also when that is no longer kept.
     pub epoch: Epoch,
     /// Where it is, durably.
     #[serde(with = "position")]

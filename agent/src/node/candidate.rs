@@ -26,7 +26,7 @@ impl Node {
     /// How far this node is.
     pub(super) fn standing(&self) -> Standing {
         Standing {
-            record_epoch: self.shared.log.newest_epoch(),
+            record_epoch: self.shared.newest_record_epoch(),
             transactions: self.shared.databases().iter().map(|db| db.durable_position().txid.0).sum(),
         }
     }
@@ -36,10 +36,12 @@ impl Node {
         let shared = self.shared.clone();
         let progress = move || {
             let of = |db: Arc<Database>| {
-                let end = db.state().logged_end;
+                let (end, epoch) = {
+                    let st = db.state();
+                    (st.logged_end, db.newest_record_epoch(&st))
+                };
                 // A log that failed has what was durable before.
                 let _ = shared.log.wait_durable(end);
-                let epoch = shared.log.last(db.name()).map_or(Epoch(0), |record| record.epoch);
                 (db.name().clone(), Progress { epoch, position: db.durable_position() })
             };
             shared.databases().into_iter().map(of).collect()

@@ -38,7 +38,9 @@ pub fn discover(shared: &Arc<Shared>, start: Start) -> io::Result<Discovered> {
     for entry in std::fs::read_dir(&shared.dirs.checksums)? {
         let path = entry?.path();
         match Checksums::read_mark(&path) {
-            Ok((name, _)) => {
+            Ok((name, _, record_epoch)) => {
+                shared.note_record_epoch(record_epoch);
+                shared.database_or_new(&name).state().record_epoch = record_epoch;
                 names.insert(name);
             }
             Err(error) => tracing::warn!(path = %path.display(), %error, "a sidecar cannot be read"),

@@ -154,6 +154,7 @@ impl Node {
         if epoch > self.shared.epoch() {
             self.identity.store_epoch(epoch)?;
         }
+        self.shared.known().iter().for_each(|db| db.confirm());
         self.apply_all_received();
         if !self.allow_writes(epoch, number) {
             return Ok(false);

@@ -106,13 +106,22 @@ impl Sink for Node {
 
     fn compared(&self) {
         self.compared.store(true, Ordering::Release);
+        // Of what was not told the upstream has what this node has.
+        for db in self.shared.known() {
+            let told = self.heard.lock().get(db.name()).map(|heard| heard.position);
+            db.upstream_has(told);
+        }
     }
 
     fn upstream_position(&self, name: &DatabaseName, position: Pos, upstream_unix_ms: i64) {
         let _ = upstream_unix_ms;
         self.note_heard();
         // Not the state, which a large transaction holds for long: the stream must go on meanwhile.
-        let own = self.shared.database(name).map(|db| db.durable_position()).unwrap_or_default();
+        let db = self.shared.database(name);
+        if let Some(db) = &db {
+            db.upstream_has(Some(position));
+        }
+        let own = db.map(|db| db.durable_position()).unwrap_or_default();
         let now = Instant::now();
         let mut heard = self.heard.lock();
         let entry = heard.entry(name.clone()).or_insert(Heard { position, at: now, behind_since: None });
