@@ -407,3 +407,29 @@ fn an_export_has_no_commit_that_waits() {
     export().expect("nothing waits any more");
     assert_eq!(sqlite3(&out, "SELECT count(*) FROM t"), "2");
 }
+
+#[test]
+fn a_commit_that_waits_is_acknowledged_to_its_application_by_the_next_agent() {
+    for killed in [false, true] {
+        for mode in MODES {
+            let pair = Pair::new("fuse", &["mount.takeover-wait=60s"]);
+            let name = pair.create(mode);
+            pair.replica.signal(Signal::SIGSTOP);
+            let commit = pair.begin(&name, "INSERT INTO t VALUES (2)");
+            pair.primary.wait_for("the commit waits", || pair.waiting() == 1);
+            if killed {
+                pair.primary.kill()
+            } else {
+                pair.primary.leave()
+            };
+            pair.primary.start();
+            assert!(!commit.is_finished(), "{mode}: nobody has acknowledged it");
+            pair.replica.signal(Signal::SIGCONT);
+            commit.join().expect("no panic").unwrap_or_else(|e| panic!("{mode}, killed {killed}: {e}"));
+            assert_eq!(pair.sql(&name, "SELECT count(*) FROM t"), "2", "{mode}, killed {killed}");
+            pair.sql(&name, "INSERT INTO t VALUES (3)");
+            pair.primary.wait_position_equal(&pair.replica, &name);
+            assert_equal(&pair.primary, &pair.replica, &name);
+        }
+    }
+}
