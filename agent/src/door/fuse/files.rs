@@ -27,6 +27,9 @@ use std::sync::{Arc, OnceLock};
 
 /// The kernel's page size at most platforms; a larger one only makes the cache less effective.
 const CACHE_PAGE_BYTES: u64 = 4096;
+/// A WAL that was never longer than this has its exact length for whoever looks: what is cached ahead of the end
+/// counts as length for the kernel.
+const CACHE_AHEAD_FROM_BYTES: u64 = 256 * 1024;
 /// The cache ahead of the WAL's end is filled up when less than this is left (a 64 KiB page and its header)...
 const CACHE_AHEAD_MIN_BYTES: u64 = 128 * 1024;
 /// ... to this much.
@@ -272,7 +275,8 @@ impl OpenFile {
             return;
         };
         let mut st = db.state();
-        if end + CACHE_AHEAD_MIN_BYTES <= st.wal_cached_end {
+        let too_small = st.wal_cached_end == 0 && end < CACHE_AHEAD_FROM_BYTES;
+        if too_small || end + CACHE_AHEAD_MIN_BYTES <= st.wal_cached_end {
             return;
         }
         let next_page = end.next_multiple_of(CACHE_PAGE_BYTES);
