@@ -33,6 +33,10 @@ databases = \"**\"
 unit = \"refresh@.service\"
 verb = \"start\"
 debounce = \"50ms\"
+
+[[on-change]]
+databases = \"sub/*\"
+command = [\"/bin/sh\", \"-c\", \"echo $LITEFS_DATABASE $(sqlite3 $LITEFS_PATH .tables) > /run/commanded\"]
 ";
 
 fn as_operator(host: &Host, call: &str) -> fleet::Outcome {
@@ -61,6 +65,8 @@ fn units_are_reloaded_when_a_database_changes_and_polkit_decides() {
     b.wait_for("grep -q 'site.db replica 7' /run/reloads");
     a.run("mkdir -p /srv/litefs/db/sub && sqlite3 /srv/litefs/db/sub/x-1.db 'CREATE TABLE t(x)'");
     b.wait_for("grep -q '^sub/x-1.db$' /run/refreshed");
+    // A command lives in the agent's sandbox, and can read the database.
+    b.wait_for("test \"$(cat /run/commanded)\" = 'sub/x-1.db t'");
     b.run("litefs wait --caught-up --timeout 30s && test \"$(systemctl is-active web.service)\" = active");
 
     // A unit that fails is reported under its id, and reloaded when it works again.
