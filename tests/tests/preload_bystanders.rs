@@ -173,6 +173,42 @@ fn a_database_that_the_agent_cannot_follow_takes_no_more_writes() {
 }
 
 #[test]
+fn damaged_page_checksums_are_rebuilt_when_nobody_has_the_database_open() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
+    for mode in ["WAL", "DELETE"] {
+        let name = format!("{mode}.db");
+        let tables = "CREATE TABLE t(v); CREATE TABLE u(v); INSERT INTO t VALUES(1)";
+        sql(&primary, &name, &format!("PRAGMA journal_mode={mode}; {tables}"));
+        assert_follows(&primary, &replica, &name, 1);
+        // All of it is marked durable: what the log has after that, is set right in any case.
+        primary.stop();
+        primary.start();
+        let mut client = connect(&primary, &name);
+        assert_eq!(client.tell("INSERT INTO t VALUES(2)"), "ok");
+        assert_eq!(client.tell("BEGIN"), "ok");
+        assert_eq!(client.tell("SELECT count(*) FROM t"), "2");
+        primary.kill();
+        let sums = File::options().write(true).open(primary.data().join(format!("checksums/{name}.sum")));
+        // The entry of page 3, the root of the other table, after the header.
+        sums.and_then(|sums| sums.write_all_at(&[0xd5; 8], 4096 + 16)).expect("it is there");
+        primary.expect_error("its page checksums add up to");
+        primary.start();
+        let state = primary.database(&name).expect("it is known")["state"].clone();
+        assert_eq!(state, "quarantined", "applications have it open");
+        primary.stop();
+        client.kill();
+        primary.start();
+        assert_eq!(primary.database(&name).expect("it is known")["state"], "ok");
+        sql(&primary, &name, "INSERT INTO t VALUES(3)");
+        replica.wait_connected();
+        assert_follows(&primary, &replica, &name, 3);
+    }
+    primary.assert_no_errors();
+    replica.assert_no_errors();
+}
+
+#[test]
 fn commits_under_an_exclusive_lock_are_captured() {
     // The wal-index is in the application's memory where the mode is set before the first access.
     let modes =

@@ -6,7 +6,9 @@ use crate::capture::CaptureError;
 use crate::database::checksums::Checksums;
 use crate::database::{Database, Shared};
 use crate::status::messages;
+use sqlite_file::locks::{self, LockGuard, LockKind};
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -49,7 +51,7 @@ pub fn discover(shared: &Arc<Shared>, start: Start) -> io::Result<Discovered> {
     let mut found = Discovered::default();
     let last_stop = match start {
         Start::Live => {
-            take_up(shared, &names)?;
+            take_up(shared, &names, &mut found)?;
             return Ok(Discovered { databases: names.len(), ..found });
         }
         Start::Alone(last_stop) => last_stop,
@@ -89,7 +91,7 @@ pub fn discover(shared: &Arc<Shared>, start: Start) -> io::Result<Discovered> {
 }
 
 /// Takes up databases that may be in use, and files that may become databases.
-fn take_up(shared: &Arc<Shared>, names: &BTreeSet<DatabaseName>) -> io::Result<()> {
+fn take_up(shared: &Arc<Shared>, names: &BTreeSet<DatabaseName>, found: &mut Discovered) -> io::Result<()> {
     let mut files = Vec::new();
     main_files(&shared.dirs.files, Path::new(""), &mut files)?;
     files.retain(|name| !names.contains(name) && has_sqlite_header(&shared.dirs.files.join(name)));
@@ -98,10 +100,43 @@ fn take_up(shared: &Arc<Shared>, names: &BTreeSet<DatabaseName>) -> io::Result<(
         match db.reattach() {
             Ok(()) if shared.wals_may_be_ahead() => report(&db, db.capture_left_in_wal()),
             Ok(()) => {}
-            Err(error) => db.state().quarantine(&db, error.to_string()),
+            Err(error) => match kept_from_applications(&db)? {
+                Some(_locks) if shared.wals_may_be_ahead() => {
+                    tracing::warn!(
+                        database = %name,
+                        %error,
+                        "it cannot be taken up as it is; nobody has it open, so it is recovered"
+                    );
+                    // Its page checksums may be what is wrong: they are made anew from the log and the file.
+                    match std::fs::remove_file(&db.paths().checksums) {
+                        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                        _ => {}
+                    }
+                    // The inode stays: applications find it by its path, and wait for the locks.
+                    match db.recover(LastStop::PowerFailed) {
+                        Ok(recovered) if recovered.compare => found.compare.push(db.clone()),
+                        Ok(_) => {}
+                        Err(error) => db.state().quarantine(&db, error.to_string()),
+                    }
+                }
+                _ => db.state().quarantine(&db, error.to_string()),
+            },
         }
     }
     Ok(())
+}
+
+/// SQLite's EXCLUSIVE on a plain file. `None`: somebody has it open, or it is not there.
+fn kept_from_applications(db: &Database) -> io::Result<Option<[LockGuard; 2]>> {
+    let file = match File::options().read(true).write(true).open(&db.paths().database) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => Arc::new(file?),
+    };
+    let Some(pending) = LockGuard::try_acquire(&file, LockKind::Write, locks::PENDING)? else {
+        return Ok(None);
+    };
+    let shared = LockGuard::try_acquire(&file, LockKind::Write, locks::SHARED)?;
+    Ok(shared.map(|shared| [pending, shared]))
 }
 
 /// What could only be done once the role is known: on the primary, what the log does not know becomes transactions.
