@@ -328,6 +328,8 @@ fn files_that_are_no_databases_work_as_on_any_directory() {
     )
     .unwrap();
     assert_eq!(fs::read_to_string(at("both.txt")).unwrap(), "one\ntwo\none\ntwo\n");
+    let modes = "umask 002; mkdir shared; : > shared/file; stat -c %a shared shared/file; rm -r shared";
+    assert_eq!(shell(modes, &primary.mount()).unwrap().trim(), "775\n664");
     let mut listed = primary.files_not_replicated();
     listed.sort();
     let all = ["both.txt", "conf/copy.txt", "conf/d/app.ini", "empty", "looks-like.db", "notes.txt"];

@@ -778,6 +778,9 @@ impl Filesystem for LitefsFilesystem {
                 other => other.map_err(errno)?,
             }
             std::os::unix::fs::chown(&backing, Some(req.uid()), Some(req.gid())).map_err(errno)?;
+            // The agent's own umask is not the application's, which the kernel has applied.
+            let mode = std::fs::Permissions::from_mode(mode & 0o7777);
+            std::fs::set_permissions(&backing, mode).map_err(errno)?;
             self.find(&path)
         })();
         match made {
