@@ -111,7 +111,9 @@ fn a_reader_takes_back_what_a_dead_agent_has_applied_in_part() {
         conflicting_holder(&database, LockKind::Read, SHARED).is_ok_and(|holder| holder.is_some())
     });
     replica.start();
-    assert_eq!(reader.line(), "1");
+    // The agent may apply the transaction before the reader, which looked at the schema first, counts.
+    let seen = reader.line();
+    assert!(["1", "2"].contains(&seen.as_str()), "{seen}");
     drop(reader);
     replica.wait_connected();
     assert_follows(&primary, &replica, "x.db", 2);
