@@ -5,6 +5,7 @@
 //! `LITEFS_CRASH_SEED` (1) try more of them.
 
 use litefs_tests::{Fleet, Host, Role, Shell, assert_equal, assert_sane, is_about_fuse, run, sqlite3};
+use sqlite_file::journal::{JournalHeader, record_checksum};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -470,20 +471,20 @@ fn an_import_that_is_killed_is_there_as_a_whole_or_not_at_all() {
 
 /// A rollback journal that counts two records (SQLite's file format, section 3).
 fn journal_of(initial_pages: u32, records: [(u32, &[u8]); 2]) -> Vec<u8> {
-    const NONCE: u32 = 7;
-    let mut bytes = vec![0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
-    for field in [records.len() as u32, NONCE, initial_pages, 512, 4096] {
-        bytes.extend(field.to_be_bytes());
-    }
+    let count = records.len() as u32;
+    let header = JournalHeader { records: count, nonce: 7, initial_pages, sector_size: 512, page_size: 4096 };
+    let mut bytes = header.encode().to_vec();
     bytes.resize(512, 0);
     for (pgno, page) in records {
-        let sum = (1..page.len() / 200 + 1).map(|i| u32::from(page[page.len() - 200 * i])).sum::<u32>();
         bytes.extend(pgno.to_be_bytes());
         bytes.extend(page);
-        bytes.extend(sum.wrapping_add(NONCE).to_be_bytes());
+        bytes.extend(record_checksum(header.nonce, page).to_be_bytes());
     }
     bytes
 }
+
+/// What the file `running` says of an agent on a host that has been booted since.
+const ANOTHER_BOOT: &str = "ffffffff-0000-4000-8000-000000000000\n";
 
 #[test]
 fn after_a_power_failure_a_journal_puts_back_only_what_the_log_knows() {
@@ -505,8 +506,7 @@ fn after_a_power_failure_a_journal_puts_back_only_what_the_log_knows() {
     File::options().write(true).open(&file).unwrap().write_all_at(&[0xee; 4096], 9 * 4096).unwrap();
     let journal = journal_of(pages.len() as u32 / 4096, [(5, &torn), (10, &page(10))]);
     fs::write(primary.stored("app.db-journal"), journal).expect("it can be written");
-    fs::write(primary.data().join("running"), "ffffffff-0000-4000-8000-000000000000\n")
-        .expect("it can be written");
+    fs::write(primary.data().join("running"), ANOTHER_BOOT).expect("it can be written");
     primary.start();
     assert_sane(&primary, "app.db");
     assert_eq!(primary.position("app.db"), position, "recovery took a torn page for a transaction");
@@ -579,7 +579,7 @@ fn combine(durable: &Path, later: &Path, log_end: u64, random: &mut Random, imag
             fs::copy(from, &to).expect("it can be copied");
         } else if text == "running" {
             // Written by an agent on a host that has been booted since.
-            fs::write(&to, "ffffffff-0000-4000-8000-000000000000\n").expect("it can be written");
+            fs::write(&to, ANOTHER_BOOT).expect("it can be written");
         } else if text == VANISHED_JOURNAL {
             // It was synced, so all of it is there when its removal was lost.
             if random.below(2) == 0 {

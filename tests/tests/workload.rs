@@ -5,7 +5,7 @@
 use litefs_tests::{Fleet, Host, JOURNAL_MODES, PATIENCE, Role, Shell, assert_equal, sqlite3, try_exec};
 use rusqlite::{Connection, ErrorCode};
 use std::collections::VecDeque;
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -317,10 +317,9 @@ impl<'a> Database<'a> {
     }
 }
 
-/// Whether a journal that nobody writes has to be rolled back: an ended one is gone, empty, or has zeros for a header
-/// (Rollback Journal Format, section 3 of SQLite's file format).
+/// Whether a journal that nobody writes has to be rolled back.
 fn is_hot(journal: &Path) -> bool {
-    fs::read(journal).is_ok_and(|bytes| bytes.first().is_some_and(|first| *first != 0))
+    File::open(journal).is_ok_and(|file| sqlite_file::journal::is_hot(&file).expect("it can be read"))
 }
 
 #[test]

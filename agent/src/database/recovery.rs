@@ -107,12 +107,11 @@ impl Database {
             && !noted
             && mark.page_count > 0
             && !self.is_reset_after(mark, target)?;
-        let journal = match verified {
-            true => {
-                self.recover_journal(Some((st.open_checksums(self).map_err(failed)?, mark)), &mut done)?
-            }
-            false => self.recover_journal(None, &mut done)?,
+        let known = match verified {
+            true => Some((&*st.open_checksums(self).map_err(failed)?, mark)),
+            false => None,
         };
+        let journal = self.recover_journal(known, &mut done)?;
         let known_end = known_wal_end(last.as_ref());
         let ahead = self.frames_ahead(last.as_ref(), &known_end)?;
         let wal = self.recover_wal(&known_end, ahead.is_none(), &mut done)?;

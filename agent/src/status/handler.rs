@@ -132,11 +132,10 @@ where
     match path.as_str() {
         "/v1/import" => import(req, privileged, view).await,
         "/v1/reload" => {
-            if !privileged {
-                let message =
-                    "reload is allowed on this host's control socket only: run `litefs reload` there";
-                return Err(Refusal(StatusCode::FORBIDDEN, message.to_owned()));
-            }
+            on_this_host(
+                privileged,
+                "reload is allowed on this host's control socket only: run `litefs reload` there",
+            )?;
             view.reload().await?;
             json_of(&json!({}))
         }
@@ -160,16 +159,21 @@ where
     }
 }
 
+/// Refuses what only the control socket may ask for; `refusal` says what to do instead.
+fn on_this_host(privileged: bool, refusal: &str) -> Result<(), Refusal> {
+    if privileged { Ok(()) } else { Err(Refusal(StatusCode::FORBIDDEN, refusal.to_owned())) }
+}
+
 async fn change_role<B>(
     req: &Request<B>,
     privileged: bool,
     view: Arc<dyn NodeView>,
 ) -> Result<Response<Body>, Refusal> {
-    if !privileged {
-        let message = "changes of the role are allowed on this host's control socket only: run `litefs promote`, \
-                       `demote` or `handoff` there";
-        return Err(Refusal(StatusCode::FORBIDDEN, message.to_owned()));
-    }
+    on_this_host(
+        privileged,
+        "changes of the role are allowed on this host's control socket only: run `litefs promote`, \
+                       `demote` or `handoff` there",
+    )?;
     let query = req.uri().query().unwrap_or_default();
     let value = |key: &str| {
         let mut pairs = form_urlencoded::parse(query.as_bytes());
@@ -192,10 +196,10 @@ async fn halt<B>(
     privileged: bool,
     view: Arc<dyn NodeView>,
 ) -> Result<Response<Body>, Refusal> {
-    if !privileged {
-        let message = "a halt lock is for programs of this host: run `litefs run --with-halt-lock-on` there";
-        return Err(Refusal(StatusCode::FORBIDDEN, message.to_owned()));
-    }
+    on_this_host(
+        privileged,
+        "a halt lock is for programs of this host: run `litefs run --with-halt-lock-on` there",
+    )?;
     let held = view.halt(database_name(req)?).await?;
     let lines = stream::unfold(Some(held), |held| async move {
         let held = held?;
@@ -261,10 +265,10 @@ where
     B: http_body::Body<Data = Bytes> + Unpin + Send,
     B::Error: Display,
 {
-    if !privileged {
-        let message = "import is allowed on this host's control socket only: run `litefs import` there";
-        return Err(Refusal(StatusCode::FORBIDDEN, message.to_owned()));
-    }
+    on_this_host(
+        privileged,
+        "import is allowed on this host's control socket only: run `litefs import` there",
+    )?;
     let name = database_name(&req)?;
     let (staged, shape) = staging::receive(req.into_body(), &view.import_dir()).await?;
     let imported = tokio::task::spawn_blocking(move || view.import(&name, &staged));
