@@ -275,7 +275,7 @@ pub fn may_write(cluster: usize) -> bool {
         return false;
     }
     let until = page.write_until_ns.load(Ordering::Relaxed);
-    until == u64::MAX || now < until
+    until == u64::MAX || sys::lease_now_ns() < until
 }
 
 /// Whether the agent is there, as far as is known.

@@ -24,6 +24,7 @@
 
 mod binary;
 mod bus;
+mod clocks;
 mod compare;
 mod connection;
 mod consul;
@@ -39,6 +40,7 @@ mod wait;
 
 pub use binary::{liblitefs, litefs};
 pub use bus::Bus;
+pub use clocks::Clocks;
 pub use compare::{assert_equal, assert_sane, checksum_of, compare_files, integrity_check};
 pub use connection::{FILL, JOURNAL_MODES, ask, exec, set_journal_mode, try_exec, wait_seen};
 pub use consul::Consul;

@@ -262,7 +262,7 @@ fn a_process_uses_a_cluster_among_many_and_no_more_than_it_can() {
         sqlite3(&directory.join("x.db"), "CREATE TABLE t(v)");
         let metadata = fs::metadata(&directory).expect("it was made");
         use std::os::unix::fs::MetadataExt;
-        let text = format!("litefs-preload 6 {} {}\n", metadata.dev(), metadata.ino());
+        let text = format!("litefs-preload 7 {} {}\n", metadata.dev(), metadata.ino());
         fs::write(place.join("preload"), text).expect("the directory is writable");
         all.push(directory);
     }

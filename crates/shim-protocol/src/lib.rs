@@ -18,7 +18,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// Version of everything in this crate.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 /// First word of handshake and page: `LFSH`.
 pub const MAGIC: u32 = 0x4853_464c;
 /// File, beside the agent's socket, that names the managed directory: see [`Registration`].
@@ -132,7 +132,8 @@ pub struct Page {
     pub asleep: AtomicU32,
     /// Keeps what follows aligned.
     pub reserved: AtomicU32,
-    /// Writes begin only before this moment (`CLOCK_MONOTONIC`, nanoseconds): the primary's lease as far as it is known.
+    /// Writes begin only before this moment (`CLOCK_BOOTTIME`, nanoseconds: a lease ends also while the host sleeps): the
+    /// primary's lease as far as it is known.
     pub write_until_ns: AtomicU64,
     /// Commits in WAL mode between the shim's look at [`Page::mode`] and their publication. The agent ends a term by
     /// clearing [`MODE_WRITABLE`] and waiting until there are none.

@@ -218,7 +218,11 @@ impl Connections {
     /// Tells a process what it may do now.
     fn tell(&self, connection: &Connection) {
         let page = connection.memory().page();
-        let until = self.shared.write_limit().map_or(u64::MAX, monotonic_ns);
+        // The library reads the same clock.
+        let until = self
+            .shared
+            .write_limit()
+            .map_or(u64::MAX, |until| u64::try_from(until.as_nanos()).unwrap_or(u64::MAX - 1));
         page.write_until_ns.store(until, Ordering::Release);
         let mut mode = 0;
         if self.shared.is_writable() && !self.ending.load(Ordering::SeqCst) {
@@ -291,12 +295,4 @@ impl Connections {
     fn holds(&self) -> bool {
         self.hold || self.shared.gate.is_used()
     }
-}
-
-/// A moment of the lease's clock on the clock of the library, which needs no system call to read.
-fn monotonic_ns(until: crate::lease::Time) -> u64 {
-    use nix::time::{ClockId, clock_gettime};
-    let left = until.saturating_sub(crate::lease::clock::now());
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
-    u64::try_from((now + left).as_nanos()).unwrap_or(u64::MAX - 1)
 }
