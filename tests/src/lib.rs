@@ -29,7 +29,6 @@ mod compare;
 mod connection;
 mod consul;
 mod door;
-mod history;
 mod host;
 pub mod library;
 mod network;
@@ -45,7 +44,6 @@ pub use compare::{assert_equal, assert_sane, checksum_of, compare_files, integri
 pub use connection::{FILL, JOURNAL_MODES, ask, exec, set_journal_mode, try_exec, wait_seen};
 pub use consul::Consul;
 pub use door::{is_about_fuse, is_preload};
-pub use history::{History, ListClient, Summary};
 pub use host::{Fleet, Host, Role};
 pub use network::Network;
 pub use shell::{Shell, run, sqlite3, try_run, try_sqlite3};

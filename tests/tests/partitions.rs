@@ -3,8 +3,10 @@
 //!
 //! `LITEFS_FAULTS=200` has more go wrong, `LITEFS_SEED` other things (with `LITEFS_TEST_HANGS_AFTER=1500`, in seconds).
 
+use list_append::{History, ListClient};
 use litefs_tests::*;
 use nix::sys::signal::Signal;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
@@ -35,8 +37,7 @@ impl Site {
         let site = Site { hosts, network, consul, fleet };
         site.wait_whole();
         let primary = site.primary().expect("there is one");
-        let create = "PRAGMA journal_mode=wal; CREATE TABLE t(id INTEGER PRIMARY KEY, value TEXT)";
-        site.hosts[primary].sql("app.db", create);
+        site.hosts[primary].sql("app.db", list_append::CREATE);
         for host in &site.hosts {
             site.hosts[primary].wait_position_equal(host, "app.db");
         }
@@ -164,8 +165,11 @@ fn whatever_goes_wrong_no_acknowledged_append_is_lost_and_all_hosts_have_one_lis
     let (faults, seed) = (number("LITEFS_FAULTS").unwrap_or(8), number("LITEFS_SEED").unwrap_or(1));
     let site = Site::new(&["sync.acks=1", "sync.members=a,b,c"]);
     let scratch = site.fleet.scratch();
-    let program = env!("CARGO_BIN_EXE_append_client");
-    let start = |host| ListClient::start(program, host, "app.db", &scratch);
+    let start = |host: &Host| {
+        let mut command = Command::new(list_append::program());
+        command.arg(host.path("app.db")).arg(host.name());
+        ListClient::start(command, host.name(), &scratch)
+    };
     let clients: Vec<ListClient> = site.hosts.iter().map(start).collect();
     let acknowledged = || clients.iter().map(ListClient::acknowledged).sum::<usize>();
     let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
@@ -198,12 +202,7 @@ fn whatever_goes_wrong_no_acknowledged_append_is_lost_and_all_hosts_have_one_lis
     for host in site.hosts.iter().filter(|host| host.name() != primary.name()) {
         assert_equal(primary, host, "app.db");
     }
-    let rows = primary.sql("app.db", "SELECT id, value FROM t ORDER BY id");
-    let entry = |line: &str| {
-        let (id, value) = line.split_once('|').expect("two columns");
-        (id.parse().expect("a number"), value.to_owned())
-    };
-    let list: Vec<(u64, String)> = rows.lines().map(entry).collect();
+    let list = list_append::entries(&primary.sql("app.db", list_append::READ));
     let summary = history.check(&list);
     eprintln!("{faults} faults, {} entries, last epoch {}: {summary:?}", list.len(), primary.epoch());
     assert!(summary.acknowledged > 0);

@@ -1,5 +1,5 @@
 //! Appends to a list and reads it, over and over, and prints what came of it. Arguments: database, name of the client.
-//! Ends when its input ends. `litefs_tests::History` reads what it prints:
+//! Ends when its input ends. `list_append::History` reads what it prints:
 //!
 //! ```text
 //! append <begin> <end> ok|failed|unknown <value>      times in nanoseconds of CLOCK_MONOTONIC

@@ -1,52 +1,6 @@
 //! What clients on all hosts saw of one list, and whether that can be true of one list.
 
-use crate::host::Host;
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-
-/// A running client that appends and reads (`src/bin/append_client.rs`).
-#[derive(Debug)]
-pub struct ListClient {
-    child: Child,
-    name: String,
-    output: PathBuf,
-}
-
-impl ListClient {
-    /// Starts one for a host's database, which has the table `t(id INTEGER PRIMARY KEY, value TEXT)`. `program`: its binary.
-    pub fn start(program: &str, host: &Host, database: &str, scratch: &Path) -> ListClient {
-        let output = scratch.join(format!("{}.history", host.name()));
-        let mut command = Command::new(program);
-        command.arg(host.path(database)).arg(host.name());
-        command
-            .stdin(Stdio::piped())
-            .stdout(File::create(&output).expect("the scratch directory is writable"));
-        let child = command.spawn().expect("the client runs");
-        ListClient { child, name: host.name().to_owned(), output }
-    }
-
-    /// Appends that have succeeded so far.
-    pub fn acknowledged(&self) -> usize {
-        let text = std::fs::read_to_string(&self.output).unwrap_or_default();
-        text.lines().filter(|line| line.starts_with("append") && line.contains(" ok ")).count()
-    }
-
-    /// Ends it, and takes in what it saw.
-    pub fn end(mut self, history: &mut History) {
-        drop(self.child.stdin.take());
-        assert!(self.child.wait().expect("it is our child").success(), "the client on {} failed", self.name);
-        history.read(&self.name, &std::fs::read_to_string(&self.output).expect("it printed text"));
-    }
-}
-
-impl Drop for ListClient {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 #[derive(Debug)]
 struct Append {
@@ -85,7 +39,8 @@ pub struct Summary {
 }
 
 impl History {
-    fn read(&mut self, client: &str, text: &str) {
+    /// Takes in what a client printed.
+    pub(crate) fn read(&mut self, client: &str, text: &str) {
         for line in text.lines() {
             let words: Vec<&str> = line.split(' ').collect();
             let number = |i: usize| words[i].parse::<u128>().expect("a number");
