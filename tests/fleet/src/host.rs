@@ -200,6 +200,14 @@ impl Host {
         self.switch.set_up(self.port, true).unwrap_or_else(|error| panic!("{error:#}"));
     }
 
+    /// Hosts that are apart reach those that are not, but not each other.
+    ///
+    /// # Panics
+    /// If `ip` fails.
+    pub fn set_apart(&self, apart: bool) {
+        self.switch.set_apart(self.port, apart).unwrap_or_else(|error| panic!("{error:#}"));
+    }
+
     /// From the next boot on there is no `/dev/fuse`.
     ///
     /// # Panics

@@ -50,6 +50,12 @@ impl Switch {
     pub fn set_up(&self, port: usize, up: bool) -> Result<()> {
         self.ip(&format!("link set port{port} {}", if up { "up" } else { "down" }))
     }
+
+    /// Ports that are apart reach those that are not, but not each other.
+    pub fn set_apart(&self, port: usize, apart: bool) -> Result<()> {
+        let isolated = if apart { "on" } else { "off" };
+        self.ip(&format!("link set port{port} type bridge_slave isolated {isolated}"))
+    }
 }
 
 impl Drop for Switch {
