@@ -18,6 +18,12 @@ impl Host {
         })
     }
 
+    /// Waits until it has this role.
+    #[track_caller]
+    pub fn wait_role(&self, role: &str) {
+        self.wait_for(&format!("the role is {role}"), || self.status()["role"]["name"] == role);
+    }
+
     /// Epoch of the newest term that it knows.
     pub fn epoch(&self) -> u64 {
         self.status()["role"]["epoch"].as_u64().expect("an epoch is a number")

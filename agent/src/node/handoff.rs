@@ -136,19 +136,23 @@ impl Node {
         true
     }
 
-    /// Whether it has acknowledged everything up to `end` of each database.
+    /// Whether it is connected, and has acknowledged everything up to `end` of each database.
     fn follower_has_all(&self, follower: u64, end: impl Fn(&Database) -> Pos) -> bool {
         let connected = self.server.lock().as_ref().is_some_and(|server| {
             server.followers().iter().any(|connected| connected.identity.node_id == follower)
         });
+        connected && self.has_acknowledged(follower, end)
+    }
+
+    /// Whether a follower has acknowledged everything up to `end` of each database.
+    pub(super) fn has_acknowledged(&self, follower: u64, end: impl Fn(&Database) -> Pos) -> bool {
         // Not under the lock of what followers have: a state may be held for long.
         let ends = self.shared.known().into_iter().map(|db| (end(&db).txid, db));
         let ends: Vec<_> = ends.filter(|(txid, _)| txid.0 > 0).collect();
         let followed = self.followed.lock();
-        connected
-            && ends.iter().all(|(txid, db)| {
-                followed.get(&(follower, db.name().clone())).is_some_and(|acknowledged| acknowledged >= txid)
-            })
+        ends.iter().all(|(txid, db)| {
+            followed.get(&(follower, db.name().clone())).is_some_and(|acknowledged| acknowledged >= txid)
+        })
     }
 
     /// Candidates that could be the successor of this node, the most advanced one first.

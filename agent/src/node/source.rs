@@ -149,11 +149,12 @@ impl Source for Node {
 }
 
 impl Node {
-    /// Whether every connected follower has acknowledged what is durable here.
+    /// Whether every connected follower has acknowledged all that this node has, also of databases that it has not
+    /// begun with.
     pub(super) fn followers_have_all(&self) -> bool {
-        let followed = self.followed.lock().clone();
-        followed.iter().all(|((_, name), txid)| {
-            self.shared.database(name).is_none_or(|db| *txid >= db.state().position.txid)
-        })
+        let connected = self.server.lock().as_ref().map(|server| server.followers()).unwrap_or_default();
+        connected
+            .iter()
+            .all(|follower| self.has_acknowledged(follower.identity.node_id, |db| db.state().position))
     }
 }
