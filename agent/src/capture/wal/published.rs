@@ -43,6 +43,9 @@ pub fn capture_published(
     file: &File,
     index: &IndexHeader,
 ) -> Result<Option<Logged>, CaptureError> {
+    // Read from its start, as after a restart of the agent, a WAL has commits that the log has too: apart they would take
+    // pages back to what they were, and forth again.
+    let apart_max = if st.wal.generation.is_some() { COMMITS_APART_MAX } else { 1 };
     if !take_up(db, st, file, index)? {
         return Ok(None);
     }
@@ -66,7 +69,7 @@ pub fn capture_published(
             commits.push(std::mem::take(&mut frames));
         }
     }
-    if commits.len() > COMMITS_APART_MAX {
+    if commits.len() > apart_max {
         let together = commits.into_iter().reduce(|mut all, next| {
             all.newest.extend(next.newest);
             Frames { newest: all.newest, page_count: next.page_count, end: next.end }
