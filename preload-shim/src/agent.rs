@@ -513,8 +513,12 @@ fn post(
         if state == protocol::DONE {
             break;
         }
-        // The slot stays taken: the agent may still write to it.
         if gone() {
+            // What it has answered before it went counts.
+            if slot.state.load(Ordering::Acquire) == protocol::DONE {
+                break;
+            }
+            // The slot stays taken: the agent may still write to it.
             return Err(Lost::HungUp);
         }
         if state != protocol::WAITING && sys::now_ns() >= deadline_ns {
@@ -575,16 +579,24 @@ pub fn begin_commit(database: &Database) -> bool {
         // The header of the same commit again, with another checksum.
         return true;
     }
-    if let Some(page) = CONNECTION[cluster].page() {
-        // Before the look at the mode: the agent clears that first and looks at this afterwards.
-        page.committing.fetch_add(1, Ordering::SeqCst);
-        database.committing.store(core::ptr::from_ref(page).cast_mut(), Ordering::Relaxed);
-    }
-    let may = may_write(cluster);
-    if !may {
+    loop {
+        let page = CONNECTION[cluster].page();
+        if let Some(page) = page {
+            // Before the look at the mode: the agent clears that first and looks at this afterwards.
+            page.committing.fetch_add(1, Ordering::SeqCst);
+            database.committing.store(core::ptr::from_ref(page).cast_mut(), Ordering::Relaxed);
+        }
+        let may = may_write(cluster);
+        // It may have found another agent, which has to wait too.
+        let same = CONNECTION[cluster].page().map(core::ptr::from_ref) == page.map(core::ptr::from_ref);
+        if may && same {
+            return true;
+        }
         end_commit(database);
+        if !may {
+            return false;
+        }
     }
-    may
 }
 
 /// The commit is published, or will not be.

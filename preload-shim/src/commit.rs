@@ -214,14 +214,12 @@ fn journal_ends(database: &Database) -> Result<(), i32> {
 }
 
 fn wal_ends(database: &Database) -> Result<(), i32> {
+    wal_ends_within(database, if agent::is_up(database.cluster()) { WAL_END_MS } else { 0 })
+}
+
+fn wal_ends_within(database: &Database, wait_ms: u64) -> Result<(), i32> {
     let flags = if database.synced.load(Ordering::Relaxed) != 0 { FLAG_SYNCED } else { 0 };
-    agent::ask(
-        database,
-        Op::WalEnd,
-        flags,
-        &[],
-        if agent::is_up(database.cluster()) { WAL_END_MS } else { 0 },
-    )
+    agent::ask(database, Op::WalEnd, flags, &[], wait_ms)
 }
 
 fn wal_write(
@@ -257,7 +255,8 @@ fn wal_write(
         return real();
     }
     if data.len() == WAL_HEADER && offset == 0 {
-        if wal_ends(database).is_err() {
+        // By now SQLite cannot do without, and an agent may be just starting.
+        if wal_ends_within(database, agent::wait_ms()).is_err() {
             return fail(libc::EIO) as isize;
         }
         if let Some(mut transaction) = database.transaction.lock() {
