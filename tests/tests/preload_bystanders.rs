@@ -149,6 +149,100 @@ fn what_somebody_writes_to_a_replica_without_a_wal_is_found() {
 }
 
 #[test]
+fn what_a_transaction_left_that_ended_with_the_term_is_not_taken_for_a_foreign_write() {
+    let fleet = Fleet::new();
+    let (a, b) = hosts(&fleet, ("preload", "preload"));
+    let fill = "CREATE TABLE t(v); INSERT INTO t SELECT zeroblob(1000) FROM generate_series(1, 300)";
+    for name in ["x.db", "y.db", "z.db"] {
+        sql(&a, name, fill);
+        assert_follows(&a, &b, name, 300);
+    }
+    // More than fits into the cache.
+    let mut writer = connect(&a, "x.db");
+    for statement in ["PRAGMA cache_size=5", "BEGIN", "UPDATE t SET v = randomblob(1000)"] {
+        assert_eq!(writer.tell(statement), "ok");
+    }
+    a.set_role(Role::ReplicaOf(&b)).reload();
+    a.wait_role("replica");
+    assert_eq!(writer.tell("COMMIT"), "disk I/O error");
+    assert!(fs::metadata(a.path("x.db-journal")).is_ok_and(|journal| journal.len() > 512));
+    // The agent has looked at all of them when it has found one after the other.
+    for name in ["y.db", "z.db"] {
+        a.expect_error(&format!("/{name}: somebody wrote to it on this replica"));
+        sqlite3(&a.path(name), "UPDATE t SET v = 'own'");
+        a.wait_for("it is set aside", || {
+            a.database(name).is_some_and(|database| database["state"] == "quarantined")
+        });
+    }
+    assert_eq!(a.database("x.db").expect("it is known")["state"], "ok");
+    b.set_role(Role::Primary).reload();
+    b.wait_role("primary");
+    a.wait_connected();
+    for name in ["x.db", "y.db", "z.db"] {
+        sql(&b, name, "INSERT INTO t VALUES(1)");
+        assert_follows(&b, &a, name, 301);
+    }
+    assert_eq!(sql(&a, "x.db", "SELECT count(*) FROM t WHERE v = zeroblob(1000)"), "300");
+    a.assert_no_errors();
+    b.assert_no_errors();
+}
+
+#[test]
+fn pages_from_the_free_list_that_a_refused_transaction_wrote_are_put_right() {
+    let fleet = Fleet::new();
+    let (a, b) = hosts(&fleet, ("preload", "preload"));
+    sql(
+        &a,
+        "x.db",
+        "CREATE TABLE t(v); CREATE TABLE u(v); INSERT INTO u SELECT randomblob(1000) FROM generate_series(1, 300); \
+         INSERT INTO t VALUES(1); DELETE FROM u",
+    );
+    assert_follows(&a, &b, "x.db", 1);
+    let mut writer = connect(&a, "x.db");
+    let insert = "INSERT INTO u SELECT randomblob(1000) FROM t, (VALUES(1),(2),(3),(4),(5),(6),(7),(8),(9)) x, \
+                  (VALUES(1),(2),(3),(4),(5),(6),(7),(8),(9)) y";
+    for statement in ["PRAGMA cache_size=5", "BEGIN", insert] {
+        assert_eq!(writer.tell(statement), "ok");
+    }
+    a.set_role(Role::ReplicaOf(&b)).reload();
+    a.wait_role("replica");
+    assert_eq!(writer.tell("COMMIT"), "disk I/O error");
+    // SQLite plays the journal back, in which these pages are not.
+    a.expect_error("has left its content in pages from the free list");
+    assert_eq!(writer.tell("SELECT count(*) FROM u"), "0");
+    let is = |state: &str| a.database("x.db").is_some_and(|database| database["state"] == state);
+    a.wait_for("it is set aside", || is("quarantined"));
+    b.set_role(Role::Primary).reload();
+    b.wait_role("primary");
+    a.wait_connected();
+    sql(&b, "x.db", "INSERT INTO t VALUES(2)");
+    a.wait_for("a snapshot has come", || is("ok"));
+    assert_follows(&b, &a, "x.db", 2);
+    a.assert_no_errors();
+    b.assert_no_errors();
+}
+
+#[test]
+fn commits_that_the_log_has_are_no_transactions_of_the_next_agent() {
+    let fleet = Fleet::new();
+    let primary = fleet.host("a", Role::Primary);
+    primary.set("door=preload").start();
+    sql(&primary, "x.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(v)");
+    let mut writer = connect(&primary, "x.db");
+    let before = primary.txid("x.db");
+    // All in one WAL, and in the same page.
+    for n in 1..5 {
+        assert_eq!(writer.tell(&format!("INSERT INTO t VALUES({n})")), "ok");
+        primary.wait_for("it is captured", || primary.txid("x.db") >= before + n);
+        let position = primary.position("x.db");
+        primary.kill();
+        primary.start();
+        assert_eq!(primary.position("x.db"), position, "after {n} commits");
+    }
+    primary.assert_no_errors();
+}
+
+#[test]
 fn a_database_that_the_agent_cannot_follow_takes_no_more_writes() {
     let fleet = Fleet::new();
     let primary = fleet.host("a", Role::Primary);

@@ -19,6 +19,26 @@ pub struct Followed {
     scanned: Option<(WalHeader, WalEnd)>,
 }
 
+/// Why the file of a replica may not be what the log has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Suspicion {
+    /// It was written to, and not through the library.
+    ForeignWrite,
+    /// A transaction was taken back: SQLite does not restore pages that it took from the free list.
+    TakenBack,
+}
+
+impl std::fmt::Display for Suspicion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Suspicion::ForeignWrite => "somebody wrote to it on this replica without the preload library",
+            Suspicion::TakenBack => {
+                "a transaction that was taken back has left its content in pages from the free list"
+            }
+        })
+    }
+}
+
 impl Database {
     /// Captures what is published in the WAL and not in the log. Does nothing where a door sees the writes itself.
     pub fn follow_wal(&self, st: &mut State) -> Result<Option<Logged>, CaptureError> {
@@ -136,8 +156,10 @@ impl Database {
 
     /// Before transactions of a primary are written to a rollback-mode file: whether it is as this agent has left it.
     pub(crate) fn look_for_foreign_writes(&self, st: &mut State) {
-        if self.shared.follows_wals() && !st.wal_mode && st.has_stamp() && st.page_count > 0 {
-            st.suspect |= st.stamp_changed(self).unwrap_or(true);
+        let known = self.shared.follows_wals() && !st.wal_mode && st.has_stamp() && st.page_count > 0;
+        if known && st.suspect.is_none() && st.stamp_changed(self).unwrap_or(true) {
+            let taken_back = self.has_hot_journal();
+            st.suspect = Some(if taken_back { Suspicion::TakenBack } else { Suspicion::ForeignWrite });
         }
     }
 
@@ -145,24 +167,23 @@ impl Database {
     /// it is something else.
     pub(crate) fn check_applied(&self, st: &mut State) {
         if !self.shared.follows_wals() || st.wal_mode || st.page_count == 0 {
-            st.suspect = false;
+            st.suspect = None;
             return;
         }
         // A journal that was left has been played back.
         st.rollback = Default::default();
-        if st.suspect && st.applied.position == st.position {
+        if let Some(suspicion) = st.suspect.filter(|_| st.applied.position == st.position) {
             st.rollback.mark_unknown();
             match self.is_as_logged(st) {
-                Ok(true) => st.suspect = false,
+                Ok(true) => st.suspect = None,
                 Ok(false) => {
                     st.rollback = Default::default();
-                    st.suspect = false;
+                    st.suspect = None;
                     let file = self.paths.database.display();
                     st.quarantine(
                         self,
                         format!(
-                            "{file}: somebody wrote to it on this replica without the preload library; it is kept as it \
-                             is, and a snapshot comes with the next transaction"
+                            "{file}: {suspicion}; it is kept as it is, and a snapshot comes with the next transaction"
                         ),
                     );
                 }
@@ -170,6 +191,12 @@ impl Database {
             }
         }
         let _ = st.remember_stamp(self);
+    }
+
+    /// Whether there is the journal of a rollback-mode transaction that has not ended.
+    pub(crate) fn has_hot_journal(&self) -> bool {
+        File::open(&self.paths.journal)
+            .is_ok_and(|journal| sqlite_file::journal::is_hot(&journal).unwrap_or(false))
     }
 
     fn published_index(&self, st: &mut State) -> Result<Option<IndexHeader>, CaptureError> {
@@ -222,7 +249,7 @@ impl Database {
     pub fn read_applied_wal(&self) -> Result<(), CaptureError> {
         let mut st = self.state();
         st.applied_frames = None;
-        if std::mem::take(&mut st.suspect) {
+        if st.suspect.take().is_some() {
             // What somebody else has written becomes a transaction.
             st.rollback.mark_unknown();
         }

@@ -149,8 +149,8 @@ pub struct State {
     pub wal_cached_end: u64,
     /// The application has synced the WAL since its last commit, as with `synchronous=FULL`.
     pub wal_synced: bool,
-    /// On a replica: somebody else may have written to the plain file. Asked when transactions were applied to it.
-    pub(crate) suspect: bool,
+    /// On a replica: why the plain file may not be what the log has. Asked when transactions were applied to it.
+    pub(crate) suspect: Option<follow::Suspicion>,
     /// The running rollback-mode transaction.
     pub rollback: RollbackCapture,
     /// Open handles through which the door does not see writes.

@@ -8,6 +8,7 @@
 //! once, so that no reader sees an older state.
 
 use super::checksums::Mark;
+use super::follow::Suspicion;
 use super::receive::{PayloadReader, read_page_checksums};
 use super::recovery::{RecoveryError, WAL_IS_FROM_THE_LOG, failed, mark_of};
 use super::{Database, State};
@@ -76,7 +77,7 @@ impl Database {
                 }
             };
             // Plain files can be written without this agent, and may have been while none ran.
-            st.suspect = self.shared.wals_may_be_ahead();
+            st.suspect = self.shared.wals_may_be_ahead().then_some(Suspicion::ForeignWrite);
             side.pending = waiting.iter().map(|record| (record.clone(), None)).collect();
         }
         self.reattach_wal(&mut st, last.as_ref())?;

@@ -2,6 +2,7 @@
 
 use crate::capture::wal::published::HeldCommit;
 use crate::capture::{CaptureError, Logged, unix_ms};
+use crate::database::follow::Suspicion;
 use crate::database::{Database, State};
 use crate::log::Lsn;
 use crate::sync::Hold;
@@ -81,9 +82,8 @@ pub fn let_go(db: &Arc<Database>) {
 
 /// Whether there is the journal of a transaction that nobody is in any more.
 fn has_dead_transaction(db: &Database) -> bool {
-    let Ok(journal) = File::open(&db.paths().journal) else { return false };
     let held = |file: File| locks::conflicting_holder(&file, LockKind::Write, locks::RESERVED);
-    sqlite_file::journal::is_hot(&journal).unwrap_or(false)
+    db.has_hot_journal()
         && File::open(&db.paths().database).and_then(held).is_ok_and(|holder| holder.is_none())
 }
 
@@ -198,7 +198,7 @@ pub fn commit(db: &Arc<Database>, flags: u32, writes: &Writes, pid: i32) -> Resu
         }
         if !as_logged && st.applied.position == st.position {
             // The log has what was taken back: looked at when the next transactions are applied.
-            st.suspect = true;
+            st.suspect = Some(Suspicion::TakenBack);
         }
         // Else the last agent died while it applied what the log has: it is applied again.
         st.rollback = Default::default();
@@ -332,7 +332,11 @@ pub fn look_at_replica(db: &Arc<Database>) -> Look {
     }
     db.load_journal_mode(&mut st);
     db.look_for_foreign_writes(&mut st);
-    if st.suspect && (st.applied.position != st.position || is_being_written(db)) {
+    // Pages of a transaction that was refused with the end of the term are there until somebody plays its journal back,
+    // as SQLite leaves that to whoever comes next.
+    if st.suspect.is_some()
+        && (st.applied.position != st.position || is_being_written(db) || db.has_hot_journal())
+    {
         return Look::Later;
     }
     db.check_applied(&mut st);
