@@ -34,15 +34,24 @@ impl Application {
         let what = format!("{work} {database} on {}", host.name());
         let progress = fleet.scratch().join(what.replace([' ', '.'], "-"));
         fs::write(&progress, [0; 8]).expect("the scratch directory is writable");
+        // A file: an error that a test waits for must not look like that of a test.
+        let output = File::create(progress.with_extension("out")).expect("the scratch directory is writable");
         let process = Command::new(std::env::current_exe().expect("this program"))
             .args(["--exact", "application", "--nocapture"])
             .env(WORK, work)
             .env(DATABASE, host.path(database))
             .env(MODE, mode)
             .env(PROGRESS, &progress)
+            .stdout(output.try_clone().expect("a second descriptor"))
+            .stderr(output)
             .spawn()
             .expect("this program runs");
         Application { what, process, progress }
+    }
+
+    /// What it has printed.
+    fn output(&self) -> String {
+        fs::read_to_string(self.progress.with_extension("out")).expect("its output is text")
     }
 
     /// How many commits, or reads, it has done.
@@ -57,7 +66,12 @@ impl Application {
         let before = self.done();
         host.wait_for(&format!("{} goes on", self.what), || {
             let ended = self.process.try_wait().expect("it is our child");
-            assert!(ended.is_none(), "{} ended with {ended:?}: it saw an error", self.what);
+            assert!(
+                ended.is_none(),
+                "{} ended with {ended:?}: it saw an error\n{}",
+                self.what,
+                self.output()
+            );
             self.done() >= before + more
         });
     }
@@ -67,7 +81,7 @@ impl Application {
     fn stop(mut self) -> i64 {
         fs::write(self.progress.with_extension("stop"), []).expect("the scratch directory is writable");
         let status = self.process.wait().expect("it is our child");
-        assert!(status.success(), "{} ended with {status}: it saw an error", self.what);
+        assert!(status.success(), "{} ended with {status}: it saw an error\n{}", self.what, self.output());
         self.done()
     }
 }
@@ -226,6 +240,8 @@ fn a_mount_that_nobody_takes_over_is_aborted_after_the_wait() {
     primary.wait_for("the application gets an error", || {
         writer.process.try_wait().expect("our child").is_some()
     });
+    let output = writer.output();
+    assert!(output.contains("disk I/O error"), "{output}");
     primary.start();
     assert_taken_over(&primary, 0);
     assert!(rows(&primary, "app.db") >= writer.done());

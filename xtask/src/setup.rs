@@ -122,7 +122,8 @@ pub fn cargo_deny() -> Result<PathBuf> {
             tools.display()
         );
         let version = format!("cargo-deny@{CARGO_DENY_VERSION}");
-        run::run(cargo(&["install", "--quiet", "--locked", "--root"]).arg(&tools).arg(version))?;
+        // Building it takes longer than all its runs.
+        run::run(cargo(&["install", "--quiet", "--debug", "--locked", "--root"]).arg(&tools).arg(version))?;
     }
     Ok(path)
 }

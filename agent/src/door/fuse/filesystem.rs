@@ -2,35 +2,33 @@
 //! [`super::files`].
 
 use super::Threads;
-use super::files::{
-    self, Answer, Handle, Handles, Invalidator, OpenFile, PLAIN_BIT, answer_empty, finish, flags,
-};
-use super::inodes::{Inode, Inodes, Node, OpenState, ROOT, SPECIAL_BIT, Special};
+use super::attributes::{attr_of, set_ownership, set_times, special_attr, special_number};
+use super::files::{Answer, Handle, Handles, Invalidator, PLAIN_BIT, answer_empty, finish};
+use super::inodes::{Inode, Inodes, Node, ROOT, SPECIAL_BIT, Special};
 use super::journal_sync::SparedSyncs;
-use super::names::{Kind, POSITION_SUFFIX, classify};
+use super::names::{Kind, POSITION_SUFFIX};
+use super::opening::fopen_flags;
 use super::page_count;
 use super::predecessor::Predecessor;
+use super::removing::truncate_by_path;
 use super::rename::{Tree, errno};
 use super::special::RoleView;
-use super::staged::StagedWrite;
 use super::workers::Workers;
 use crate::DatabaseName;
-use crate::capture::CaptureError;
 use crate::database::{Database, Shared};
 use fuse_session::fuse::*;
-use fuse_session::{Backing, Backings, Connection, OpenHandle, RESENT};
+use fuse_session::{Backings, Connection, RESENT};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
-use std::fs::{File, Metadata, OpenOptions};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::fs::{File, Metadata};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 /// Every change of a backing file goes through the mount, or is followed by an invalidation; so the kernel may keep
 /// what it knows. Without this a read in rollback mode costs an upcall to see that there is no journal.
@@ -51,9 +49,9 @@ pub struct LitefsFilesystem {
     /// What another process knew that served this mount before.
     pub(super) predecessor: Option<Predecessor>,
     want_passthrough: bool,
-    passthrough: Arc<AtomicBool>,
-    invalidator: Arc<Invalidator>,
-    workers: Workers,
+    pub(super) passthrough: Arc<AtomicBool>,
+    pub(super) invalidator: Arc<Invalidator>,
+    pub(super) workers: Workers,
     spared: SparedSyncs,
     threads: Threads,
     /// Threads that have found their CPU.
@@ -159,7 +157,7 @@ impl LitefsFilesystem {
         }
     }
 
-    fn backing(&self, path: &Path) -> PathBuf {
+    pub(super) fn backing(&self, path: &Path) -> PathBuf {
         self.tree.backing(path)
     }
 
@@ -190,7 +188,7 @@ impl LitefsFilesystem {
         Ok(entries)
     }
 
-    fn child(&self, parent: INodeNo, name: &OsStr) -> Result<PathBuf, Errno> {
+    pub(super) fn child(&self, parent: INodeNo, name: &OsStr) -> Result<PathBuf, Errno> {
         let dir = self.inode(parent.0)?;
         match dir.node() {
             Node::Directory => Ok(dir.path().join(name)),
@@ -210,7 +208,7 @@ impl LitefsFilesystem {
         }
     }
 
-    fn find(&self, path: &Path) -> Result<(Arc<Inode>, FileAttr), Errno> {
+    pub(super) fn find(&self, path: &Path) -> Result<(Arc<Inode>, FileAttr), Errno> {
         if let Some(special) = self.special_at(path) {
             let content = special.content(&*self.view.0).ok_or(Errno::ENOENT)?;
             let number = special_number(path);
@@ -241,7 +239,7 @@ impl LitefsFilesystem {
     }
 
     /// As [`Self::may_write`], for a file of a database, which may be lent or borrowed.
-    fn may_write_file(&self, internal: bool, kind: Kind, db: Option<&Arc<Database>>) -> bool {
+    pub(super) fn may_write_file(&self, internal: bool, kind: Kind, db: Option<&Arc<Database>>) -> bool {
         match db {
             // Who opens a database that is lent writes when it is back.
             Some(db) if kind == Kind::Main => self.may_write(internal) || db.may_write(),
@@ -249,362 +247,16 @@ impl LitefsFilesystem {
             None => self.may_write(internal),
         }
     }
-
-    /// Opens a regular file: decides how, and keeps the handle.
-    fn open_file(
-        &self,
-        inode: &Arc<Inode>,
-        flags: i32,
-        internal: bool,
-        created: bool,
-        request: u64,
-    ) -> Result<Opened, Errno> {
-        let Node::File(kind, db) = inode.node() else { return Err(Errno::EISDIR) };
-        if request & RESENT != 0
-            && let Some(number) = self.handles.table.opened_by(request & !RESENT)
-            && let Some(opened) = self.opened_before(number)
-        {
-            return Ok(opened);
-        }
-        let writes = flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0;
-        // SQLite opens databases for reading and writing, and never truncates them at open.
-        let plain_program =
-            !internal && (flags & libc::O_ACCMODE == libc::O_WRONLY || flags & libc::O_TRUNC != 0);
-        if writes
-            && !matches!(kind, Kind::Wal | Kind::Shm)
-            && !self.may_write_file(internal, kind, db.as_ref())
-        {
-            // SQLite goes on read-only after EROFS; a journal it must not be able to make.
-            return Err(if kind == Kind::Journal { Errno::EACCES } else { Errno::EROFS });
-        }
-        let (mut tracked, mut wal_mode) = (false, false);
-        if let (Kind::Main, Some(db)) = (kind, &db) {
-            let mut st = db.state();
-            tracked = st.page_count > 0;
-            if tracked
-                && !internal
-                && let Some(reason) = st.quarantine_reason()
-            {
-                tracing::warn!(database = %db.name(), reason, "an application opened a quarantined database");
-                return Err(Errno::EIO);
-            }
-            wal_mode = db.load_journal_mode(&mut st);
-        }
-        let replaces = kind == Kind::Main && tracked && plain_program;
-        if replaces && flags & libc::O_TRUNC == 0 {
-            tracing::info!(path = %inode.path().display(), "refused to open a live database for writing in place");
-            return Err(Errno::EPERM);
-        }
-
-        let mut open = inode.open.lock();
-        let file = match &open.file {
-            Some(file) => file.clone(),
-            None => {
-                Arc::new(open_backing_file(&self.backing(&inode.path())).map_err(|e| match e.kind() {
-                    // The kernel's entry is older than the removal of the file: it looks again.
-                    io::ErrorKind::NotFound => Errno::ESTALE,
-                    _ => errno(e),
-                })?)
-            }
-        };
-        let suits = match kind {
-            Kind::Main => wal_mode,
-            Kind::Shm => true,
-            Kind::Journal | Kind::Wal | Kind::SuperJournal => false,
-        };
-        let passes = self.passthrough.load(Ordering::Acquire)
-            && if open.handles > 0 { open.backing.is_some() } else { suits };
-        let backing = match (&open.backing, passes) {
-            (Some(id), true) => Some(id.clone()),
-            (None, true) => Some(Arc::new(self.backings.register(&file).map_err(|e| {
-                tracing::error!(path = %inode.path().display(), error = %e, "cannot register a backing file");
-                Errno::EIO
-            })?)),
-            _ => None,
-        };
-
-        let adopts = match kind {
-            Kind::Main => !replaces && !tracked && (plain_program || (created && flags & libc::O_EXCL != 0)),
-            Kind::Wal => plain_program,
-            Kind::Journal | Kind::Shm | Kind::SuperJournal => false,
-        };
-        let truncated = flags & libc::O_TRUNC != 0;
-        let mut table_flags = files::flags::OPEN;
-        for (set, flag) in [
-            (internal, flags::INTERNAL),
-            (adopts, flags::ADOPT),
-            (truncated, flags::WRITTEN),
-            (replaces, flags::STAGED),
-        ] {
-            table_flags |= if set { flag } else { 0 };
-        }
-        let number = self.handles.table.add(OpenHandle {
-            inode: inode.number,
-            request: request & !RESENT,
-            backing: backing.as_ref().map_or(0, |backing| backing.id()),
-            flags: table_flags,
-        });
-        let number = number.ok_or(Errno::ENFILE)?;
-        let made = if replaces {
-            db.clone().ok_or(Errno::EIO).and_then(|db| {
-                StagedWrite::new(db, number).map(|copy| Handle::Staged(Arc::new(copy))).map_err(errno)
-            })
-        } else {
-            let cut = if truncated && !created { file.set_len(0).map_err(errno) } else { Ok(()) };
-            cut.map(|()| {
-                Handle::File(OpenFile {
-                    inode: inode.clone(),
-                    kind,
-                    db: db.clone(),
-                    file: file.clone(),
-                    internal,
-                    passthrough: backing.is_some(),
-                    adopt: adopts,
-                    written: AtomicBool::new(truncated),
-                    number,
-                    table: self.handles.table.clone(),
-                })
-            })
-        };
-        let handle = made.inspect_err(|_| self.handles.table.remove(number))?;
-        let fopen = fopen_flags(&handle, backing.is_some());
-        open.handles += 1;
-        open.file = Some(file.clone());
-        open.backing.clone_from(&backing);
-        drop(open);
-        self.count_opened(&handle);
-        if let (Kind::Main, Some(db)) = (kind, &db) {
-            let mut st = db.state();
-            if st.passthrough_handles == 1 && backing.is_some() {
-                let _ = st.remember_stamp(db);
-            }
-            st.set_database_file(Some(file));
-        }
-        self.handles.insert(number, handle);
-        Ok((number, fopen, backing))
-    }
-
-    /// Counts an open handle in its database's state.
-    pub(super) fn count_opened(&self, handle: &Handle) {
-        if let Handle::File(OpenFile {
-            kind: Kind::Main, db: Some(db), adopt, internal, passthrough, ..
-        }) = handle
-        {
-            let mut st = db.state();
-            st.copiers += u32::from(*adopt);
-            st.handles += u32::from(!internal);
-            st.passthrough_handles += u32::from(*passthrough);
-        }
-        if let Handle::File(OpenFile { kind: Kind::Journal, db: Some(db), internal: false, .. }) = handle {
-            let mut st = db.state();
-            st.journal_handles += 1;
-            st.journal_left = false;
-        }
-    }
-
-    /// What the answer to an open was, or should have been, that another server has carried out.
-    fn opened_before(&self, number: u64) -> Option<Opened> {
-        let handle = self.handles.get(number)?;
-        let backing = match &*handle {
-            Handle::File(file) if file.passthrough => file.inode.open.lock().backing.clone(),
-            _ => None,
-        };
-        Some((number, fopen_flags(&handle, backing.is_some()), backing))
-    }
-
-    fn close_file(&self, inode: &Inode, file: Option<&OpenFile>) {
-        let mut open = inode.open.lock();
-        open.handles = open.handles.saturating_sub(1);
-        if open.handles == 0 {
-            if open.orphan {
-                let _ = std::fs::remove_file(self.shared.dirs.orphan(inode.number));
-            }
-            *open = OpenState::default();
-        }
-        drop(open);
-        if let Some(OpenFile { kind: Kind::Journal, db: Some(db), internal: false, .. }) = file {
-            let mut st = db.state();
-            st.journal_handles = st.journal_handles.saturating_sub(1);
-        }
-        if let (Node::File(Kind::Main, Some(db)), Some(file)) = (inode.node(), file) {
-            let mut st = db.state();
-            st.copiers = st.copiers.saturating_sub(u32::from(file.adopt));
-            st.handles = st.handles.saturating_sub(u32::from(!file.internal));
-            if file.passthrough && st.page_count > 0 && !db.load_journal_mode(&mut st) {
-                // What it wrote since the database left WAL mode was not seen: the sweep looks.
-                if st.stamp_changed(&db).unwrap_or(true) {
-                    st.rollback.mark_unknown();
-                }
-            }
-            st.passthrough_handles = st.passthrough_handles.saturating_sub(u32::from(file.passthrough));
-        }
-    }
-
-    fn unlink_file(&self, path: &Path, internal: bool, again: bool, reply: ReplyEmpty) {
-        let (kind, base) = classify(path);
-        let (tree, removed) = (self.tree.clone(), path.to_owned());
-        let remove = move || {
-            if kind != Kind::Journal {
-                tree.keep_if_open(&removed);
-            }
-            match std::fs::remove_file(tree.backing(&removed)) {
-                Err(e) if again && e.kind() == io::ErrorKind::NotFound => Ok(()),
-                other => other.map_err(errno),
-            }
-        };
-        let db = DatabaseName::new(&base).ok().and_then(|name| self.shared.database(&name));
-        let Some(db) = db.filter(|_| !internal) else { return finish(remove(), reply) };
-        if !db.may_write() && !matches!(kind, Kind::Wal | Kind::Shm) {
-            return reply.error(if db.is_lent() { Errno::EBUSY } else { Errno::EROFS });
-        }
-        let mut st = db.state();
-        let result = match kind {
-            Kind::Journal => match files::journal_ends(&db, &mut st) {
-                Ok(Answer::WhenAcknowledged(hold)) => {
-                    drop(st);
-                    let publish = move |_: &Database| remove().map_err(|e| e.code());
-                    let answer = |result: Result<(), i32>| finish(result.map_err(Errno::from_i32), reply);
-                    return db.when_acknowledged(hold, publish, answer);
-                }
-                Ok(Answer::WhenDurable(end)) => {
-                    drop(st);
-                    let done = Box::new(move |result: Result<(), _>| match result {
-                        Ok(()) => finish(remove(), reply),
-                        Err(_) => reply.error(Errno::EIO),
-                    });
-                    return self.shared.log.on_durable(end, done);
-                }
-                other => other.map(|_| ()),
-            },
-            Kind::Wal => match files::wal_ends(&db, &mut st) {
-                Err(CaptureError::WalIsNeeded) => {
-                    drop(st);
-                    let invalidator = self.invalidator.clone();
-                    return self.workers.sync(move || {
-                        let removed = files::wal_is_removed(&db, &invalidator);
-                        let removed =
-                            removed.map_err(|e| Errno::from_i32(files::errno_of(&db, "remove the WAL", &e)));
-                        finish(removed.and_then(|()| remove()), reply);
-                    });
-                }
-                other => other,
-            },
-            Kind::Main if st.page_count > 0 => db.log_drop(&mut st),
-            Kind::Main => {
-                st.set_database_file(None);
-                st.rollback = Default::default();
-                Ok(())
-            }
-            _ => Ok(()),
-        };
-        drop(st);
-        match result {
-            Ok(()) => finish(remove(), reply),
-            Err(e) => reply.error(Errno::from_i32(files::errno_of(&db, "remove", &e))),
-        }
-    }
-}
-
-/// Number of a handle, how the kernel shall treat it, and its backing file.
-type Opened = (u64, FopenFlags, Option<Arc<Backing>>);
-
-fn fopen_flags(handle: &Handle, passthrough: bool) -> FopenFlags {
-    let mut fopen = FopenFlags::empty();
-    match handle {
-        // The kernel must not keep what is written: the database is as it was until the copy is complete.
-        Handle::Staged(_) => fopen |= FopenFlags::FOPEN_DIRECT_IO,
-        Handle::File(file) => {
-            // A flush of the agent's own handles would be a request of a dying process to itself. And the kernel locks the
-            // file for it: whoever closes a WAL would wait for a commit in it that waits for followers.
-            if file.internal || !file.adopt {
-                fopen |= FopenFlags::FOPEN_NOFLUSH;
-            }
-            if file.kind == Kind::Journal {
-                // Read only to roll back: the kernel's cache would cut its writes and save nothing.
-                fopen |= FopenFlags::FOPEN_DIRECT_IO;
-            } else if !passthrough {
-                fopen |= FopenFlags::FOPEN_KEEP_CACHE;
-            }
-        }
-        Handle::Special(_) => fopen |= FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH,
-        Handle::Directory { .. } => {}
-    }
-    fopen
 }
 
 /// Whether another server has read this request before, and may have carried it out.
-fn again(req: &Request) -> bool {
+pub(super) fn again(req: &Request) -> bool {
     req.unique().0 & RESENT != 0
 }
 
-/// The kernel has checked the application's rights (`default_permissions`); the agent's own suffice for both ways.
-fn open_backing_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(path)
-}
-
 /// Whether a request comes from this process. Its threads are the only ones it may trust with what the log has.
-fn is_internal(req: &Request) -> bool {
+pub(super) fn is_internal(req: &Request) -> bool {
     Path::new("/proc/self/task").join(req.pid().to_string()).exists()
-}
-
-fn time(seconds: i64, nanoseconds: i64) -> SystemTime {
-    let nanos = Duration::from_nanos(nanoseconds.unsigned_abs());
-    match u64::try_from(seconds) {
-        Ok(s) => UNIX_EPOCH + Duration::from_secs(s) + nanos,
-        Err(_) => UNIX_EPOCH - Duration::from_secs(seconds.unsigned_abs()) + nanos,
-    }
-}
-
-fn attr_of(number: u64, m: &Metadata) -> FileAttr {
-    let kind = FileType::from_std(m.file_type()).unwrap_or(FileType::RegularFile);
-    FileAttr {
-        ino: INodeNo(number),
-        size: m.size(),
-        blocks: m.blocks(),
-        atime: time(m.atime(), m.atime_nsec()),
-        mtime: time(m.mtime(), m.mtime_nsec()),
-        ctime: time(m.ctime(), m.ctime_nsec()),
-        crtime: UNIX_EPOCH,
-        kind,
-        perm: (m.mode() & 0o7777) as u16,
-        nlink: m.nlink() as u32,
-        uid: m.uid(),
-        gid: m.gid(),
-        rdev: 0,
-        flags: 0,
-        blksize: 4096,
-    }
-}
-
-/// Inode number of a special file.
-pub(super) fn special_number(path: &Path) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    path.hash(&mut hasher);
-    SPECIAL_BIT | (hasher.finish() & (SPECIAL_BIT - 1))
-}
-
-fn special_attr(number: u64, special: &Special, size: u64) -> FileAttr {
-    let changed = match special {
-        Special::Position(db) => time(db.state().last_change_ms / 1000, 0),
-        Special::Primary | Special::Lag => SystemTime::now(),
-    };
-    FileAttr {
-        ino: INodeNo(number),
-        size,
-        blocks: 1,
-        atime: changed,
-        mtime: changed,
-        ctime: changed,
-        crtime: UNIX_EPOCH,
-        kind: FileType::RegularFile,
-        perm: 0o444,
-        nlink: 1,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        flags: 0,
-        blksize: 4096,
-    }
 }
 
 impl Filesystem for LitefsFilesystem {
@@ -886,43 +538,7 @@ impl Filesystem for LitefsFilesystem {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let internal = is_internal(req);
-        let made = (|| {
-            let path = self.child(parent, name)?;
-            if self.special_at(&path).is_some() {
-                return Err(Errno::EEXIST);
-            }
-            let (kind, base) = classify(&path);
-            let db = DatabaseName::new(&base).ok().and_then(|name| self.shared.database(&name));
-            if !matches!(kind, Kind::Wal | Kind::Shm) && !self.may_write_file(internal, kind, db.as_ref()) {
-                return Err(if kind == Kind::Journal { Errno::EACCES } else { Errno::EROFS });
-            }
-            let backing = self.backing(&path);
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create_new(flags & libc::O_EXCL != 0 && !again(req))
-                .create(true)
-                .truncate(false)
-                .mode(mode)
-                .custom_flags(libc::O_NOFOLLOW)
-                .open(&backing)
-                .map_err(errno)?;
-            // The umask of this process must not count, the application's already has.
-            file.set_permissions(std::fs::Permissions::from_mode(mode & 0o7777)).map_err(errno)?;
-            if !internal {
-                std::os::unix::fs::fchown(&file, Some(req.uid()), Some(req.gid())).map_err(errno)?;
-            }
-            let (inode, attr) = self.find(&path)?;
-            if let Node::File(Kind::Wal, Some(db)) = inode.node() {
-                let mut st = db.state();
-                st.wal.reset();
-                st.wal_cached_end = 0;
-            }
-            let opened = self.open_file(&inode, flags, internal, true, req.unique().0)?;
-            Ok((attr, opened))
-        })();
-        match made {
+        match self.create_file(req, parent, name, mode, flags) {
             Ok((attr, (fh, fopen, Some(backing)))) => {
                 backing.created(reply, &KEEP, &attr, FileHandle(fh), fopen);
             }
@@ -1202,55 +818,4 @@ impl Filesystem for LitefsFilesystem {
     fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
         reply.error(Errno::ENOSYS);
     }
-}
-
-/// truncate(2) without an open file: never how SQLite cuts a database.
-fn truncate_by_path(node: &Node, path: &Path, size: u64) -> Result<(), i32> {
-    if let Node::File(kind, Some(db)) = node {
-        let mut st = db.state();
-        match kind {
-            Kind::Main if st.page_count > 0 => return Err(libc::EPERM),
-            Kind::Journal if size == 0 => {
-                // Not how SQLite ends a journal: nothing is held for it.
-                db.capture_rollback(&mut st).map_err(|e| files::errno_of(db, "commit", &e))?;
-            }
-            Kind::Wal if size == 0 => {
-                files::wal_ends(db, &mut st).map_err(|e| files::errno_of(db, "truncate the WAL", &e))?;
-            }
-            _ => {}
-        }
-    }
-    OpenOptions::new()
-        .write(true)
-        .open(path)
-        .and_then(|file| file.set_len(size))
-        .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
-}
-
-fn set_ownership(path: &Path, mode: Option<u32>, uid: Option<u32>, gid: Option<u32>) -> io::Result<()> {
-    if let Some(mode) = mode {
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode & 0o7777))?;
-    }
-    if uid.is_some() || gid.is_some() {
-        std::os::unix::fs::chown(path, uid, gid)?;
-    }
-    Ok(())
-}
-
-fn set_times(path: &Path, atime: Option<TimeOrNow>, mtime: Option<TimeOrNow>) -> io::Result<()> {
-    use nix::sys::stat::{UtimensatFlags, utimensat};
-    use nix::sys::time::TimeSpec;
-    if atime.is_none() && mtime.is_none() {
-        return Ok(());
-    }
-    let spec = |t: Option<TimeOrNow>| match t {
-        None => TimeSpec::UTIME_OMIT,
-        Some(TimeOrNow::Now) => TimeSpec::UTIME_NOW,
-        Some(TimeOrNow::SpecificTime(t)) => {
-            TimeSpec::from_duration(t.duration_since(UNIX_EPOCH).unwrap_or_default())
-        }
-    };
-    let (atime, mtime) = (spec(atime), spec(mtime));
-    utimensat(nix::fcntl::AT_FDCWD, path, &atime, &mtime, UtimensatFlags::NoFollowSymlink)
-        .map_err(io::Error::from)
 }

@@ -11,13 +11,16 @@
 //! POSIX locks stay in the kernel, on the inodes of the mount. Whoever in this process must lock or write like an
 //! SQLite connection opens the file through the mount and is told from an application by its thread.
 
+mod attributes;
 mod files;
 mod filesystem;
 mod inodes;
 mod journal_sync;
 mod names;
+mod opening;
 mod page_count;
 mod predecessor;
+mod removing;
 mod rename;
 mod special;
 mod staged;

@@ -1,8 +1,9 @@
 //! Going on with a mount that another process has served: its inodes are found again by their numbers, which are those of
 //! the backing files, and its open files by the table that it left.
 
+use super::attributes::special_number;
 use super::files::{Handle, OpenFile, flags};
-use super::filesystem::{LitefsFilesystem, special_number};
+use super::filesystem::LitefsFilesystem;
 use super::inodes::{Inode, Node, ROOT, SPECIAL_BIT, Special};
 use super::names::{Kind, POSITION_SUFFIX};
 use super::rename::Tree;

@@ -12,19 +12,21 @@
 //!    journal (SQLite does not restore pages it took from the free list), where a rollback-mode file is newer than its
 //!    last record (written without a journal), and after a power failure the databases that were being written. What differs becomes a transaction on the primary.
 
+mod journal;
+mod replay;
+mod wal;
+
 use super::checksums::{Checksums, ChecksumsError, Mark};
 use super::receive::PayloadReader;
 use super::{Database, State};
 use crate::capture::{CaptureError, ChecksumOrEmpty, unix_ms};
-use crate::log::{NewRecord, Payload, RecordInfo, RecordKind, WalEnd};
+use crate::log::{NewRecord, RecordInfo, RecordKind, WalEnd};
 use crate::node::LastStop;
-use ltx::{Checksum, Decoder, Pos, Txid, page_checksum};
+use ltx::{Checksum, Decoder, Pos, Txid};
 use sqlite_file::header::DatabaseHeader;
-use sqlite_file::journal::{self, Journal};
-use sqlite_file::wal::{FRAME_HEADER_BYTES, Scanner, WalError, frame_offset};
-use std::collections::BTreeMap;
+use sqlite_file::journal::is_hot;
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, Read};
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -36,6 +38,8 @@ pub struct RecoveryError(pub String);
 
 /// Records written by applying have this WAL end: all of the WAL came from the log.
 pub const WAL_IS_FROM_THE_LOG: WalEnd = WalEnd { salt1: 0, salt2: 0, end_offset: u64::MAX };
+
+pub(super) use self::wal::known_wal_end;
 
 /// What a recovery found and did.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -50,13 +54,6 @@ pub struct Recovered {
     pub compare: bool,
     /// The file has all that the log has, and maybe more: nothing was written to it.
     pub kept_file: bool,
-}
-
-/// Newest frames of committed pages that the log does not have.
-struct FramesAhead {
-    newest: BTreeMap<u32, u32>,
-    page_size: u32,
-    page_count: u32,
 }
 
 impl Database {
@@ -163,7 +160,7 @@ impl Database {
         let Some(journal) = open_if_there(&self.paths.journal)? else { return Ok(true) };
         let transaction = last.filter(|last| last.kind == RecordKind::Transaction && last.commit > 0);
         if let Some(record) = transaction
-            && journal::is_hot(&journal).map_err(failed)?
+            && is_hot(&journal).map_err(failed)?
         {
             let mut decoder = Decoder::new(PayloadReader::of(&self.shared.log, record)).map_err(failed)?;
             let (mut page, mut there) = (Vec::new(), Vec::new());
@@ -325,322 +322,6 @@ impl Database {
         Ok(())
     }
 
-    /// Step 1. Returns whether there was a journal. With the checksums of the pages at a mark only pages that have them are
-    /// played back: see [`play_back_known`].
-    pub(super) fn recover_journal(
-        &self,
-        known: Option<(&Checksums, Mark)>,
-        done: &mut Recovered,
-    ) -> Result<bool, RecoveryError> {
-        let Some(journal_file) = open_if_there(&self.paths.journal)? else { return Ok(false) };
-        let hot = journal::is_hot(&journal_file).map_err(failed)?;
-        if hot && let Some(database) = open_if_there(&self.paths.database)? {
-            let committed = match journal::super_journal(&journal_file).map_err(failed)? {
-                Some(path) => !self.backing_of(&path).exists(),
-                None => false,
-            };
-            if !committed {
-                match known {
-                    Some((sums, mark)) => {
-                        play_back_known(&journal_file, &database, sums, mark).map_err(failed)?
-                    }
-                    None => journal::rollback(&journal_file, &database).map_err(failed).map(drop)?,
-                }
-            } else if let Ok(Some(journal)) = Journal::open(&journal_file, None) {
-                tracing::info!(
-                    database = %self.name,
-                    pages = journal.header().initial_pages,
-                    "the journal of a commit over several databases is finished, not rolled back"
-                );
-            }
-            done.journal = true;
-            done.compare = true;
-        }
-        remove_if_there(&self.paths.journal)?;
-        Ok(hot)
-    }
-
-    /// Whether the log has the database begin anew, or changes its page size, after a mark.
-    fn is_reset_after(&self, mark: Mark, target: Mark) -> Result<bool, RecoveryError> {
-        let mut next = mark.position.txid.0 + 1;
-        while next <= target.position.txid.0 {
-            match self.shared.log.find(&self.name, Txid(next)).map_err(failed)? {
-                Some(record) if record.kind != RecordKind::Reset && record.page_size == mark.page_size => {
-                    next = record.max_txid.0 + 1;
-                }
-                _ => return Ok(true),
-            }
-        }
-        Ok(false)
-    }
-
-    /// A super-journal is named by its path in the mount.
-    fn backing_of(&self, path: &Path) -> std::path::PathBuf {
-        match path.strip_prefix(&self.shared.dirs.mount) {
-            Ok(below) => self.shared.dirs.files.join(below),
-            Err(_) => path.to_owned(),
-        }
-    }
-
-    /// Step 2. `known_end` tells how far a WAL with these salts counts. Returns whether there was a WAL with frames.
-    pub(super) fn recover_wal(
-        &self,
-        known_end: &dyn Fn((u32, u32)) -> u64,
-        remove: bool,
-        done: &mut Recovered,
-    ) -> Result<bool, RecoveryError> {
-        let Some(wal) = open_if_there(&self.paths.wal)? else { return Ok(false) };
-        let mut had_frames = false;
-        match Scanner::open(&wal) {
-            Ok(Some(mut scan)) => {
-                let page_size = scan.header().page_size;
-                let end = known_end((scan.header().salts.first(), scan.header().salts.second()));
-                let (mut newest, mut open, mut page_count) = (BTreeMap::new(), Vec::new(), 0);
-                while let Some(frame) = scan.next_frame().map_err(failed)? {
-                    had_frames = true;
-                    open.push((frame.pgno, frame.number));
-                    if frame.commit == 0 {
-                        continue;
-                    }
-                    if frame_offset(frame.number + 1, page_size) <= end {
-                        page_count = frame.commit;
-                        newest.extend(open.drain(..));
-                    } else {
-                        done.dropped_frames += open.drain(..).count() as u64;
-                    }
-                }
-                if page_count > 0
-                    && let Some(database) = open_if_there(&self.paths.database)?
-                {
-                    let mut page = vec![0; page_size as usize];
-                    for (pgno, number) in newest.into_iter().filter(|(pgno, _)| *pgno <= page_count) {
-                        let offset = frame_offset(number, page_size) + FRAME_HEADER_BYTES as u64;
-                        wal.read_exact_at(&mut page, offset).map_err(failed)?;
-                        let at = u64::from(pgno - 1) * u64::from(page_size);
-                        database.write_all_at(&page, at).map_err(failed)?;
-                    }
-                    database.set_len(u64::from(page_count) * u64::from(page_size)).map_err(failed)?;
-                    database.sync_all().map_err(failed)?;
-                }
-            }
-            Ok(None) | Err(WalError::Invalid(_) | WalError::Version(_)) => {}
-            Err(WalError::Io(e)) => return Err(failed(e)),
-        }
-        if !remove {
-            done.dropped_frames = 0;
-        }
-        if done.dropped_frames > 0 {
-            tracing::warn!(
-                database = %self.name,
-                frames = done.dropped_frames,
-                "the WAL had commits that never reached the log (written without a sync before the host died): dropped"
-            );
-            done.compare = true;
-        }
-        if remove {
-            remove_if_there(&self.paths.wal)?;
-        }
-        Ok(had_frames)
-    }
-
-    /// Commits in the WAL that the log does not have although they were reported: the door did not see them written.
-    fn frames_ahead(
-        &self,
-        last: Option<&RecordInfo>,
-        known_end: &dyn Fn((u32, u32)) -> u64,
-    ) -> Result<Option<FramesAhead>, RecoveryError> {
-        let applied = last.is_some_and(|r| r.wal == Some(WAL_IS_FROM_THE_LOG));
-        if applied || !self.shared.wals_may_be_ahead() {
-            return Ok(None);
-        }
-        let Some(wal) = open_if_there(&self.paths.wal)? else { return Ok(None) };
-        let mut ahead = FramesAhead { newest: BTreeMap::new(), page_size: 0, page_count: 0 };
-        match Scanner::open(&wal) {
-            Ok(Some(mut scan)) => {
-                ahead.page_size = scan.header().page_size;
-                let end = known_end((scan.header().salts.first(), scan.header().salts.second()));
-                let mut open = Vec::new();
-                while let Some(frame) = scan.next_frame().map_err(failed)? {
-                    open.push((frame.pgno, frame.number));
-                    if frame.commit > 0 {
-                        if frame_offset(frame.number + 1, ahead.page_size) > end {
-                            ahead.page_count = frame.commit;
-                            ahead.newest.extend(open.drain(..));
-                        }
-                        open.clear();
-                    }
-                }
-            }
-            Ok(None) | Err(WalError::Invalid(_) | WalError::Version(_)) => {}
-            Err(WalError::Io(e)) => return Err(failed(e)),
-        }
-        Ok((ahead.page_count > 0).then_some(ahead))
-    }
-
-    /// Moves them to the file, which has all that the log has; then the WAL goes.
-    fn add_frames_ahead(&self, ahead: &FramesAhead) -> Result<(), RecoveryError> {
-        let (Some(wal), Some(database)) =
-            (open_if_there(&self.paths.wal)?, open_if_there(&self.paths.database)?)
-        else {
-            return Ok(());
-        };
-        tracing::warn!(
-            database = %self.name,
-            pages = ahead.newest.len(),
-            "the WAL has commits that had not reached the log: they are kept"
-        );
-        let mut page = vec![0; ahead.page_size as usize];
-        for (pgno, number) in ahead.newest.iter().filter(|(pgno, _)| **pgno <= ahead.page_count) {
-            let offset = frame_offset(*number, ahead.page_size) + FRAME_HEADER_BYTES as u64;
-            wal.read_exact_at(&mut page, offset).map_err(failed)?;
-            let at = u64::from(pgno - 1) * u64::from(ahead.page_size);
-            database.write_all_at(&page, at).map_err(failed)?;
-        }
-        database.set_len(u64::from(ahead.page_count) * u64::from(ahead.page_size)).map_err(failed)?;
-        database.sync_all().map_err(failed)?;
-        remove_if_there(&self.paths.wal)
-    }
-
-    /// Step 3.
-    fn replay(
-        &self,
-        st: &mut State,
-        first: Txid,
-        mark: Mark,
-        target: Mark,
-        done: &mut Recovered,
-    ) -> Result<(), RecoveryError> {
-        let mut next = first.0;
-        let mut shape = mark;
-        while next <= target.position.txid.0 {
-            let found = self.shared.log.find(&self.name, Txid(next)).map_err(failed)?;
-            let record = found.ok_or_else(|| {
-                RecoveryError(format!(
-                    "the log lacks transaction {} that the files need (they are at {}); restore the database or \
-                     let it follow a primary",
-                    Txid(next),
-                    mark.position
-                ))
-            })?;
-            self.replay_record(st, &record, &mut shape, done.kept_file)?;
-            done.replayed += 1;
-            next = record.max_txid.0 + 1;
-        }
-        Ok(())
-    }
-
-    fn replay_record(
-        &self,
-        st: &mut State,
-        record: &RecordInfo,
-        shape: &mut Mark,
-        kept_file: bool,
-    ) -> Result<(), RecoveryError> {
-        if record.kind == RecordKind::Reset {
-            if kept_file {
-                return Err(RecoveryError("it was written without a journal after a snapshot".into()));
-            }
-            self.install_staged_file(st, record)?;
-            *shape = mark_of(record);
-            return Ok(());
-        }
-        if record.commit == 0 {
-            if !kept_file {
-                remove_if_there(&self.paths.database)?;
-                st.set_database_file(None);
-            }
-            st.open_checksums(self).map_err(failed)?.truncate(0);
-            *shape = mark_of(record);
-            return Ok(());
-        }
-        let database = self.open_or_create_database()?;
-        let resized = record.page_size != shape.page_size;
-        let sums = st.open_checksums(self).map_err(failed)?;
-        sums.reserve(record.commit).map_err(failed)?;
-        sums.truncate(if resized { 0 } else { record.commit });
-        let mut place = format!("the log at {}", record.lsn);
-        let reader: Box<dyn Read> = match self.shared.log.read(record).map_err(failed)? {
-            Payload::Bytes(bytes) => Box::new(io::Cursor::new(bytes)),
-            Payload::File { path, .. } => {
-                place = path.display().to_string();
-                Box::new(BufReader::new(File::open(&path).map_err(failed)?))
-            }
-        };
-        let failed_there = |error: ltx::Error| {
-            RecoveryError(format!(
-                "transaction {}, which the files need, cannot be read in {place}: {error}; restore the database from \
-                 a copy, or let it follow a primary",
-                record.max_txid
-            ))
-        };
-        let mut decoder = Decoder::new(reader).map_err(failed_there)?;
-        let mut page = Vec::new();
-        while let Some(pgno) = decoder.next_page(&mut page).map_err(failed_there)? {
-            if !kept_file {
-                let at = u64::from(pgno - 1) * u64::from(record.page_size);
-                database.write_all_at(&page, at).map_err(failed)?;
-            }
-            st.checksums_mut().set(pgno, Some(page_checksum(pgno, &page)));
-        }
-        decoder.finish().map_err(failed_there)?;
-        if !kept_file {
-            database.set_len(u64::from(record.commit) * u64::from(record.page_size)).map_err(failed)?;
-        }
-        *shape = mark_of(record);
-        Ok(())
-    }
-
-    fn open_or_create_database(&self) -> Result<File, RecoveryError> {
-        let path = &self.paths.database;
-        if let Some(dir) = path.parent() {
-            std::fs::create_dir_all(dir).map_err(failed)?;
-        }
-        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)
-    }
-
-    /// The staged file of a Reset record becomes the database file, if it is still there; otherwise it already has.
-    fn install_staged_file(&self, st: &mut State, record: &RecordInfo) -> Result<(), RecoveryError> {
-        let staged = self.staged_path(record.max_txid);
-        if staged.exists() {
-            if let Some(dir) = self.paths.database.parent() {
-                std::fs::create_dir_all(dir).map_err(failed)?;
-            }
-            std::fs::rename(&staged, &self.paths.database).map_err(failed)?;
-        }
-        if record.commit == 0 {
-            remove_if_there(&self.paths.database)?;
-        }
-        st.set_database_file(None);
-        self.rebuild_checksums(st, mark_of(record))
-    }
-
-    /// Fills the sidecar from the database file.
-    fn rebuild_checksums(&self, st: &mut State, mark: Mark) -> Result<(), RecoveryError> {
-        self.rebuild_checksums_from(st, mark, &self.paths.database)
-    }
-
-    /// Fills the sidecar from a file that is exactly at `mark`.
-    pub(crate) fn rebuild_checksums_from(
-        &self,
-        st: &mut State,
-        mark: Mark,
-        path: &Path,
-    ) -> Result<(), RecoveryError> {
-        let mut sums = Checksums::create(&self.paths.checksums, &self.name).map_err(failed)?;
-        if mark.page_count > 0 {
-            sums.reserve(mark.page_count).map_err(failed)?;
-            let file = File::open(path).map_err(failed)?;
-            let lock_page = ltx::lock_page(mark.page_size);
-            let mut page = vec![0; mark.page_size as usize];
-            for pgno in (1..=mark.page_count).filter(|p| *p != lock_page) {
-                self.read_database_page(&file, pgno, &mut page).map_err(failed)?;
-                sums.set(pgno, Some(page_checksum(pgno, &page)));
-            }
-        }
-        st.set_checksums(sums);
-        Ok(())
-    }
-
     /// Checks the sum of all page checksums, makes the files durable, writes the mark. Where a comparison comes first the
     /// mark stays where it was.
     pub(super) fn finish(
@@ -714,50 +395,6 @@ impl Database {
         st.rollback.mark_unknown();
         self.capture_rollback(&mut st)?;
         Ok(())
-    }
-
-    /// Where the staged file of a Reset record is.
-    pub(crate) fn staged_path(&self, txid: Txid) -> std::path::PathBuf {
-        self.shared.dirs.staging.join(format!("{}@{txid}.snapshot", self.name.escaped()))
-    }
-}
-
-/// Plays back a journal of which a power failure may have left anything, because neither its records nor its removal need to
-/// be on the disk (decision 0016): only pages that are as the log knows them. Pages logged after the mark are replayed
-/// later. A page that is skipped is torn, and then SQLite had not begun to write to the database; or the journal is that of
-/// a logged transaction.
-fn play_back_known(
-    journal: &File,
-    database: &File,
-    sums: &Checksums,
-    mark: Mark,
-) -> Result<(), journal::JournalError> {
-    // The database is about to depend on it.
-    journal.sync_data()?;
-    let Some(journal) = Journal::open(journal, Some(mark.page_size))? else { return Ok(()) };
-    if journal.header().page_size != mark.page_size {
-        return Ok(());
-    }
-    for record in journal.records() {
-        let record = record?;
-        if record.pgno <= mark.page_count
-            && sums.get(record.pgno) == Some(page_checksum(record.pgno, &record.page))
-        {
-            let at = u64::from(record.pgno - 1) * u64::from(mark.page_size);
-            database.write_all_at(&record.page, at)?;
-        }
-    }
-    database.sync_all()?;
-    Ok(())
-}
-
-/// How far the log knows a WAL with these salts.
-pub(super) fn known_wal_end(last: Option<&RecordInfo>) -> impl Fn((u32, u32)) -> u64 {
-    let wal = last.and_then(|r| r.wal);
-    move |salts| match wal {
-        Some(end) if end == WAL_IS_FROM_THE_LOG => u64::MAX,
-        Some(end) if (end.salt1, end.salt2) == salts => end.end_offset,
-        _ => 0,
     }
 }
 
