@@ -10,9 +10,13 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// A command that takes longer hangs.
 const COMMAND_SECONDS: &str = "120";
+
+/// How long processes may take to go when they are killed.
+const KILLED: Duration = Duration::from_secs(2);
 
 /// A Debian host: on, or off after [`Host::power_off`].
 #[derive(Debug)]
@@ -175,12 +179,19 @@ impl Host {
     /// Pulls the plug: PID 1 gets SIGKILL, and with it every process of the host. Files stay as they are.
     pub fn power_off(&self) {
         let Some(mut running) = self.state().take() else { return };
+        let fuse = fuse_connections(running.init);
         let init = i32::try_from(running.init).map(nix::unistd::Pid::from_raw);
         if let Ok(init) = init {
             // It may be gone already.
             let _ = nix::sys::signal::kill(init, nix::sys::signal::Signal::SIGKILL);
         }
-        let _ = running.outer.wait();
+        // A thread that waits for a mount which its own process serves is not killed before that is answered. With real
+        // hosts the kernel goes too.
+        let gone = wait::until(KILLED, || running.outer.try_wait().ok().flatten());
+        if gone.is_none() {
+            abort_fuse(&fuse);
+            let _ = running.outer.wait();
+        }
         cgroup::remove(&running.cgroup);
     }
 
@@ -348,6 +359,25 @@ impl Host {
 
     fn console(&self) -> String {
         fs::read_to_string(self.dir.join("console.log")).unwrap_or_default()
+    }
+}
+
+/// FUSE connections of a host: their numbers are those of the mounts' devices.
+fn fuse_connections(init: u32) -> Vec<String> {
+    let mounts = fs::read_to_string(format!("/proc/{init}/mountinfo")).unwrap_or_default();
+    let fuse = mounts.lines().filter(|line| line.contains(" - fuse"));
+    // The third field is `0:<number>`; `fusectl` itself is no connection, and has a directory for none.
+    fuse.filter_map(|line| Some(line.split(' ').nth(2)?.strip_prefix("0:")?.to_owned())).collect()
+}
+
+/// Ends FUSE connections that nobody serves any more.
+fn abort_fuse(connections: &[String]) {
+    let script = "mount -t fusectl fusectl /sys/fs/fuse/connections && cd /sys/fs/fuse/connections && \
+                  for number; do [ ! -d $number ] || echo 1 > $number/abort; done";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script, "sh"]).args(connections);
+    if let Err(error) = output(&mut command) {
+        eprintln!("cannot abort FUSE connections: {error:#}");
     }
 }
 
