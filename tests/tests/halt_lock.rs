@@ -329,6 +329,132 @@ fn a_lock_of_an_earlier_term_is_worth_nothing() {
     holder.finish();
 }
 
+/// Three hosts whose commits need one more of them; `b` and `c` follow `a`.
+fn synchronous(fleet: &Fleet, settings: &[&str]) -> [Host; 3] {
+    let hosts = ["a", "b", "c"].map(|name| fleet.host(name, Role::Primary));
+    for host in &hosts {
+        // Nobody is taken for dead because a connection is silent.
+        host.set("replication.timeout=60s").set("sync.acks=1").set("sync.members=a,b,c");
+        for setting in settings {
+            host.set(setting);
+        }
+        if host.name() != "a" {
+            host.set_role(Role::ReplicaOf(&hosts[0]));
+        }
+        host.start();
+    }
+    hosts
+}
+
+fn waiting(host: &Host) -> u64 {
+    host.status()["sync"][0]["waiting"].as_u64().unwrap_or_default()
+}
+
+#[test]
+fn a_commit_under_a_halt_lock_waits_for_a_third_host_and_is_not_seen_before() {
+    for mode in ["WAL", "DELETE"] {
+        let fleet = Fleet::new();
+        let [a, b, c] = synchronous(&fleet, &["lease.ttl=2s"]);
+        create(&a, mode);
+        for host in [&b, &c] {
+            a.wait_position_equal(host, "app.db");
+        }
+        let mut holder = Holder::start(&b, "app.db");
+        assert_eq!(holder.sql("INSERT INTO t VALUES ('lent')"), "");
+        // Not because the one who writes has it.
+        a.wait_position_equal(&c, "app.db");
+        c.signal(Signal::SIGSTOP);
+        let visible = a.txid("app.db");
+        holder.tell("INSERT INTO t VALUES ('waits')");
+        a.wait_for("the commit waits", || waiting(&a) == 1);
+        assert_eq!(a.txid("app.db"), visible, "{mode}: the position is that of what is visible");
+        assert_eq!(a.sql("app.db", ROWS), "first,lent", "{mode}");
+        // The lock outlasts its TTL: it is renewed while the commit waits.
+        let sentinel = std::time::Instant::now() + Duration::from_secs(4);
+        a.wait_for("two terms pass", || {
+            assert_eq!(waiting(&a), 1, "{mode}");
+            std::time::Instant::now() > sentinel
+        });
+        c.signal(Signal::SIGCONT);
+        assert_eq!(holder.line(), "done", "{mode}");
+        assert_eq!(holder.sql("INSERT INTO t VALUES ('goes on')"), "", "{mode}");
+        assert_eq!(a.sql("app.db", ROWS), "first,lent,waits,goes on", "{mode}");
+        for host in [&b, &c] {
+            a.wait_position_equal(host, "app.db");
+        }
+        assert_one_history(&[&a, &b, &c]);
+        holder.finish();
+        insert(&a, "own").expect("the primary has its database again");
+    }
+}
+
+#[test]
+fn where_too_few_members_are_connected_besides_the_borrower_a_lock_is_waited_for() {
+    let fleet = Fleet::new();
+    let [a, b, c] = synchronous(&fleet, &[]);
+    create(&a, "WAL");
+    a.wait_position_equal(&b, "app.db");
+    c.stop();
+    std::thread::scope(|scope| {
+        let holder = scope.spawn(|| halt_sql(&b, "app.db", "INSERT INTO t VALUES ('lent')"));
+        // Its own commits need the borrower only.
+        insert(&a, "own").expect("the borrower acknowledges it");
+        assert!(!holder.is_finished());
+        c.start();
+        holder.join().expect("no panic").expect("the third host is there again");
+    });
+    assert_eq!(c.sql("app.db", ROWS), "first,own,lent", "acknowledged means that it is there");
+    assert_one_history(&[&a, &b, &c]);
+}
+
+#[test]
+fn a_primary_that_dies_while_a_commit_under_a_halt_lock_waits_answers_nothing() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let address = consul.address();
+    let hosts = ["a", "b", "c"].map(|name| fleet.host(name, Role::Candidate(&address)));
+    let [a, b, c] = &hosts;
+    for host in &hosts {
+        host.set("lease.ttl=2s").set("replication.timeout=60s");
+        host.set("sync.acks=1").set("sync.members=a,b,c");
+    }
+    b.set("lease.candidate=false");
+    a.start();
+    a.wait_for("the first host is primary", || a.is_primary());
+    for host in [b, c] {
+        host.start();
+        host.wait_for("it follows", || host.follows(a));
+    }
+    create(a, "WAL");
+    for host in [b, c] {
+        a.wait_position_equal(host, "app.db");
+    }
+    let mut holder = Holder::start(b, "app.db");
+    assert_eq!(holder.sql("INSERT INTO t VALUES ('lent')"), "");
+    a.wait_position_equal(c, "app.db");
+    c.signal(Signal::SIGSTOP);
+    holder.tell("INSERT INTO t VALUES ('open')");
+    a.wait_for("the commit waits", || waiting(a) == 1);
+    a.kill();
+    let said = holder.line();
+    assert!(said.contains("rror"), "{said}");
+    assert_eq!(holder.line(), "done");
+    c.signal(Signal::SIGCONT);
+    c.wait_for("another host leads", || c.is_primary());
+    b.wait_for("the host that had the lock follows it", || b.follows(c));
+    insert(c, "own").expect("the new primary writes");
+    // What was acknowledged is there, and what was not may be.
+    let rows = c.sql("app.db", ROWS);
+    assert!(["first,lent,own", "first,lent,open,own"].contains(&&*rows), "{rows}");
+    a.start();
+    a.wait_for("the old primary follows", || a.follows(c));
+    for host in [a, b] {
+        c.wait_position_equal(host, "app.db");
+        assert_equal(c, host, "app.db");
+    }
+    holder.finish();
+}
+
 #[test]
 fn where_a_halt_lock_would_break_a_promise_there_is_none() {
     let fleet = Fleet::new();

@@ -6,6 +6,7 @@ use super::receive::other;
 use crate::apply::{Applier, WriterHold};
 use crate::capture::CaptureError;
 use crate::ship::engine::{EngineError, ShippedRecord};
+use crate::sync::Hold;
 use ltx::Pos;
 use std::fmt::Debug;
 use std::path::PathBuf;
@@ -109,12 +110,14 @@ impl Database {
         }
     }
 
-    /// Logs and applies a transaction of the node that has the database. `hold` is what [`Database::lend`] gave.
+    /// Logs and applies a transaction of the node that has the database. `hold` is what [`Database::lend`] gave. What has to
+    /// be acknowledged is applied, and answered, when it is.
     ///
     /// # Errors
-    /// It does not follow the database's position, this node's term has ended, or the log failed. Nothing is logged then.
+    /// It does not follow the database's position, this node's term has ended, or the log failed: nothing is logged then.
+    /// Or the term ended before it was acknowledged: the next primary may or may not have it.
     pub fn take_lent(
-        &self,
+        self: &Arc<Self>,
         record: ShippedRecord,
         hold: &mut Option<WriterHold>,
         bound: Duration,
@@ -125,14 +128,25 @@ impl Database {
         if !self.is_lent() {
             return Err(other(format_args!("{} is not lent any more", self.name)));
         }
+        let synchronous = self.admit_held().map_err(other)?;
         self.log_received(&mut side, record, Some(&term))?;
         let (position, end) = {
-            let st = self.state();
+            let mut st = self.state();
+            if synchronous {
+                st.held = Some(st.position);
+            }
             (st.position, st.logged_end)
         };
         self.shared.log.wait_durable(end).map_err(other)?;
         self.set_durable_position(position);
         self.shared.changed(&self.name);
+        if synchronous {
+            // Whoever applies next finds it in the log, if it is not held any more.
+            side.pending.clear();
+            drop(side);
+            self.wait_acknowledged(Hold { position, end, durable: true })?;
+            side = self.apply.lock();
+        }
         // In rollback modes applying takes the locks itself.
         *hold = None;
         self.apply_pending(&mut side, bound);

@@ -5,6 +5,7 @@ use super::receive::ApplySide;
 use super::recovery::RecoveryError;
 use super::{Database, State};
 use crate::capture::{CaptureError, Logged};
+use crate::ship::engine::EngineError;
 use crate::sync::Hold;
 use ltx::Pos;
 use std::sync::Arc;
@@ -61,6 +62,39 @@ impl Database {
             };
             self.shared.log.on_durable(hold.end, Box::new(look));
         }
+    }
+
+    /// Waits until a commit of the node that has the database by a halt lock may be applied here. It is the caller that
+    /// waits, on a thread that may.
+    ///
+    /// # Errors
+    /// The term ended first.
+    pub(super) fn wait_acknowledged(self: &Arc<Self>, hold: Hold) -> Result<(), EngineError> {
+        let (db, begun) = (self.clone(), Instant::now());
+        let (tell, decision) = std::sync::mpsc::sync_channel(1);
+        let decided = Box::new(move |decided: Result<(), crate::sync::board::Fenced>| {
+            {
+                let mut st = db.state();
+                if st.held == Some(hold.position) {
+                    st.held = None;
+                    if decided.is_err() {
+                        *db.unconfirmed.lock() = Some(hold.position);
+                    }
+                }
+            }
+            db.shared.pending_again(&db.name);
+            // Who asked waits for it.
+            let _ = tell.send(decided);
+        });
+        self.shared.gate.wait(self.name.clone(), hold, decided);
+        if !matches!(decision.recv(), Ok(Ok(()))) {
+            return Err(EngineError::Other(format!(
+                "a commit of {} was not acknowledged before the primary's term ended: the next primary may or may not have it",
+                self.name
+            )));
+        }
+        self.shared.gate.waited(begun.elapsed());
+        Ok(())
     }
 
     /// A held commit is published.

@@ -41,19 +41,18 @@ const RELEASE: Duration = Duration::from_secs(2);
 
 /// A database that another node has.
 struct Lent {
-    lock: HaltLock,
-    to: Identity,
     epoch: Epoch,
     until: Time,
     /// In rollback modes: makes this node's writers wait.
     hold: Option<WriterHold>,
 }
 
-/// A lock, and the name of the host that has it, which can be told while a commit is under way.
+/// A lock, and who has it, which can be told while a commit is under way.
 #[derive(Clone)]
 struct LentEntry {
     lent: Arc<Mutex<Lent>>,
-    to: String,
+    lock: HaltLock,
+    to: Identity,
 }
 
 /// All halt locks that this node gives or has.
@@ -90,12 +89,7 @@ impl Node {
         };
         let db = self.shared.database(&name).filter(|db| db.is_tracked());
         let db = db.ok_or_else(|| Refusal::from(EngineError::NoSuchDatabase(name.clone())))?;
-        if !matches!(db.admit_held(), Ok(false)) {
-            return Err(Refusal::new(
-                RefusalCode::Engine,
-                format!("commits of {name} wait for replicas ([sync]): it is written on the primary only"),
-            ));
-        }
+        self.check_members_without(&to, &name)?;
         if !self.halt_locks.lending.lock().insert(name.clone()) {
             return Err(refused(format!("{name} is being lent to somebody else")));
         }
@@ -104,38 +98,60 @@ impl Node {
         done.map(granted)
     }
 
+    /// The borrower acknowledges no commit of its own: there have to be enough others that do.
+    fn check_members_without(&self, borrower: &Identity, name: &DatabaseName) -> Result<(), Refusal> {
+        let Some(members) = self.shared.gate.members_of(name) else { return Ok(()) };
+        let acks = members.acks;
+        let own = self.config.read().node.name.clone();
+        let others = |names: &[String]| {
+            names.iter().filter(|member| **member != own && **member != borrower.node_name).count()
+        };
+        if !members.named.is_empty() && others(&members.named) < acks {
+            let message = format!(
+                "commits of {name} wait for {acks} members ([sync]), and without {own} and {borrower} there are too few: it \
+                 is written on the primary only"
+            );
+            return Err(Refusal::new(RefusalCode::Engine, message));
+        }
+        let connected = others(&members.connected);
+        if connected < acks {
+            return Err(refused(format!(
+                "commits of {name} wait for {acks} members ([sync]), and without {borrower} {connected} are connected"
+            )));
+        }
+        Ok(())
+    }
+
     /// One thread at a time, for one database.
     fn lend_one(&self, to: Identity, lock: HaltLock, db: &Database, epoch: Epoch) -> Result<Pos, Refusal> {
         let (name, until) = (lock.name.clone(), clock::now() + self.halt_ttl());
         let known = self.halt_locks.lent.lock().get(&name).cloned();
         if let Some(entry) = known {
             let Some(mut lent) = entry.lent.try_lock() else {
-                return Err(refused(format!("{} writes {name} under a halt lock", entry.to)));
+                return Err(refused(format!("{} writes {name} under a halt lock", entry.to.node_name)));
             };
-            if lent.lock == lock && lent.to.node_id == to.node_id && self.is_running(&lent) {
+            if entry.lock == lock && entry.to.node_id == to.node_id && self.is_running(&lent) {
                 // The answer was lost.
                 lent.until = until;
                 return Ok(db.state().position);
             }
             if self.is_running(&lent) {
-                return Err(refused(format!("{} has a halt lock on {name}", entry.to)));
+                return Err(refused(format!("{} has a halt lock on {name}", entry.to.node_name)));
             }
             self.halt_locks.lent.lock().remove(&name);
-            self.take_back(&mut lent);
+            self.take_back(&name, &mut lent);
         }
         let (position, hold) = db.lend(WRITERS_END).map_err(|error| match error {
             EngineError::Busy(_) => refused(format!("applications on the primary do not let go of {name}")),
             error => error.into(),
         })?;
         tracing::info!(database = %name, %to, %position, "lent under a halt lock");
-        let entry_to = to.node_name.clone();
-        let lent =
-            Arc::new(Mutex::new(Lent { lock, to, epoch, until: clock::now() + self.halt_ttl(), hold }));
-        self.halt_locks.lent.lock().insert(name.clone(), LentEntry { lent: lent.clone(), to: entry_to });
+        let lent = Arc::new(Mutex::new(Lent { epoch, until: clock::now() + self.halt_ttl(), hold }));
+        self.halt_locks.lent.lock().insert(name.clone(), LentEntry { lent: lent.clone(), lock, to });
         let mut lent = lent.lock();
         if !self.is_running(&lent) {
             self.halt_locks.lent.lock().remove(&name);
-            self.take_back(&mut lent);
+            self.take_back(&name, &mut lent);
             return Err(refused(format!("this node's term ended while {name} was being lent")));
         }
         Ok(position)
@@ -150,30 +166,27 @@ impl Node {
         lent.epoch == self.shared.epoch() && self.shared.is_writable() && clock::now() < lent.until
     }
 
-    /// The entry of a lock that a node has.
+    /// A lock that a node has.
     fn lent_to(&self, from: u64, lock: &HaltLock) -> Result<Arc<Mutex<Lent>>, Refusal> {
-        let lent = self.halt_locks.lent.lock().get(&lock.name).map(|entry| entry.lent.clone());
-        lent.filter(|lent| {
-            let lent = lent.lock();
-            lent.lock == *lock && lent.to.node_id == from
-        })
-        .ok_or_else(|| refused(format!("the halt lock on {} has ended", lock.name)))
+        let all = self.halt_locks.lent.lock();
+        let entry = all.get(&lock.name).filter(|entry| entry.lock == *lock && entry.to.node_id == from);
+        let entry = entry.ok_or_else(|| refused(format!("the halt lock on {} has ended", lock.name)))?;
+        Ok(entry.lent.clone())
     }
 
-    fn check_lent(&self, lent: &Lent, epoch: Epoch) -> Result<(), Refusal> {
+    fn check_lent(&self, name: &DatabaseName, lent: &Lent, epoch: Epoch) -> Result<(), Refusal> {
         if lent.epoch == epoch && self.is_running(lent) {
             return Ok(());
         }
         Err(refused(format!(
-            "the halt lock on {} has run out, or was given in an earlier term (epoch {}; now {})",
-            lent.lock.name,
+            "the halt lock on {name} has run out, or was given in an earlier term (epoch {}; now {})",
             epoch.0,
             self.shared.epoch().0
         )))
     }
 
-    fn take_back(&self, lent: &mut Lent) {
-        if let Some(db) = self.shared.database(&lent.lock.name) {
+    fn take_back(&self, name: &DatabaseName, lent: &mut Lent) {
+        if let Some(db) = self.shared.database(name) {
             db.take_back();
         }
         lent.hold = None;
@@ -189,8 +202,8 @@ impl Node {
         };
         for (name, entry) in ended {
             let mut lent = entry.lent.lock();
-            tracing::warn!(database = %name, to = %lent.to, "a halt lock was not renewed, or its term has ended");
-            self.take_back(&mut lent);
+            tracing::warn!(database = %name, to = %entry.to, "a halt lock was not renewed, or its term has ended");
+            self.take_back(&name, &mut lent);
         }
     }
 
@@ -199,7 +212,7 @@ impl Node {
         if self.halt_locks.borrowed.lock().get(name).is_some_and(Option::is_some) {
             return Some(self.config.read().node.name.clone());
         }
-        self.halt_locks.lent.lock().get(name).map(|entry| entry.to.clone())
+        self.halt_locks.lent.lock().get(name).map(|entry| entry.to.node_name.clone())
     }
 
     fn commit_lent(
@@ -211,7 +224,7 @@ impl Node {
     ) -> Result<Pos, Refusal> {
         let lent = self.lent_to(from, lock)?;
         let mut lent = lent.lock();
-        self.check_lent(&lent, epoch)?;
+        self.check_lent(&lock.name, &lent, epoch)?;
         let record = shipped(epoch, transaction).map_err(|e| {
             Refusal::new(RefusalCode::BadRequest, format!("a damaged transaction of {}: {e}", lock.name))
         })?;
@@ -262,8 +275,9 @@ impl HaltLocks for LendingNode {
         let node = self.0.clone();
         Box::pin(blocking(move || {
             let lent = node.lent_to(from, &lock)?;
-            let mut lent = lent.lock();
-            node.check_lent(&lent, epoch)?;
+            // Else a commit is under way, perhaps one that waits for members; it renews the lock when it ends.
+            let Some(mut lent) = lent.try_lock() else { return Ok(()) };
+            node.check_lent(&lock.name, &lent, epoch)?;
             lent.until = clock::now() + node.halt_ttl();
             Ok(())
         }))
@@ -291,8 +305,8 @@ impl HaltLocks for LendingNode {
                 let mut lent = lent.lock();
                 if lent.epoch == epoch {
                     node.halt_locks.lent.lock().remove(&lock.name);
-                    node.take_back(&mut lent);
-                    tracing::info!(database = %lock.name, to = %lent.to, "its halt lock was released");
+                    node.take_back(&lock.name, &mut lent);
+                    tracing::info!(database = %lock.name, node = from, "its halt lock was released");
                 }
                 Ok(())
             })

@@ -101,6 +101,17 @@ pub struct Report {
     pub connected: usize,
 }
 
+/// Who has to acknowledge commits of a database.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Members {
+    /// So many of them.
+    pub acks: usize,
+    /// All whose acknowledgements count; none: those of every follower do.
+    pub named: Vec<String>,
+    /// Those that are connected.
+    pub connected: Vec<String>,
+}
+
 /// A rule for an operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RuleView {
@@ -203,6 +214,16 @@ impl Board {
             }
         }
         Ok(true)
+    }
+
+    /// Who has to acknowledge commits of a database; `None`: nobody.
+    pub fn members_of(&self, name: &DatabaseName) -> Option<Members> {
+        let policy = &self.rules[self.rule_of(name)?].policy;
+        (policy.acks > 0).then(|| Members {
+            acks: policy.acks,
+            named: policy.members.clone(),
+            connected: self.connected(policy).map(|member| member.name.clone()).collect(),
+        })
     }
 
     /// A commit is in the log and waits.

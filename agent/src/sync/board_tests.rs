@@ -250,3 +250,14 @@ fn the_first_rule_that_names_a_database_is_for_it() {
     assert!(!board.is_used());
     assert_eq!(board.admit(&name("a.db")), Ok(false));
 }
+
+#[test]
+fn members_of_a_database_are_those_of_its_rule() {
+    let mut case = Case::new(2, &["b", "c"], OnTimeout::Wait);
+    case.board.joined(2, "b");
+    case.board.joined(4, "d");
+    let members = case.board.members_of(&name("app.db")).unwrap();
+    assert_eq!((members.acks, members.connected), (2, vec!["b".to_owned()]));
+    assert_eq!(members.named, ["b", "c"]);
+    assert_eq!(Case::new(0, &[], OnTimeout::Wait).board.members_of(&name("app.db")), None);
+}

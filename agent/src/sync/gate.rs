@@ -1,6 +1,6 @@
 //! Holds commits until followers have them: the board, and the thread that settles it.
 
-use super::board::{Board, Hold, OnDecided, Refused, Report, RuleState, RuleView, World};
+use super::board::{Board, Hold, Members, OnDecided, Refused, Report, RuleState, RuleView, World};
 use crate::DatabaseName;
 use crate::config::{SyncPolicy, SyncRule};
 use crate::database::Shared;
@@ -112,6 +112,11 @@ impl Gate {
     /// It must not begin now.
     pub fn admit(&self, name: &DatabaseName) -> Result<bool, Refused> {
         if self.is_used() { self.inner.lock().board.admit(name) } else { Ok(false) }
+    }
+
+    /// Who has to acknowledge commits of a database; `None`: nobody.
+    pub fn members_of(&self, name: &DatabaseName) -> Option<Members> {
+        if self.is_used() { self.inner.lock().board.members_of(name) } else { None }
     }
 
     /// Has `then` called, on the gate's thread, when the commit may be published or must not be.
