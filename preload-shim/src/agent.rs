@@ -16,7 +16,7 @@ const LOOK_MS: u64 = 100;
 /// Between looks whether the agent of an idle connection is still there.
 const CHECK_NS: u64 = 500_000_000;
 /// How long an agent that has accepted may take for its welcome.
-const WELCOME_MS: i32 = 2000;
+const WELCOME_MS: u64 = 2000;
 /// Between tries to reach an agent that is not there.
 const RETRY_MS: u64 = 20;
 /// Words of a file that the agent makes up: the name of a host.
@@ -181,9 +181,20 @@ impl Connection {
                 if error != libc::EPROTO && deadline_ns > begun {
                     let mut path = PathBuffer::<108>::new();
                     managed::runtime_path(cluster, protocol::SOCKET, &mut path);
-                    say(&[b"no agent answers at ", path.bytes(), b": start litefs"]);
+                    match error {
+                        libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS => say(&[
+                            b"no descriptor or memory is left for a connection to the agent at ",
+                            path.bytes(),
+                            b": raise the limits of this process",
+                        ]),
+                        _ => say(&[b"no agent answers at ", path.bytes(), b": start litefs"]),
+                    }
                 }
-                return Err(error);
+                return Err(match error {
+                    // Applications, and SQLite, would try again at once, for ever.
+                    libc::EINTR | libc::EAGAIN => libc::ETIMEDOUT,
+                    other => other,
+                });
             }
             sys::sleep_ms(RETRY_MS);
         }
@@ -242,7 +253,12 @@ fn handshake(socket: i32, path: &[u8]) -> Result<*mut Page, i32> {
     let word = |at: usize| u32::from_ne_bytes([answer[at], answer[at + 1], answer[at + 2], answer[at + 3]]);
     let fits = count == answer.len() && word(0) == MAGIC && word(4) == VERSION;
     let Some(memory) = memory else {
-        return Err(if count == 0 { libc::ECONNRESET } else { libc::EPROTO });
+        return Err(match count {
+            0 => libc::ECONNRESET,
+            // It was sent one, for which there was no number.
+            _ if fits => libc::EMFILE,
+            _ => libc::EPROTO,
+        });
     };
     let mapped = if fits { sys::map(memory, size_of::<Page>()) } else { Err(libc::EPROTO) };
     sys::close(memory);

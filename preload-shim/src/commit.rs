@@ -243,8 +243,12 @@ fn wal_write(
             }
             database.wal_end.store(offset + 1, Ordering::Relaxed);
             database.committed.store(1, Ordering::Relaxed);
-            if agent::holds(database.cluster()) && hold(fd, database, data, offset) {
-                return FRAME_HEADER as isize;
+            if agent::holds(database.cluster()) {
+                match hold(fd, database, data, offset) {
+                    Ok(true) => return FRAME_HEADER as isize,
+                    Ok(false) => {}
+                    Err(error) => return fail(error) as isize,
+                }
             }
             if again && exclusive {
                 let count = real();
@@ -306,20 +310,20 @@ fn announce_exclusive(database: &Database) {
 }
 
 /// Keeps a commit frame's header back. `false`: it is a header of before that gets another checksum.
-fn hold(fd: i32, database: &Database, header: &[u8], offset: u64) -> bool {
-    let Some(mut transaction) = database.transaction.lock() else { return false };
+fn hold(fd: i32, database: &Database, header: &[u8], offset: u64) -> Result<bool, i32> {
+    let mut transaction = database.transaction.lock().ok_or(libc::EDEADLK)?;
     if offset < transaction.committed_end {
-        return false;
+        return Ok(false);
     }
     let mut wal = [0; 12];
-    if sys::pread(fd, &mut wal, 0) != Ok(wal.len()) {
-        return false;
+    if sys::pread(fd, &mut wal, 0)? != wal.len() {
+        return Err(libc::EIO);
     }
     let page_size = u64::from(u32::from_be_bytes([wal[8], wal[9], wal[10], wal[11]]));
     let mut kept = [0; FRAME_HEADER];
     kept.copy_from_slice(header);
     transaction.held = Some(HeldFrame { offset, header: kept, page_size, written: 0 });
-    true
+    Ok(true)
 }
 
 /// The page of a held frame is written: the agent takes the transaction over, then the header makes it valid.
@@ -333,7 +337,11 @@ fn commit_frame(fd: i32, database: &Database, frame: &HeldFrame) -> Result<(), i
     agent::ask(database, Op::WalCommit, 0, &data, agent::wait_ms())?;
     let mut written = 0;
     while written < FRAME_HEADER {
-        written += sys::pwrite(fd, &frame.header[written..], frame.offset + written as u64)?;
+        match sys::pwrite(fd, &frame.header[written..], frame.offset + written as u64) {
+            Ok(count) => written += count,
+            Err(libc::EINTR) => {}
+            Err(error) => return Err(error),
+        }
     }
     Ok(())
 }

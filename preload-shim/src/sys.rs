@@ -235,8 +235,10 @@ pub fn futex_wake(word: &AtomicU32, count: i32) {
 
 /// A sequenced-packet socket that does not block, with a high number: applications like the low ones.
 pub fn socket() -> Result<i32> {
+    // An agent that is stopped accepts nobody: connecting to it must fail, not wait.
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: no memory is touched.
-    let fd = unsafe { sys!(SYS_socket, libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0) }? as i32;
+    let fd = unsafe { sys!(SYS_socket, libc::AF_UNIX, kind, 0) }? as i32;
     // SAFETY: no memory is touched.
     match unsafe { sys!(SYS_fcntl, fd, libc::F_DUPFD_CLOEXEC, 700) } {
         Ok(high) => {
@@ -269,24 +271,32 @@ pub fn send(fd: i32, data: &[u8]) -> Result<usize> {
     unsafe { sys!(SYS_sendto, fd, data.as_ptr(), data.len(), libc::MSG_NOSIGNAL, 0, 0) }
 }
 
-/// Waits for a message.
-pub fn readable(fd: i32, ms: i32) -> bool {
-    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    let time = libc::timespec { tv_sec: i64::from(ms / 1000), tv_nsec: i64::from(ms % 1000) * 1_000_000 };
+/// What happens to a descriptor within `ns`; 0: nothing.
+fn poll(fd: i32, events: i16, ns: u64) -> Result<i16> {
+    let mut poll = libc::pollfd { fd, events, revents: 0 };
+    let time = libc::timespec { tv_sec: (ns / 1_000_000_000) as i64, tv_nsec: (ns % 1_000_000_000) as i64 };
     // SAFETY: one entry; no signal mask.
-    unsafe { sys!(SYS_ppoll, &raw mut poll, 1, &raw const time, 0, 0) }.is_ok_and(|n| n > 0)
+    unsafe { sys!(SYS_ppoll, &raw mut poll, 1, &raw const time, 0, 0) }.map(|_| poll.revents)
 }
 
-/// Whether the other side of a connection has gone.
+/// Waits for a message, also while the application gets signals.
+pub fn readable(fd: i32, ms: u64) -> bool {
+    let deadline = now_ns() + ms * 1_000_000;
+    loop {
+        let left = deadline.saturating_sub(now_ns());
+        match poll(fd, libc::POLLIN, left) {
+            Err(libc::EINTR) if left > 0 => {}
+            happened => return happened.is_ok_and(|events| events != 0),
+        }
+    }
+}
+
+/// Whether the other side of a connection has gone. A signal, or a want of memory, says nothing of that.
 pub fn hung_up(fd: i32) -> bool {
-    let mut poll = libc::pollfd { fd, events: libc::POLLRDHUP, revents: 0 };
-    let time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: one entry; no signal mask.
-    let ready = unsafe { sys!(SYS_ppoll, &raw mut poll, 1, &raw const time, 0, 0) };
-    ready.is_err() || poll.revents != 0
+    poll(fd, libc::POLLRDHUP, 0).is_ok_and(|events| events != 0)
 }
 
-/// Receives a message and at most one descriptor.
+/// Receives a message that is there, and at most one descriptor.
 pub fn receive(fd: i32, data: &mut [u8]) -> Result<(usize, Option<i32>)> {
     #[repr(C, align(8))]
     struct Control([u8; 64]);

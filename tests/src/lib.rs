@@ -35,6 +35,7 @@ mod network;
 mod ports;
 mod roles;
 mod shell;
+mod system_calls;
 mod wait;
 
 pub use binary::{liblitefs, litefs};
@@ -47,4 +48,5 @@ pub use door::{is_about_fuse, is_preload};
 pub use host::{Fleet, Host, Role};
 pub use network::Network;
 pub use shell::{Shell, run, sqlite3, try_run, try_sqlite3};
+pub use system_calls::{SystemCall, replace_system_calls};
 pub use wait::{PATIENCE, wait_for};

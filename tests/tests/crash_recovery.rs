@@ -4,13 +4,15 @@
 //! durable may have reached the disk or not, block by block, in any combination. `LITEFS_CRASH_IMAGES` (6) and
 //! `LITEFS_CRASH_SEED` (1) try more of them.
 
-use litefs_tests::{Fleet, Host, Role, Shell, assert_equal, assert_sane, is_about_fuse, run, sqlite3};
+use litefs_tests::{
+    Fleet, Host, Role, Shell, SystemCall, assert_equal, assert_sane, is_about_fuse, replace_system_calls,
+    run, sqlite3,
+};
 use sqlite_file::journal::{JournalHeader, record_checksum};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::os::unix::process::CommandExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -167,34 +169,8 @@ fn commits_that_only_a_wal_has_are_dropped_with_a_word() {
 
 /// A program that is killed when it syncs a file.
 fn killed_at_its_first_sync(command: &mut Command) -> &mut Command {
-    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
-    let jump_if = |number: i64, to: u8| libc::sock_filter {
-        code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
-        jt: to,
-        jf: 0,
-        k: number as u32,
-    };
-    // The number of the system call is the first word of seccomp_data.
-    let filter = [
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
-        jump_if(libc::SYS_fdatasync, 2),
-        jump_if(libc::SYS_fsync, 1),
-        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
-        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_KILL_PROCESS),
-    ];
-    let install = move || {
-        let mut filter = filter;
-        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-        // SAFETY: prctl(2) with these arguments reads `program` and the filter it points to, which live until it
-        // returns; it is async-signal-safe, so it may be called between fork and exec.
-        let failed = unsafe {
-            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-                || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) != 0
-        };
-        if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
-    };
-    // SAFETY: the closure only makes system calls and allocates nothing.
-    unsafe { command.pre_exec(install) }
+    let syncs = [libc::SYS_fdatasync, libc::SYS_fsync].map(|number| SystemCall { number, second: None });
+    replace_system_calls(command, &syncs, libc::SECCOMP_RET_KILL_PROCESS)
 }
 
 /// SQLite has written the commit frame and is killed before other connections can see the commit (it syncs in

@@ -4,6 +4,7 @@ use litefs_tests::library::*;
 use litefs_tests::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use shim_protocol::{Registration, VERSION};
 use sqlite_file::locks::{LockKind, SHARED, conflicting_holder};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -356,7 +357,8 @@ fn a_process_uses_a_cluster_among_many_and_no_more_than_it_can() {
         sqlite3(&directory.join("x.db"), "CREATE TABLE t(v)");
         let metadata = fs::metadata(&directory).expect("it was made");
         use std::os::unix::fs::MetadataExt;
-        let text = format!("litefs-preload 7 {} {}\n", metadata.dev(), metadata.ino());
+        let text =
+            Registration { version: VERSION, device: metadata.dev(), inode: metadata.ino() }.to_string();
         fs::write(place.join("preload"), text).expect("the directory is writable");
         all.push(directory);
     }

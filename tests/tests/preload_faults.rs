@@ -1,12 +1,18 @@
 //! The preload door, where calls of the C library fail below the library: with errors of the disk, with a full one, with
 //! signals, and with writes of a part. SQLite reports an error or goes on, and no host has anything but what was committed.
 //!
+//! The library's own calls fail too: those by which it reaches the agent.
+//!
 //! `LITEFS_FAULTS_ROUNDS` (2) lengthens the test, `LITEFS_FAULTS_SEED` (1) changes what fails when.
 
 use litefs_tests::library::*;
 use litefs_tests::*;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::unistd::Pid;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 /// The library that lets calls fail.
@@ -116,4 +122,156 @@ fn whatever_fails_below_the_library_hosts_have_what_was_committed() {
     for seed in first..first + number("LITEFS_FAULTS_ROUNDS", 2) {
         round(seed, if seed % 2 == 0 { "always" } else { "never" });
     }
+}
+
+/// Reads and writes, and says what came of it.
+const READER_AND_WRITER: &str = r#"
+import sqlite3, sys
+for name in ("WAL.db", "DELETE.db"):
+    c = sqlite3.connect(sys.argv[1] + "/" + name, isolation_level=None, timeout=0)
+    print(c.execute("SELECT count(*) FROM t").fetchone()[0])
+    try:
+        c.execute("INSERT INTO t VALUES(0)")
+        print("written")
+    except sqlite3.OperationalError as e:
+        print("refused:", e)
+try:
+    print(open(sys.argv[1] + "/WAL.db-pos").read())
+except OSError as e:
+    print("refused:", e)
+"#;
+
+/// A primary that has two databases of a row, in WAL mode and not, and a replica.
+fn two_databases(fleet: &Fleet) -> (Host, Host) {
+    let (primary, replica) = hosts(fleet, ("preload", "preload"));
+    for mode in ["WAL", "DELETE"] {
+        let create = format!("PRAGMA journal_mode={mode}; CREATE TABLE t(v); INSERT INTO t VALUES(1)");
+        sql(&primary, &format!("{mode}.db"), &create);
+    }
+    (primary, replica)
+}
+
+#[test]
+fn an_agent_that_cannot_be_reached_for_want_of_anything_is_no_agent() {
+    let fleet = Fleet::new();
+    let (primary, replica) = two_databases(&fleet);
+    let page = Some(u32::try_from(size_of::<shim_protocol::Page>()).expect("it is small"));
+    let failing: [(_, _, &[i32]); 5] = [
+        (libc::SYS_socket, None, &[libc::EMFILE, libc::ENFILE, libc::ENOMEM]),
+        (libc::SYS_connect, None, &[libc::EAGAIN, libc::EINTR, libc::ENOMEM, libc::ECONNREFUSED]),
+        (libc::SYS_sendto, None, &[libc::EAGAIN, libc::EPIPE]),
+        (libc::SYS_recvmsg, None, &[libc::EAGAIN, libc::EINTR, libc::ENOMEM]),
+        (libc::SYS_mmap, page, &[libc::ENOMEM, libc::EAGAIN]),
+    ];
+    for (number, second, errors) in failing {
+        for error in errors {
+            let mut client = python(&primary, READER_AND_WRITER, &[]);
+            client.env("LITEFS_WAIT_MS", "100").stderr(Stdio::piped());
+            let action = libc::SECCOMP_RET_ERRNO | error.cast_unsigned();
+            let output = replace_system_calls(&mut client, &[SystemCall { number, second }], action).output();
+            let output = output.expect("python runs");
+            let said = String::from_utf8_lossy(&output.stdout);
+            let complaints = String::from_utf8_lossy(&output.stderr);
+            let what = format!("call {number}, error {error}: {said} {complaints}");
+            assert!(output.status.success(), "{what}");
+            let lines: Vec<&str> = said.lines().collect();
+            assert_eq!((lines[0], lines[2]), ("1", "1"), "{what}");
+            assert_eq!(lines.iter().filter(|line| line.starts_with("refused: ")).count(), 3, "{what}");
+            let no_room = [libc::EMFILE, libc::ENFILE, libc::ENOMEM].contains(error);
+            let why = if no_room { "raise the limits of this process" } else { "no agent answers" };
+            assert!(complaints.contains(why), "{what}");
+        }
+    }
+    for name in ["WAL.db", "DELETE.db"] {
+        assert_follows(&primary, &replica, name, 1);
+    }
+    assert!(!primary.log().contains("without the preload library"), "{}", primary.log());
+}
+
+#[test]
+fn a_process_that_has_descriptors_again_writes_on_the_same_connection() {
+    let script = r#"
+import os, resource, sqlite3, sys
+c = sqlite3.connect(sys.argv[1] + "/WAL.db", isolation_level=None, timeout=0)
+print(c.execute("SELECT count(*) FROM t").fetchone()[0], flush=True)
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+for line in sys.stdin:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if line.strip() == "none":
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        c.execute("INSERT INTO t VALUES(0)")
+        print("written", flush=True)
+    except sqlite3.OperationalError as e:
+        print(e, flush=True)
+"#;
+    let fleet = Fleet::new();
+    let (primary, replica) = two_databases(&fleet);
+    // It opens the files without an agent, so that all it needs afterwards is the connection to one.
+    primary.stop();
+    let mut client = Client::start(python(&primary, script, &[]).env("LITEFS_WAIT_MS", "100"));
+    assert_eq!(client.line(), "1");
+    primary.start();
+    assert_eq!(client.tell("none"), "database is locked");
+    assert_eq!(client.tell("all"), "written");
+    drop(client);
+    replica.wait_connected();
+    assert_follows(&primary, &replica, "WAL.db", 2);
+}
+
+#[test]
+fn an_agent_that_is_stopped_and_has_a_queue_of_processes_holds_up_nobody_for_ever() {
+    let fleet = Fleet::new();
+    let (primary, replica) = two_databases(&fleet);
+    let agent = Pid::from_raw(primary.pid().try_into().expect("a process id"));
+    kill(agent, Signal::SIGSTOP).expect("the agent runs");
+    // As many as the kernel keeps waiting.
+    let address = UnixAddr::new(&primary.socket().with_file_name(shim_protocol::SOCKET)).expect("a path");
+    let mut queue = Vec::new();
+    loop {
+        let next = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_NONBLOCK, None);
+        let next = next.expect("a socket");
+        match connect(next.as_raw_fd(), &address) {
+            Ok(()) => queue.push(next),
+            Err(error) => break assert_eq!(error, nix::errno::Errno::EAGAIN),
+        }
+    }
+    let mut client = python(&primary, READER_AND_WRITER, &[]);
+    let mut client = client.env("LITEFS_WAIT_MS", "100").stdout(Stdio::null()).spawn().expect("python runs");
+    let status = wait_for("it gives up", PATIENCE, || client.try_wait().expect("it is our child"));
+    assert!(status.success());
+    drop(queue);
+    kill(agent, Signal::SIGCONT).expect("the agent is there");
+    for name in ["WAL.db", "DELETE.db"] {
+        assert_follows(&primary, &replica, name, 1);
+    }
+}
+
+#[test]
+fn signals_do_not_disturb_commits() {
+    let script = r#"
+import signal, sqlite3, sys
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+for name in ("WAL.db", "DELETE.db"):
+    for n in range(10):
+        c = sqlite3.connect(sys.argv[1] + "/" + name, isolation_level=None, timeout=30)
+        for n in range(10):
+            c.execute("INSERT INTO t VALUES(randomblob(3000))")
+signal.setitimer(signal.ITIMER_REAL, 0)
+"#;
+    let fleet = Fleet::new();
+    let primary = fleet.host("a", Role::Primary);
+    primary.set("door=preload").set("preload.hold=always").start();
+    let replica = fleet.replica("b", &primary);
+    for mode in ["WAL", "DELETE"] {
+        sql(&primary, &format!("{mode}.db"), &format!("PRAGMA journal_mode={mode}; CREATE TABLE t(v)"));
+    }
+    assert_eq!(run(&mut python(&primary, script, &[])), "");
+    for name in ["WAL.db", "DELETE.db"] {
+        assert_follows(&primary, &replica, name, 100);
+    }
+    primary.assert_no_errors();
 }
