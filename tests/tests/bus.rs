@@ -1,9 +1,9 @@
 //! The agent on a bus: a real `dbus-daemon` with the installed policy, `busctl`, and what happens without a bus.
 
-use litefs_tests::{Bus, Fleet, Host, PATIENCE, exec, sqlite3, try_run, wait_for};
+use litefs_tests::{Bus, Fleet, Host, PATIENCE, exec, litefs, sqlite3, try_run, wait_for};
 use std::collections::HashMap;
 use std::fs;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use zbus::{Variant, interface};
@@ -63,6 +63,34 @@ impl Drop for Monitor {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+#[test]
+fn a_halt_lock_is_told() {
+    let (fleet, bus) = (Fleet::new(), Bus::new());
+    let host = primary(&fleet, &bus);
+    let replica = fleet.replica("b", &host);
+    host.sql("app.db", "CREATE TABLE t(x)");
+    host.wait_position_equal(&replica, "app.db");
+    wait_for("the object", PATIENCE, || property(&bus, APP, "Txid").ok());
+    assert_eq!(property(&bus, APP, "HaltLock").unwrap(), "s \"\"");
+    let monitor = Monitor::start(&bus, &fleet);
+    let told = |holder: &str| {
+        let is_told = |signal: &serde_json::Value| {
+            signal["payload"]["data"][1]["HaltLock"]["data"].as_str() == Some(holder)
+        };
+        wait_for("the bus tells it", PATIENCE, || {
+            monitor.signals("PropertiesChanged").iter().any(is_told).then_some(())
+        });
+    };
+    let mut command = Command::new(litefs());
+    command.arg("--socket").arg(replica.socket()).args(["run", "--with-halt-lock-on", "app.db", "--", "cat"]);
+    let mut holding = command.stdin(Stdio::piped()).spawn().unwrap();
+    told("b");
+    assert_eq!(property(&bus, APP, "HaltLock").unwrap(), "s \"b\"");
+    drop(holding.stdin.take());
+    assert!(holding.wait().unwrap().success());
+    told("");
 }
 
 #[test]

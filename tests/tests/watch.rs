@@ -1,8 +1,8 @@
 //! `litefs watch` and `litefs wait`.
 
-use litefs_tests::{Fleet, Host, PATIENCE, Role, run, try_run, wait_for};
+use litefs_tests::{Fleet, Host, PATIENCE, Role, litefs, run, try_run, wait_for};
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
 /// A running `litefs watch`.
@@ -134,4 +134,39 @@ fn wait_ends_when_it_is_so_and_not_before() {
     let error = try_run(&mut replica.litefs(&["wait", "--caught-up", "--timeout", "100ms"]));
     // It may not have noticed yet; then it is caught up with all that it has heard.
     assert!(error.as_ref().is_ok() || error.unwrap_err().contains("not connected"));
+}
+
+#[test]
+fn watch_tells_on_both_hosts_who_has_a_halt_lock() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    primary.sql("app.db", "CREATE TABLE t(x)");
+    primary.wait_position_equal(&replica, "app.db");
+    let watches = [&primary, &replica].map(|host| Watch::start(host, &["app.db"]));
+    for watch in &watches {
+        watch.until(|line| line.starts_with("position app.db"));
+    }
+    let sql = "INSERT INTO t VALUES (1)";
+    let path = replica.path("app.db").display().to_string();
+    let halting = |program: &[&str]| {
+        let mut command = Command::new(litefs());
+        command.arg("--socket").arg(replica.socket());
+        command.args(["run", "--with-halt-lock-on", "app.db", "--"]).args(program);
+        command
+    };
+    run(&mut halting(&["sqlite3", &path, sql]));
+    for watch in &watches {
+        assert_eq!(watch.until(|line| line.starts_with("halt-lock")), "halt-lock app.db b");
+        watch.until(|line| line.starts_with("position app.db"));
+        assert_eq!(watch.until(|line| line.starts_with("halt-lock")), "halt-lock app.db");
+    }
+    // Whoever does not renew loses it, and both are told.
+    let mut holding = halting(&["cat"]).stdin(Stdio::piped()).spawn().expect("it works");
+    for watch in &watches {
+        assert_eq!(watch.until(|line| line.starts_with("halt-lock")), "halt-lock app.db b");
+    }
+    primary.restart();
+    assert_eq!(watches[1].until(|line| line.starts_with("halt-lock")), "halt-lock app.db");
+    drop(holding.stdin.take());
+    holding.wait().expect("it is our child");
 }

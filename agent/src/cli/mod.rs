@@ -110,8 +110,8 @@ enum Command {
     ReleaseLease,
     /// Print the role and positions of this host, and each change of them, one per line
     ///
-    /// Lines are "role ROLE [PRIMARY]", "position NAME TXID/CHECKSUM", "quarantined NAME REASON" and "diverged NAME
-    /// DIRECTORY". It begins with what is, follows the agent through restarts, and ends when nobody reads it.
+    /// Lines are "role ROLE [PRIMARY]", "position NAME TXID/CHECKSUM", "quarantined NAME REASON", "diverged NAME
+    /// DIRECTORY" and "halt-lock NAME [HOST]", without a host when the lock has ended. It begins with what is, follows the agent through restarts, and ends when nobody reads it.
     Watch {
         /// Print JSON instead, one object per line, in the form of /events
         #[arg(long)]

@@ -134,6 +134,9 @@ impl Printer<'_> {
             ("divergence", Some(name)) if self.wants(name) => {
                 self.line(&event, &["diverged", name, &text(&data["kept"])])
             }
+            ("haltLock", Some(name)) if self.wants(name) => {
+                self.line(&event, &["halt-lock", name, &text(&data["hostname"])])
+            }
             // Heartbeats; and what was missed is made up for by the state after the next connection.
             _ => Ok(()),
         }

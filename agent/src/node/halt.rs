@@ -12,6 +12,7 @@ use crate::ship::halt::{Granted, HaltLock, HaltLocks};
 use crate::ship::peer::{Identity, Refusal, RefusalCode};
 use crate::status::ViewError;
 use crate::status::api::RoleName;
+use crate::status::events::{Event, HaltLockData};
 use futures_util::future::BoxFuture;
 use ltx::Pos;
 use parking_lot::Mutex;
@@ -154,6 +155,7 @@ impl Node {
             self.take_back(&name, &mut lent);
             return Err(refused(format!("this node's term ended while {name} was being lent")));
         }
+        self.tell_halt_lock(&name);
         Ok(position)
     }
 
@@ -204,12 +206,23 @@ impl Node {
             let mut lent = entry.lent.lock();
             tracing::warn!(database = %name, to = %entry.to, "a halt lock was not renewed, or its term has ended");
             self.take_back(&name, &mut lent);
+            self.tell_halt_lock(&name);
+        }
+    }
+
+    /// Tells who has the halt lock of a database now.
+    fn tell_halt_lock(&self, name: &DatabaseName) {
+        self.feed.database(name);
+        if self.events.has_readers() {
+            let data = HaltLockData { hostname: self.halt_lock_of(name) };
+            self.events.publish(Event::HaltLock { db: name.clone(), data });
         }
     }
 
     /// The host that has the halt lock of a database, as far as this node knows: it gave it, or has it.
     pub(super) fn halt_lock_of(&self, name: &DatabaseName) -> Option<String> {
-        if self.halt_locks.borrowed.lock().get(name).is_some_and(Option::is_some) {
+        let is_kept = |borrowed: &Arc<Borrowed>| borrowed.lost.borrow().is_none();
+        if self.halt_locks.borrowed.lock().get(name).and_then(Option::as_ref).is_some_and(is_kept) {
             return Some(self.config.read().node.name.clone());
         }
         self.halt_locks.lent.lock().get(name).map(|entry| entry.to.node_name.clone())
@@ -307,6 +320,7 @@ impl HaltLocks for LendingNode {
                     node.halt_locks.lent.lock().remove(&lock.name);
                     node.take_back(&lock.name, &mut lent);
                     tracing::info!(database = %lock.name, node = from, "its halt lock was released");
+                    node.tell_halt_lock(&lock.name);
                 }
                 Ok(())
             })
@@ -439,7 +453,8 @@ impl Node {
             }
             match self.clone().borrow(&db, give_up, &gone).await {
                 Ok(borrowed) => {
-                    self.halt_locks.borrowed.lock().insert(name, Some(borrowed.clone()));
+                    self.halt_locks.borrowed.lock().insert(name.clone(), Some(borrowed.clone()));
+                    self.tell_halt_lock(&name);
                     Ok(HeldLock { borrowed: Some((self, db, borrowed)) })
                 }
                 Err(why) => {
@@ -561,6 +576,7 @@ impl Node {
         let why = borrowed.lost.borrow().clone().unwrap_or_default();
         if why != RELEASED {
             tracing::warn!(database = %db.name(), why, "the halt lock is lost: applications on this host write no more");
+            self.tell_halt_lock(db.name());
             self.stop_borrowing(&db).await;
         }
     }
@@ -590,6 +606,7 @@ impl Node {
         self.stop_borrowing(db).await;
         borrowed.lose(RELEASED);
         if held {
+            self.tell_halt_lock(db.name());
             self.release(borrowed).await;
         }
         self.halt_locks.borrowed.lock().remove(db.name());

@@ -61,6 +61,14 @@ pub enum Event {
         /// Where they are.
         data: DivergenceData,
     },
+    /// Another host than the primary may write a database from now on, or may not any more; told on both.
+    HaltLock {
+        /// Database.
+        #[serde(serialize_with = "name")]
+        db: DatabaseName,
+        /// Who has it.
+        data: HaltLockData,
+    },
     /// Commits that wait for followers fare differently now.
     Sync {
         /// How.
@@ -133,6 +141,14 @@ pub struct QuarantineData {
 pub struct DivergenceData {
     /// Directory of the files.
     pub kept: std::path::PathBuf,
+}
+
+/// A halt lock on a database.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HaltLockData {
+    /// The host that has it; none: it was released, or lost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
 }
 
 /// How commits fare that wait for followers.

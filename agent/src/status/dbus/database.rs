@@ -190,6 +190,12 @@ impl DatabaseObject {
         self.now().await.reason.unwrap_or_default()
     }
 
+    /// The host that writes it under a halt lock, told on that host and on the primary; empty when there is none.
+    #[zbus(property)]
+    async fn halt_lock(&self) -> String {
+        self.now().await.halt_lock.unwrap_or_default()
+    }
+
     /// Transactions that the upstream has and this host has not; 0 on the primary.
     #[zbus(property(emits_changed_signal = "false"))]
     async fn lag_transactions(&self) -> u64 {
