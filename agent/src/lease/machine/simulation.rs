@@ -6,7 +6,8 @@
 use super::*;
 use crate::DatabaseName;
 use crate::lease::election::Progress;
-use crate::lease::{Record, Standing, Term};
+use crate::lease::{Answer, Outcome, Record, Standing, Term};
+use crate::sync::quorum::Promise;
 use ltx::{Checksum, Pos, Txid};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet};

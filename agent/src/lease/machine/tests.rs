@@ -1,5 +1,5 @@
 use super::*;
-use crate::lease::{Record, Standing, Term};
+use crate::lease::{Answer, Record, Standing, Term};
 
 const TTL: Duration = Duration::from_secs(10);
 
