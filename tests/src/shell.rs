@@ -121,6 +121,12 @@ impl Shell {
         answer
     }
 
+    /// Ends it, which closes the database.
+    pub fn end(mut self) {
+        self.send(".quit");
+        self.child.wait().expect("the shell runs");
+    }
+
     /// Ends it with SIGKILL.
     pub fn kill(mut self) {
         self.child.kill().expect("the shell runs");

@@ -150,6 +150,68 @@ fn what_somebody_writes_to_a_replica_without_a_wal_is_found() {
 }
 
 #[test]
+fn what_somebody_commits_on_a_replica_whose_agent_is_away_is_found() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
+    let mut rows = 1;
+    for mode in ["WAL", "DELETE"] {
+        let name = format!("{mode}.db");
+        let tables = "CREATE TABLE t(v); CREATE TABLE u(v); INSERT INTO u VALUES(1); INSERT INTO t VALUES(1)";
+        sql(&primary, &name, &format!("PRAGMA journal_mode={mode}; {tables}"));
+        rows = 1;
+        assert_follows(&primary, &replica, &name, rows);
+        let is = |state: &str| replica.database(&name).is_some_and(|database| database["state"] == state);
+        for killed in [false, true] {
+            // What is committed stays in the WAL, or is moved to the file.
+            for stays in [false, true] {
+                // Whoever has it open keeps the agent from cleaning up behind itself.
+                let mut reader = connect(&replica, &name);
+                assert_eq!(reader.tell("SELECT count(*) FROM t"), rows.to_string());
+                if killed {
+                    replica.kill();
+                } else {
+                    replica.stop();
+                }
+                reader.kill();
+                replica.expect_error(&format!("/{name}: somebody wrote to it on this replica"));
+                let mut stranger = Shell::open(&replica.path(&name));
+                stranger.run("UPDATE u SET v = 'own';");
+                if stays {
+                    stranger.kill();
+                } else {
+                    stranger.end();
+                }
+                let found = || replica.log().matches("somebody wrote to it on this replica").count();
+                let before = found();
+                replica.start();
+                if mode == "WAL" {
+                    replica.wait_for("it was found", || found() > before);
+                }
+                replica.wait_connected();
+                sql(&primary, &name, "INSERT INTO t VALUES(2)");
+                replica.wait_for("it was found", || found() > before);
+                sql(&primary, &name, "INSERT INTO t VALUES(2)");
+                rows += 2;
+                replica.wait_for("a snapshot has come", || is("ok"));
+                assert_follows(&primary, &replica, &name, rows);
+            }
+        }
+    }
+    // Where nobody has written nothing is set aside, and nothing is said.
+    let before = replica.log().len();
+    for name in ["WAL.db", "DELETE.db"] {
+        replica.kill();
+        assert_eq!(sql(&replica, name, "SELECT count(*) FROM t").trim(), rows.to_string());
+        replica.start();
+        replica.wait_connected();
+        sql(&primary, name, "INSERT INTO t VALUES(3)");
+        assert_follows(&primary, &replica, name, rows + 1);
+    }
+    assert!(!replica.log()[before..].contains("ERROR"), "{}", &replica.log()[before..]);
+    primary.assert_no_errors();
+}
+
+#[test]
 fn what_a_transaction_left_that_ended_with_the_term_is_not_taken_for_a_foreign_write() {
     let fleet = Fleet::new();
     let (a, b) = hosts(&fleet, ("preload", "preload"));

@@ -4,11 +4,12 @@ use super::recovery::WAL_IS_FROM_THE_LOG;
 use super::{Database, State};
 use crate::capture::wal::published::{self, HeldCommit};
 use crate::capture::{CaptureError, Logged};
-use sqlite_file::wal::{Scanner, WalEnd, WalError, WalHeader};
+use sqlite_file::wal::{FRAME_HEADER_BYTES, Scanner, WalEnd, WalError, WalHeader};
 use sqlite_file::wal_index::IndexHeader;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 /// Open files of a WAL that is followed.
 #[derive(Debug, Default)]
@@ -114,8 +115,8 @@ impl Database {
         let applied = self.shared.log.last(&self.name).is_some_and(|r| r.wal == Some(WAL_IS_FROM_THE_LOG));
         self.follow_from_the_start();
         if applied {
-            // It was a replica, and what is in the WAL came from its primary.
-            return Ok(());
+            // It was a replica, and what is in the WAL came from its primary, or from somebody who had no agent.
+            return self.look_at_wal_left_on_replica();
         }
         let mut st = self.state();
         st.ahead = true;
@@ -129,6 +130,67 @@ impl Database {
         st.ahead = false;
         st.wal.put_back(unpublished);
         result.map(|_| ())
+    }
+
+    /// Whether the WAL has pages that the log does not.
+    fn look_at_wal_left_on_replica(&self) -> Result<(), CaptureError> {
+        let side = self.apply.lock();
+        let mut st = self.state();
+        let mut unapplied = BTreeSet::new();
+        for (record, _) in &side.pending {
+            unapplied.extend(self.pages_of(record).map_err(|e| self.wal_error(io::Error::other(e)))?);
+        }
+        let Some(wal) = self.refreshed_wal(&mut st)? else { return Ok(()) };
+        let mut page = vec![0; st.page_size as usize];
+        st.open_checksums(self)?;
+        let pages: Vec<u32> = st.wal.committed_pages().filter(|pgno| !unapplied.contains(pgno)).collect();
+        for pgno in pages {
+            let Some(offset) = st.wal.frame_of(pgno) else { continue };
+            wal.read_exact_at(&mut page, offset + FRAME_HEADER_BYTES as u64)
+                .map_err(|e| self.wal_error(e))?;
+            if st.checksums().get(pgno) != Some(ltx::page_checksum(pgno, &page)) {
+                st.suspect = Some(Suspicion::ForeignWrite);
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The WAL, where there is one, and in the state what it has by now.
+    fn refreshed_wal(&self, st: &mut State) -> Result<Option<File>, CaptureError> {
+        let wal = match File::open(&self.paths.wal) {
+            Ok(wal) => wal,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                st.wal.reset();
+                return Ok(None);
+            }
+            Err(error) => return Err(self.wal_error(error)),
+        };
+        st.wal.mark_written_from_log();
+        st.wal.refresh(&wal).map_err(|e| self.wal_error(e))?;
+        st.wal.mark_written_from_log();
+        Ok(Some(wal))
+    }
+
+    /// Whether WAL and file together are what the log has. Nothing is being applied.
+    fn is_wal_as_logged(&self, st: &mut State) -> Result<bool, CaptureError> {
+        let wal = self.refreshed_wal(st)?;
+        let file = st.database_file(self)?;
+        st.open_checksums(self)?;
+        let lock_page = ltx::lock_page(st.page_size);
+        let mut page = vec![0; st.page_size as usize];
+        for pgno in (1..=st.page_count).filter(|pgno| *pgno != lock_page) {
+            match (&wal, st.wal.frame_of(pgno)) {
+                (Some(wal), Some(offset)) => wal
+                    .read_exact_at(&mut page, offset + FRAME_HEADER_BYTES as u64)
+                    .map_err(|e| self.wal_error(e))?,
+                _ => self.read_database_page(&file, pgno, &mut page)?,
+            }
+            if st.checksums().get(pgno) != Some(ltx::page_checksum(pgno, &page)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Whether there are frames in the WAL that neither the log nor an application under this agent's eyes has put
@@ -166,15 +228,20 @@ impl Database {
     /// After that: a file that somebody else may have written to is compared with what the log has, and set aside where
     /// it is something else.
     pub(crate) fn check_applied(&self, st: &mut State) {
-        if !self.shared.follows_wals() || st.wal_mode || st.page_count == 0 {
+        if !self.shared.follows_wals() || st.page_count == 0 {
             st.suspect = None;
             return;
         }
         // A journal that was left has been played back.
         st.rollback = Default::default();
         if let Some(suspicion) = st.suspect.filter(|_| st.applied.position == st.position) {
-            st.rollback.mark_unknown();
-            match self.is_as_logged(st) {
+            let as_logged = if st.wal_mode {
+                self.is_wal_as_logged(st)
+            } else {
+                st.rollback.mark_unknown();
+                self.is_as_logged(st)
+            };
+            match as_logged {
                 Ok(true) => st.suspect = None,
                 Ok(false) => {
                     st.rollback = Default::default();
@@ -191,6 +258,12 @@ impl Database {
             }
         }
         let _ = st.remember_stamp(self);
+    }
+
+    /// Whether somebody may have written to the file of a database in WAL mode.
+    pub fn is_suspect_in_wal_mode(&self) -> bool {
+        let st = self.state();
+        st.wal_mode && st.suspect.is_some()
     }
 
     /// Whether there is the journal of a rollback-mode transaction that has not ended.
@@ -249,10 +322,6 @@ impl Database {
     pub fn read_applied_wal(&self) -> Result<(), CaptureError> {
         let mut st = self.state();
         st.applied_frames = None;
-        if st.suspect.take().is_some() {
-            // What somebody else has written becomes a transaction.
-            st.rollback.mark_unknown();
-        }
         let mut followed = std::mem::take(&mut st.followed);
         let read = match followed.open(self) {
             Ok(true) => match &followed.wal {
@@ -265,6 +334,15 @@ impl Database {
             }
             Err(error) => Err(error),
         };
+        if st.suspect.take().is_some() {
+            // What somebody else has written becomes a transaction: in WAL mode part of the next one.
+            if self.load_journal_mode(&mut st) {
+                let all = (1..=st.page_count).collect();
+                st.wal.put_back(all);
+            } else {
+                st.rollback.mark_unknown();
+            }
+        }
         st.followed = followed;
         read
     }

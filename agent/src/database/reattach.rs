@@ -21,6 +21,8 @@ use ltx::{Checksum, Txid};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 impl Database {
     /// Sets the state of a database that may be in use. The caller has recovered the log, which made it durable.
@@ -28,6 +30,8 @@ impl Database {
         let mut side = self.apply.lock();
         let mut st = self.state();
         let last = self.shared.log.last(&self.name);
+        // The last agent was there then: before this one has opened it.
+        let last_written = modified(&self.paths.checksums);
         let (mark, intact) = self.open_or_reset_checksums(&mut st, last.as_ref())?;
         if !intact {
             return Err(RecoveryError(
@@ -76,9 +80,15 @@ impl Database {
                     &unmarked[..]
                 }
             };
-            // Plain files can be written without this agent, and may have been while none ran.
-            st.suspect = self.shared.wals_may_be_ahead().then_some(Suspicion::ForeignWrite);
             side.pending = waiting.iter().map(|record| (record.clone(), None)).collect();
+        }
+        let from_primary =
+            |last: &RecordInfo| last.wal == Some(WAL_IS_FROM_THE_LOG) || last.kind == RecordKind::Reset;
+        if self.shared.wals_may_be_ahead() && last.as_ref().is_some_and(from_primary) {
+            // Plain files can be written without this agent, and may have been while none ran. In WAL mode the file is
+            // as old as the last checkpoint; of what is in the WAL, that itself tells.
+            let suspect = !self.load_journal_mode(&mut st) || self.is_written_since(last_written);
+            st.suspect = suspect.then_some(Suspicion::ForeignWrite);
         }
         self.reattach_wal(&mut st, last.as_ref())?;
         self.reattach_journal(&mut st, last.as_ref())?;
@@ -88,6 +98,14 @@ impl Database {
         tracing::debug!(database = %self.name, position = %st.position, waiting = side.pending.len(), "taken up");
         st.close_idle();
         Ok(())
+    }
+
+    /// Whether the file was written at or after a moment; also where that cannot be told.
+    fn is_written_since(&self, moment: Option<(i64, i64)>) -> bool {
+        match (modified(&self.paths.database), moment) {
+            (Some(written), Some(moment)) => written >= moment,
+            _ => true,
+        }
     }
 
     /// Transactions that came from a primary wait to be applied; to be asked once applications are served.
@@ -236,7 +254,7 @@ impl Database {
         }
     }
 
-    fn pages_of(&self, record: &RecordInfo) -> Result<BTreeSet<u32>, RecoveryError> {
+    pub(super) fn pages_of(&self, record: &RecordInfo) -> Result<BTreeSet<u32>, RecoveryError> {
         let payload = PayloadReader::of(&self.shared.log, record);
         let (_, pages, _): (_, Vec<(u32, Checksum)>, _) = read_page_checksums(payload).map_err(failed)?;
         Ok(pages.into_iter().map(|(pgno, _)| pgno).collect())
@@ -264,4 +282,10 @@ impl Database {
         }
         Ok(())
     }
+}
+
+/// When a file was last written.
+fn modified(path: &Path) -> Option<(i64, i64)> {
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.mtime(), metadata.mtime_nsec()))
 }

@@ -51,8 +51,9 @@ impl Bystanders {
             since: Instant::now(),
         };
         this.watch(Path::new(""))?;
-        // Recovery has looked at those that are known.
-        this.changed.retain(|name| this.shared.database(name).is_none());
+        // Recovery has looked at those that are known. In WAL mode nothing else would lead to a look at the file.
+        let shared = &this.shared;
+        this.changed.retain(|name| shared.database(name).is_none_or(|db| db.is_suspect_in_wal_mode()));
         Ok(this)
     }
 
