@@ -100,6 +100,17 @@ fn is_special(name: &[u8]) -> bool {
     name == b".primary" || name == b".lag" || name.ends_with(b"-pos")
 }
 
+/// Whether a path ends like that of such a file.
+pub fn ends_like_special(path: &[u8]) -> bool {
+    [&b".primary"[..], b".lag", b"-pos"].iter().any(|end| path.ends_with(end))
+}
+
+/// Such a file as it is now, where there is one.
+pub fn special(managed: &Managed, flags: i32) -> Option<i32> {
+    let asked = agent::is_own_process() && is_special(managed.name.bytes());
+    if asked { open_special(managed, flags).ok() } else { None }
+}
+
 /// Such a file as it is now. `ENOENT`: there is none.
 fn open_special(managed: &Managed, flags: i32) -> Result<i32, i32> {
     if managed.cluster == managed::TOO_MANY {

@@ -1,6 +1,6 @@
 //! The functions of the C library that are taken over. Each does the real thing at once for what is not a database's.
 //!
-//! Not among them: reading, `mmap` and `stat` (nothing depends on them), `fallocate` (SQLite's header says how many pages
+//! Not among them: reading and `mmap` (nothing depends on them), `fallocate` (SQLite's header says how many pages
 //! count), `writev` and its kin (no SQLite uses them; another program's writes are found by the agent).
 
 use crate::managed::{self, Managed};
@@ -164,6 +164,142 @@ pub unsafe extern "C" fn dup(fd: c_int) -> c_int {
     let copy = unsafe { real::dup(fd) };
     table::duplicated(fd, copy);
     copy
+}
+
+/// A file that the agent makes up and that this path names, at its beginning.
+#[cold]
+fn special(path: *const c_char, flags: c_int) -> Option<c_int> {
+    commit::special(&find(path)?, flags)
+}
+
+/// Whether a path may name such a file: costs nothing to ask.
+fn may_be_special(path: *const c_char) -> bool {
+    // SAFETY: the application gives a string that ends with a zero.
+    !path.is_null() && commit::ends_like_special(unsafe { CStr::from_ptr(path) }.to_bytes())
+}
+
+macro_rules! streams {
+    ($($name:ident)*) => {$(
+        /// As in the C library, but for files that the agent makes up; database files are opened in other ways.
+        ///
+        /// # Safety
+        /// As in the C library.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(path: *const c_char, mode: *const c_char) -> *mut libc::FILE {
+            if may_be_special(path) && !mode.is_null() {
+                // SAFETY: the application gives a string that ends with a zero.
+                let letters = unsafe { CStr::from_ptr(mode) }.to_bytes();
+                let flags = if letters.contains(&b'e') { libc::O_CLOEXEC } else { 0 };
+                if letters.first() == Some(&b'r')
+                    && !letters.contains(&b'+')
+                    && let Some(fd) = special(path, flags)
+                {
+                    // SAFETY: the descriptor is new, and the mode the caller's.
+                    let stream = unsafe { libc::fdopen(fd, mode) };
+                    if stream.is_null() {
+                        sys::close(fd);
+                    }
+                    return stream;
+                }
+            }
+            // SAFETY: the arguments are the caller's.
+            unsafe { real::$name(path, mode) }
+        }
+    )*};
+}
+
+streams! { fopen fopen64 }
+
+/// The real thing; where it finds nothing, and there is a file of this name that the agent makes up, that one's status.
+fn status_of(path: *const c_char, real: &dyn Fn() -> c_int, of_special: &dyn Fn(c_int) -> c_int) -> c_int {
+    let result = real();
+    if result == 0 || sys::errno() != libc::ENOENT || !may_be_special(path) {
+        return result;
+    }
+    let Some(fd) = special(path, libc::O_CLOEXEC) else {
+        sys::set_errno(libc::ENOENT);
+        return result;
+    };
+    let result = of_special(fd);
+    sys::close(fd);
+    result
+}
+
+/// What may be done with a file that the agent makes up.
+const SPECIAL_MODE: c_uint = libc::S_IFREG | 0o444;
+
+/// Status of such a file, which has no name of its own.
+///
+/// # Safety
+/// `to` is writable.
+unsafe fn status_of_special(fd: c_int, to: *mut libc::stat) -> c_int {
+    match sys::fstat(fd) {
+        Ok(mut stat) => {
+            stat.st_mode = SPECIAL_MODE;
+            stat.st_nlink = 1;
+            // SAFETY: as the caller promises.
+            unsafe { to.write(stat) };
+            0
+        }
+        Err(error) => {
+            sys::set_errno(error);
+            -1
+        }
+    }
+}
+
+macro_rules! stats {
+    ($($name:ident ( $($dir:ident)? ; $($flags:ident)? );)*) => {$(
+        /// As in the C library, also for files that the agent makes up.
+        ///
+        /// # Safety
+        /// As in the C library.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            $($dir: c_int,)? path: *const c_char, to: *mut libc::stat $(, $flags: c_int)?
+        ) -> c_int {
+            // SAFETY: the arguments are the caller's.
+            let real = || unsafe { real::$name($($dir,)? path, to $(, $flags)?) };
+            // SAFETY: the application gives room for the answer.
+            status_of(path, &real, &|fd| unsafe { status_of_special(fd, to) })
+        }
+    )*};
+}
+
+stats! {
+    stat(;);
+    stat64(;);
+    lstat(;);
+    lstat64(;);
+    fstatat(dir; flags);
+    fstatat64(dir; flags);
+}
+
+/// As in the C library, also for files that the agent makes up.
+///
+/// # Safety
+/// As in the C library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn statx(
+    dir: c_int,
+    path: *const c_char,
+    flags: c_int,
+    mask: c_uint,
+    to: *mut libc::statx,
+) -> c_int {
+    // SAFETY: the arguments are the caller's.
+    let real = || unsafe { real::statx(dir, path, flags, mask, to) };
+    status_of(path, &real, &|fd| {
+        // SAFETY: an empty path means the descriptor; the application gives room for the answer.
+        unsafe {
+            let result = real::statx(fd, c"".as_ptr(), libc::AT_EMPTY_PATH, mask, to);
+            if result == 0 {
+                (*to).stx_mode = SPECIAL_MODE as u16;
+                (*to).stx_nlink = 1;
+            }
+            result
+        }
+    })
 }
 
 fn before_dup_to(fd: c_int, to: c_int) {

@@ -102,6 +102,35 @@ functions! {
     renameat(from_dir: c_int, from: *const c_char, to_dir: c_int, to: *const c_char) -> c_int;
     renameat2(from_dir: c_int, from: *const c_char, to_dir: c_int, to: *const c_char, flags: c_uint) -> c_int;
     ioctl(fd: c_int, request: usize, arg: usize) -> c_int;
+    stat(path: *const c_char, to: *mut libc::stat) -> c_int;
+    stat64(path: *const c_char, to: *mut libc::stat) -> c_int;
+    lstat(path: *const c_char, to: *mut libc::stat) -> c_int;
+    lstat64(path: *const c_char, to: *mut libc::stat) -> c_int;
+    fstatat(dir: c_int, path: *const c_char, to: *mut libc::stat, flags: c_int) -> c_int;
+    fstatat64(dir: c_int, path: *const c_char, to: *mut libc::stat, flags: c_int) -> c_int;
+    statx(dir: c_int, path: *const c_char, flags: c_int, mask: c_uint, to: *mut libc::statx) -> c_int;
+}
+
+/// The functions that give a stream; null where no other library has them.
+macro_rules! stream_functions {
+    ($($name:ident = $symbol:literal;)*) => {$(
+        pub unsafe fn $name(path: *const c_char, mode: *const c_char) -> *mut libc::FILE {
+            static SYMBOL: Symbol = Symbol::new($symbol);
+            let address = SYMBOL.get();
+            if address.is_null() {
+                crate::sys::set_errno(libc::ENOSYS);
+                return core::ptr::null_mut();
+            }
+            type Function = unsafe extern "C" fn(*const c_char, *const c_char) -> *mut libc::FILE;
+            // SAFETY: the symbol of this name has this type; the caller keeps its rules.
+            unsafe { transmute::<*mut c_void, Function>(address)(path, mode) }
+        }
+    )*};
+}
+
+stream_functions! {
+    fopen = c"fopen";
+    fopen64 = c"fopen64";
 }
 
 /// Address of the real `dlopen`, for the interposed one to jump to.

@@ -459,3 +459,44 @@ fn processes_that_end_are_let_go() {
         assert_eq!(database["open_handles"], 0, "{database}");
     }
 }
+
+#[test]
+fn files_that_the_agent_makes_up_are_there_for_whoever_asks_by_name() {
+    let script = r#"
+import ctypes, os, stat, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.fopen.restype = ctypes.c_void_p
+libc.fgets.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p]
+libc.fclose.argtypes = [ctypes.c_void_p]
+for name in sys.argv[2:]:
+    path = sys.argv[1] + "/" + name
+    stream = libc.fopen(path.encode(), b"r")
+    if not stream:
+        print(name, os.strerror(ctypes.get_errno()), os.path.lexists(path), os.path.exists(path))
+        continue
+    line = ctypes.create_string_buffer(200)
+    libc.fgets(line, 200, stream)
+    libc.fclose(stream)
+    content = line.value
+    assert open(path, "rb").read() == content, (name, content)
+    for of in (os.stat(path), os.lstat(path)):
+        assert (of.st_size, of.st_nlink, stat.filemode(of.st_mode)) == (len(content), 1, "-r--r--r--"), of
+    told = subprocess.check_output(["stat", "-c", "%s %h %A", path], text=True).split()
+    assert told == [str(len(content)), "1", "-r--r--r--"], told
+    assert not libc.fopen(path.encode(), b"r+")
+    # They are made when they are asked for.
+    assert name not in os.listdir(sys.argv[1])
+    print(name, content.decode().strip())
+"#;
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
+    sql(&primary, "x.db", "CREATE TABLE t(v)");
+    assert_follows(&primary, &replica, "x.db", 0);
+    let position = primary.position("x.db").expect("it is known");
+    let asked = [".primary", ".lag", "x.db-pos", "no.db-pos"];
+    let there = |host: &Host| run(&mut python(host, script, &asked));
+    let nothing = |name: &str| format!("{name} No such file or directory False False");
+    let rest = format!(".lag +000000000\nx.db-pos {position}\n{}", nothing("no.db-pos"));
+    assert_eq!(there(&primary), format!("{}\n{rest}", nothing(".primary")));
+    replica.wait_for("the lag is 0", || there(&replica) == format!(".primary a\n{rest}"));
+}
