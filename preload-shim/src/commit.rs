@@ -224,6 +224,32 @@ fn journal_ends(database: &Database) -> Result<(), i32> {
     ends(database, 0)
 }
 
+/// A commit over several databases is about to count: SQLite ignores what becomes of their journals afterwards, so the
+/// agent takes all of it over now.
+fn super_journal_ends(managed: &Managed) -> Result<(), i32> {
+    for (fd, database) in table::journals(managed.cluster) {
+        if names_super_journal(fd, managed.name.bytes()) {
+            journal_ends(database)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a journal ends with the name of this super-journal (fileformat2.html, section 3; writeSuperJournal).
+fn names_super_journal(journal: i32, name: &[u8]) -> bool {
+    const MAGIC: [u8; 8] = [0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
+    // Length of the path, its checksum, magic; before them the path.
+    let mut end = [0; 16];
+    let Ok(size) = sys::fstat(journal).map(|stat| stat.st_size as u64) else { return false };
+    let Some(at) = size.checked_sub(end.len() as u64) else { return false };
+    if sys::pread(journal, &mut end, at) != Ok(end.len()) || end[8..] != MAGIC {
+        return false;
+    }
+    let mut named = [0; managed::NAME_MAX];
+    let Some(at) = at.checked_sub(name.len() as u64) else { return false };
+    sys::pread(journal, &mut named[..name.len()], at) == Ok(name.len()) && named[..name.len()] == *name
+}
+
 fn wal_ends(database: &Database) -> Result<(), i32> {
     wal_ends_within(database, if agent::is_up(database.cluster()) { WAL_END_MS } else { 0 })
 }
@@ -408,6 +434,12 @@ pub fn truncate(file: &File, len: i64, real: &dyn Fn() -> i32) -> i32 {
 pub fn unlink(managed: &Managed, real: &dyn Fn() -> i32) -> i32 {
     if !agent::is_own_process() {
         return real();
+    }
+    if table::is_super_journal(managed.name.bytes()) {
+        return match super_journal_ends(managed) {
+            Ok(()) => real(),
+            Err(error) => fail(error),
+        };
     }
     let (kind, database) = match table::database(managed) {
         Ok(found) => found,

@@ -48,11 +48,15 @@ impl Kind {
                 return Some((kind, base));
             }
         }
-        let super_journal = name.len() > 12
-            && name[name.len() - 12..].starts_with(b"-mj")
-            && name[name.len() - 9..].iter().all(u8::is_ascii_hexdigit);
-        (!super_journal).then_some((Kind::Database, name))
+        (!is_super_journal(name)).then_some((Kind::Database, name))
     }
+}
+
+/// Whether it is the name of the file by whose end a commit over several databases counts (sqlite3VdbeHalt).
+pub fn is_super_journal(name: &[u8]) -> bool {
+    name.len() > 12
+        && name[name.len() - 12..].starts_with(b"-mj")
+        && name[name.len() - 9..].iter().all(u8::is_ascii_hexdigit)
 }
 
 /// An open file description, as far as it matters.
@@ -296,6 +300,14 @@ impl Transaction {
 pub fn file(fd: i32) -> Option<&'static File> {
     let number = TABLE.get(fd as usize)?.load(Ordering::Acquire);
     if number == 0 { None } else { Some(&FILE[usize::from(number) - 1]) }
+}
+
+/// Journals of a cluster that are open, and their databases.
+pub fn journals(cluster: usize) -> impl Iterator<Item = (i32, &'static Database)> {
+    (0..DESCRIPTORS as i32).filter_map(move |fd| {
+        let file = file(fd).filter(|file| file.kind() == Kind::Journal)?;
+        (file.database().cluster() == cluster).then(|| (fd, file.database()))
+    })
 }
 
 /// The database that a path names, and what of it; it must be given back with [`release`].
