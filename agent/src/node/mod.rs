@@ -121,6 +121,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
+    if let Some(guard) = &guard {
+        runtime.spawn(crate::systemd::guard_scope::separate(guard.pid()));
+    }
     let hold = Arc::new(hold);
     let result = runtime.block_on(serve_until_stopped(config, identity, hold.clone()));
     runtime.shutdown_timeout(Duration::from_secs(1));

@@ -4,7 +4,7 @@ use std::time::Duration;
 use tokio::process::Command;
 
 /// A service manager that does not answer for so long is not waited for.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Whether systemd stops this service in order to start it again. When that cannot be found out it is taken for a stop,
 /// and the journal says why.
@@ -29,9 +29,13 @@ pub async fn is_restarting() -> bool {
 
 /// Runs `systemctl` and returns what it printed, or why it failed.
 pub(super) async fn systemctl(arguments: &[&str]) -> Result<String, String> {
-    let mut command = Command::new("systemctl");
-    let output = command.arg("--no-ask-password").args(arguments).kill_on_drop(true).output().await;
-    let output = output.map_err(|error| format!("cannot run systemctl: {error}"))?;
+    run("systemctl", &[&["--no-ask-password"], arguments].concat()).await
+}
+
+/// Runs a program of systemd and returns what it printed, or why it failed.
+pub(super) async fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
+    let output = Command::new(program).args(arguments).kill_on_drop(true).output().await;
+    let output = output.map_err(|error| format!("cannot run {program}: {error}"))?;
     match output.status.success() {
         true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
         false => Err(String::from_utf8_lossy(&output.stderr).trim_end().to_owned()),
@@ -47,7 +51,7 @@ fn has_restart(jobs: &str, unit: &str) -> bool {
 }
 
 /// The unit that this process belongs to, by its control group.
-fn own_unit() -> Option<String> {
+pub(super) fn own_unit() -> Option<String> {
     unit_of(&std::fs::read_to_string("/proc/self/cgroup").ok()?)
 }
 

@@ -3,6 +3,7 @@
 //! | module          | what it does                                                                        |
 //! |-----------------|-------------------------------------------------------------------------------------|
 //! | [`fds`]         | descriptors that systemd passes and keeps over restarts                              |
+//! | [`guard_scope`] | keeps the mount's guard out of what is killed together with the agent                |
 //! | [`jobs`]        | whether the service is being restarted                                              |
 //! | [`listeners`]   | the HTTP port and the control socket: from a socket unit, from the store, or our own |
 //! | [`status`]      | the line that `systemctl status` shows                                               |
@@ -13,6 +14,7 @@
 
 pub mod credentials;
 pub mod fds;
+pub mod guard_scope;
 pub mod jobs;
 pub mod journal;
 pub mod listeners;

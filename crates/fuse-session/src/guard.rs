@@ -104,6 +104,11 @@ impl Guard {
         }
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw().cast_unsigned()
+    }
+
     /// The server ends and leaves the mount to the guard, as if it had died.
     pub fn leave_mount(self) {
         std::mem::forget(self);

@@ -71,9 +71,12 @@ fn applications_go_on_while_the_service_is_restarted_killed_and_upgraded_and_the
         writer.goes_on("the start");
     }
     let mount = host.run("findmnt -no ID,SOURCE /srv/litefs/db");
+    host.wait_for("systemctl is-active litefs-db-guard-$(pgrep -x litefs-guard).scope");
     let disturbances = [
         "systemctl restart litefs@db litefs@shop",
         "systemctl kill --kill-who=main -s KILL litefs@db litefs@shop",
+        // The agents with all that is theirs, but for the guards, which let them go.
+        "systemctl kill -s KILL litefs@db litefs@shop",
         "apt-get install -y -qq litefs",
         "systemctl kill --kill-who=main -s KILL litefs@db litefs@shop",
         "systemctl restart litefs@db litefs@shop",
@@ -113,4 +116,5 @@ fn applications_go_on_while_the_service_is_restarted_killed_and_upgraded_and_the
     host.run(&format!("litefs -c shop export app.db /tmp/app.db && test $(sqlite3 /tmp/app.db 'SELECT count(*) FROM t') = {shop}"));
     host.run("systemctl stop litefs@db");
     host.run("! findmnt /srv/litefs/db");
+    host.wait_for("! systemctl list-units --plain --no-legend 'litefs-*.scope' | grep .");
 }
