@@ -25,7 +25,7 @@
 //! |---------------|------------------------------------------------------------------|
 //! | `event`       | what it is told                                                  |
 //! | `action`      | what it says                                                     |
-//! | `candidacy`    | `Following`, `Asking`, `Claiming`: whom to follow, when to stand |
+//! | `candidacy`   | `Following`, `Asking`, `Claiming`: whom to follow, when to stand |
 //! | `term`        | `Leading`: its beginning, its renewals, its end                  |
 //! | `handoff`     | `Leading` until the lease is another's, and the other side of it |
 //!
