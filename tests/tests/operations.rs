@@ -450,6 +450,43 @@ fn a_transaction_in_progress_at_a_role_change_is_refused_as_a_whole() {
     }
 }
 
+/// SQLite writes pages that it takes from the free list without a copy in the journal.
+#[test]
+fn what_a_refused_transaction_left_in_free_pages_does_not_stay() {
+    let fleet = Fleet::new();
+    let (a, b) = fleet.pair();
+    let name = "free.db";
+    a.sql(
+        name,
+        "CREATE TABLE t(v); CREATE TABLE u(v);
+         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300) \
+         INSERT INTO u SELECT randomblob(1000) FROM n;
+         DELETE FROM u;",
+    );
+    a.wait_position_equal(&b, name);
+    let mut shell = Shell::open(&a.path(name));
+    shell.run(
+        "PRAGMA cache_size=5; BEGIN; WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100) \
+         INSERT INTO u SELECT randomblob(1000) FROM n;",
+    );
+    a.set_role(Role::ReplicaOf(&b)).reload();
+    a.wait_role("replica");
+    let set_aside = "has left its content in pages from the free list";
+    a.expect_error(set_aside);
+    let answer = shell.ask("COMMIT;");
+    assert!(answer.contains("rror"), "committed on a replica: {answer:?}");
+    drop(shell);
+    b.set_role(Role::Primary).reload();
+    b.wait_role("primary");
+    a.wait_connected();
+    b.sql(name, "INSERT INTO t VALUES (1)");
+    a.wait_for("it is compared and set aside", || a.log().contains(set_aside));
+    b.sql(name, "INSERT INTO t VALUES (2)");
+    assert_equal(&b, &a, name);
+    assert_eq!(a.sql(name, "SELECT count(*) FROM u"), "0");
+    assert_eq!(a.sql(name, "PRAGMA integrity_check"), "ok");
+}
+
 /// Inserts 1, 2, 3, ... until the connection fails; gives the last number that was acknowledged.
 fn insert_until_it_fails(
     database: &Path,

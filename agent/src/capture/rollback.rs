@@ -52,6 +52,12 @@ impl RollbackCapture {
         self.dirty = Dirty::Unknown;
     }
 
+    /// A journal of this transaction has been played back. SQLite does not restore pages that it took from the free list, so
+    /// what was written is still to be looked at.
+    pub fn played_back(&mut self) {
+        *self = RollbackCapture { dirty: std::mem::take(&mut self.dirty), ..RollbackCapture::default() };
+    }
+
     /// Pages written since the last capture, as far as they are known.
     pub fn pages_written(&self) -> usize {
         match &self.dirty {

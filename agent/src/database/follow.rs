@@ -228,17 +228,29 @@ impl Database {
     /// After that: a file that somebody else may have written to is compared with what the log has, and set aside where
     /// it is something else.
     pub(crate) fn check_applied(&self, st: &mut State) {
-        if !self.shared.follows_wals() || st.page_count == 0 {
+        if st.page_count == 0 {
             st.suspect = None;
             return;
         }
-        // A journal that was left has been played back.
-        st.rollback = Default::default();
+        let followed = self.shared.follows_wals();
+        if followed {
+            // A journal that was left has been played back.
+            st.rollback = Default::default();
+        } else if !st.wal_mode && st.rollback.pages_written() > 0 {
+            // The door has seen them written, by a transaction that was refused with the role.
+            st.rollback.played_back();
+            st.suspect = Some(Suspicion::TakenBack);
+        } else {
+            st.suspect = None;
+            return;
+        }
         if let Some(suspicion) = st.suspect.filter(|_| st.applied.position == st.position) {
             let as_logged = if st.wal_mode {
                 self.is_wal_as_logged(st)
             } else {
-                st.rollback.mark_unknown();
+                if followed {
+                    st.rollback.mark_unknown();
+                }
                 self.is_as_logged(st)
             };
             match as_logged {

@@ -131,7 +131,7 @@ impl Database {
             return;
         }
         match side.applier.roll_back_under_readers() {
-            Ok(true) => self.state().rollback = Default::default(),
+            Ok(true) => self.state().rollback.played_back(),
             // Its application still has the lock.
             Ok(false) => self.shared.pending_again(&self.name),
             Err(error) => {

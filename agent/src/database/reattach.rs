@@ -126,7 +126,7 @@ impl Database {
     pub fn roll_back_dead_apply(&self) -> Result<(), ApplyError> {
         let side = self.apply.lock();
         if self.has_journal_of_dead_apply() && side.applier.roll_back_under_readers()? {
-            self.state().rollback = Default::default();
+            self.state().rollback.played_back();
         }
         Ok(())
     }

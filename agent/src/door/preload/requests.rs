@@ -74,7 +74,7 @@ pub fn let_go(db: &Arc<Database>) {
         st.rollback.journal_active = true;
         st.rollback.mark_unknown();
     }
-    if st.handles == 0 && st.page_count > 0 && !db.paths().wal.exists() {
+    if st.handles == 0 && st.page_count > 0 && db.load_journal_mode(&mut st) && !db.paths().wal.exists() {
         // What the last one moved from the WAL to the file is in the log.
         let _ = st.remember_stamp(db);
     }

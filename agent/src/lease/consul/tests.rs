@@ -3,7 +3,14 @@
 use super::super::{Claim, Gift, Lease, Peer, Standing, Term, View};
 use super::*;
 use crate::ship::engine::Epoch;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+/// Consul is started so often, on other ports each time.
+const STARTS_MAX: u32 = 5;
+/// How long it may take until it has a leader.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The program, or `None` where there is none: `cargo test` alone does not install it.
 fn program() -> Option<PathBuf> {
@@ -45,6 +52,16 @@ impl Consul {
             eprintln!("skipped: no Consul; `cargo xtask test` installs it, or set LITEFS_CONSUL");
             return None;
         };
+        for _ in 0..STARTS_MAX {
+            if let Some(consul) = Consul::try_start(&program, config, tls.clone()).await {
+                return Some(consul);
+            }
+        }
+        panic!("Consul ended {STARTS_MAX} times");
+    }
+
+    /// `None`: it has ended, because others took one of its ports first.
+    async fn try_start(program: &Path, config: &str, tls: Option<Tls>) -> Option<Consul> {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("consul.json"), config).unwrap();
         let ports: Vec<String> = (0..4).map(|_| free_port().to_string()).collect();
@@ -64,14 +81,19 @@ impl Consul {
             .spawn()
             .unwrap();
         let scheme = if tls.is_some() { "https" } else { "http" };
-        let consul = Consul { child, address: format!("{scheme}://127.0.0.1:{}", ports[0]), tls, _dir: dir };
+        let mut consul =
+            Consul { child, address: format!("{scheme}://127.0.0.1:{}", ports[0]), tls, _dir: dir };
         let client = Client::new(consul.options()).unwrap();
-        for _ in 0..500 {
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE {
             // A leader, which also has made its tables.
             if let Ok(answer) = client.read("/v1/kv/none?consistent", Duration::ZERO).await
                 && answer.status.as_u16() < 500
             {
                 return Some(consul);
+            }
+            if consul.child.try_wait().unwrap().is_some() {
+                return None;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
