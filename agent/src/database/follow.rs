@@ -261,9 +261,7 @@ impl Database {
                     let file = self.paths.database.display();
                     st.quarantine(
                         self,
-                        format!(
-                            "{file}: {suspicion}; it is kept as it is, and a snapshot comes with the next transaction"
-                        ),
+                        format!("{file}: {suspicion}; it is kept as it is, and a snapshot follows"),
                     );
                 }
                 Err(error) => tracing::warn!(database = %self.name, %error, "cannot compare it with the log"),

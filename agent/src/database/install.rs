@@ -116,6 +116,12 @@ impl Database {
         st.forget_journal_mode();
         st.clear_quarantine();
         self.load_journal_mode(&mut st);
+        st.rollback = Default::default();
+        st.suspect = None;
+        if mark.page_count > 0 {
+            // What somebody writes after this is told from it.
+            st.remember_stamp(self).map_err(other)?;
+        }
         drop(st);
         self.set_durable_position(mark.position);
         self.shared.forget_name(self);

@@ -3,6 +3,7 @@
 use super::Node;
 use super::handoff::Held;
 use super::role::{self, Transition};
+use crate::DatabaseName;
 use crate::config::{Config, LeaseKind, LeaseRole};
 use crate::lease::consul::{ConsulLease, ConsulNode};
 use crate::lease::election::Choice;
@@ -81,6 +82,11 @@ impl LeaseHandle {
         let (reply, done) = oneshot::channel();
         let _ = self.inputs.send(Input::HandOver { to, reply });
         done.await.unwrap_or_else(|_| Err("the agent stops".into()))
+    }
+
+    /// A database was set aside here.
+    pub fn heal(&self, database: DatabaseName) {
+        let _ = self.transitions.send(Transition::Heal(database));
     }
 
     /// The node could not begin this term.

@@ -2,6 +2,7 @@
 
 use super::Node;
 use super::discovery;
+use crate::DatabaseName;
 use crate::lease::{Peer, Time};
 use crate::ship::engine::Epoch;
 use crate::ship::follow::{Follower, FollowerHandle};
@@ -54,7 +55,7 @@ impl Role {
     }
 }
 
-/// A change of role that takes some steps.
+/// A change of role that takes some steps, or what else concerns whom this node follows.
 #[derive(Debug)]
 pub(super) enum Transition {
     /// Become primary.
@@ -63,6 +64,8 @@ pub(super) enum Transition {
     Follow(Option<Peer>),
     /// Get what this node lacks from another one that is no primary either.
     CatchUp(Peer),
+    /// The role stays: a database was set aside, and a snapshot of whom this node follows heals it.
+    Heal(DatabaseName),
     /// Let go of everything.
     Stop,
 }
@@ -275,6 +278,11 @@ pub(super) async fn transitions(
                     return;
                 }
                 follower = follow(&node, &peer, &stop);
+            }
+            Transition::Heal(name) => {
+                if let Some(follower) = &follower {
+                    follower.recheck(name);
+                }
             }
             Transition::Stop => {
                 stop_following(&node, &mut follower).await;

@@ -234,6 +234,9 @@ impl Node {
                     let (database, reason) = (db.clone(), reason.clone());
                     node.feed.happened(&Happening::Quarantined { database, reason });
                     node.feed.database(db);
+                    if let Some(lease) = node.lease.get() {
+                        lease.heal(db.clone());
+                    }
                 }
                 Notice::Diverged(db, kept) => {
                     let (database, kept) = (db.clone(), kept.clone());
