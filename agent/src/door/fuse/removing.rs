@@ -139,7 +139,7 @@ impl LitefsFilesystem {
             let parts: Vec<_> =
                 base.components().filter(|part| matches!(part, Component::Normal(_))).collect();
             (0..parts.len()).find_map(|from| {
-                let name = DatabaseName::new(&parts[from..].iter().collect::<PathBuf>()).ok()?;
+                let name = DatabaseName::new(parts[from..].iter().collect::<PathBuf>()).ok()?;
                 self.shared.database(&name).filter(is_part)
             })
         };
