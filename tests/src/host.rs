@@ -409,6 +409,13 @@ impl Host {
         databases.iter().find(|db| db["name"] == name).cloned()
     }
 
+    /// Waits until a database is in this state of the status.
+    #[track_caller]
+    pub fn wait_database(&self, name: &str, state: &str) {
+        let is = || self.database(name).is_some_and(|database| database["state"] == state);
+        self.wait_for(&format!("{name} is {state}"), is);
+    }
+
     /// `TXID/checksum` of a database; `None` when it is not there.
     #[track_caller]
     pub fn position(&self, name: &str) -> Option<String> {

@@ -494,9 +494,8 @@ fn a_flipped_bit_in_the_log_sets_one_database_aside_and_a_replica_heals_itself()
         if host.name() == "b" {
             // The primary is still there and has the database.
             host.wait_connected();
-            host.wait_for("a snapshot heals it", || {
-                host.database("bad.db").is_some_and(|db| db["state"] == "ok")
-            });
+            // A snapshot heals it.
+            host.wait_database("bad.db", "ok");
             assert_equal(&primary, host, "bad.db");
             continue;
         }
@@ -658,9 +657,8 @@ fn files_that_disappeared_or_shrank_while_the_agent_was_stopped_are_not_served()
         if host.name() == "b" {
             host.wait_connected();
             for name in ["gone.db", "short.db"] {
-                host.wait_for("a snapshot heals it", || {
-                    host.database(name).is_some_and(|db| db["state"] == "ok")
-                });
+                // A snapshot heals it.
+                host.wait_database(name, "ok");
                 assert_equal(&primary, host, name);
             }
         } else {

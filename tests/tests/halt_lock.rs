@@ -286,18 +286,9 @@ fn a_lock_that_is_not_renewed_runs_out_on_both_sides() {
     holder.finish();
 }
 
-#[test]
-fn a_lock_of_an_earlier_term_is_worth_nothing() {
-    let consul = Consul::start();
-    let fleet = Fleet::new();
-    let address = consul.address();
-    let hosts = ["a", "b", "c"].map(|name| fleet.host(name, Role::Candidate(&address)));
-    let [a, b, c] = &hosts;
-    b.set("lease.candidate=false");
-    // Nobody is taken for dead because a connection is silent.
-    for host in &hosts {
-        host.set("lease.ttl=2s").set("replication.timeout=60s");
-    }
+/// Starts three candidates, of which the first leads and the second then has a halt lock and has committed once.
+fn begin_and_lend(hosts: &[Host; 3]) -> Holder {
+    let [a, b, c] = hosts;
     a.start();
     a.wait_for("the first host is primary", || a.is_primary());
     for host in [b, c] {
@@ -310,6 +301,22 @@ fn a_lock_of_an_earlier_term_is_worth_nothing() {
     }
     let mut holder = Holder::start(b, "app.db");
     assert_eq!(holder.sql("INSERT INTO t VALUES ('lent')"), "");
+    holder
+}
+
+#[test]
+fn a_lock_of_an_earlier_term_is_worth_nothing() {
+    let consul = Consul::start();
+    let fleet = Fleet::new();
+    let address = consul.address();
+    let hosts = ["a", "b", "c"].map(|name| fleet.host(name, Role::Candidate(&address)));
+    let [a, b, c] = &hosts;
+    b.set("lease.candidate=false");
+    // Nobody is taken for dead because a connection is silent.
+    for host in &hosts {
+        host.set("lease.ttl=2s").set("replication.timeout=60s");
+    }
+    let mut holder = begin_and_lend(&hosts);
     for host in [b, c] {
         a.wait_position_equal(host, "app.db");
     }
@@ -419,18 +426,7 @@ fn a_primary_that_dies_while_a_commit_under_a_halt_lock_waits_answers_nothing() 
         host.set("sync.acks=1").set("sync.members=a,b,c");
     }
     b.set("lease.candidate=false");
-    a.start();
-    a.wait_for("the first host is primary", || a.is_primary());
-    for host in [b, c] {
-        host.start();
-        host.wait_for("it follows", || host.follows(a));
-    }
-    create(a, "WAL");
-    for host in [b, c] {
-        a.wait_position_equal(host, "app.db");
-    }
-    let mut holder = Holder::start(b, "app.db");
-    assert_eq!(holder.sql("INSERT INTO t VALUES ('lent')"), "");
+    let mut holder = begin_and_lend(&hosts);
     a.wait_position_equal(c, "app.db");
     c.signal(Signal::SIGSTOP);
     holder.tell("INSERT INTO t VALUES ('open')");

@@ -145,9 +145,7 @@ fn what_somebody_writes_to_a_replica_without_a_wal_is_found() {
     replica.wait_for("it was found", || {
         replica.log().matches("somebody wrote to it on this replica").count() > before
     });
-    replica.wait_for("a snapshot has come", || {
-        replica.database("x.db").is_some_and(|database| database["state"] == "ok")
-    });
+    replica.wait_database("x.db", "ok");
     assert_follows(&primary, &replica, "x.db", 7);
     primary.assert_no_errors();
 }
@@ -163,7 +161,6 @@ fn what_somebody_commits_on_a_replica_whose_agent_is_away_is_found() {
         sql(&primary, &name, &format!("PRAGMA journal_mode={mode}; {tables}"));
         rows = 1;
         assert_follows(&primary, &replica, &name, rows);
-        let is = |state: &str| replica.database(&name).is_some_and(|database| database["state"] == state);
         for killed in [false, true] {
             // What is committed stays in the WAL, or is moved to the file.
             for stays in [false, true] {
@@ -195,7 +192,8 @@ fn what_somebody_commits_on_a_replica_whose_agent_is_away_is_found() {
                 replica.wait_for("it was found", || found() > before);
                 sql(&primary, &name, "INSERT INTO t VALUES(2)");
                 rows += 2;
-                replica.wait_for("a snapshot has come", || is("ok"));
+                // A snapshot heals it.
+                replica.wait_database(&name, "ok");
                 assert_follows(&primary, &replica, &name, rows);
             }
         }
@@ -275,13 +273,13 @@ fn pages_from_the_free_list_that_a_refused_transaction_wrote_are_put_right() {
     // SQLite plays the journal back, in which these pages are not.
     a.expect_error("has left its content in pages from the free list");
     assert_eq!(writer.tell("SELECT count(*) FROM u"), "0");
-    let is = |state: &str| a.database("x.db").is_some_and(|database| database["state"] == state);
     a.wait_for("it is set aside", || a.log().contains("has left its content in pages from the free list"));
     b.set_role(Role::Primary).reload();
     b.wait_role("primary");
     a.wait_connected();
     sql(&b, "x.db", "INSERT INTO t VALUES(2)");
-    a.wait_for("a snapshot has come", || is("ok"));
+    // A snapshot heals it.
+    a.wait_database("x.db", "ok");
     assert_follows(&b, &a, "x.db", 2);
     a.assert_no_errors();
     b.assert_no_errors();
@@ -323,9 +321,7 @@ fn a_database_that_the_agent_cannot_follow_takes_no_more_writes() {
     primary.expect_error("its wal-index counts frames that the WAL does not have");
     wal.write_all_at(&[0; 24], end).expect("it can be written");
     kill(agent(&primary), Signal::SIGCONT).expect("the agent is there");
-    primary.wait_for("it is set aside", || {
-        primary.database("x.db").is_some_and(|database| database["state"] == "quarantined")
-    });
+    primary.wait_database("x.db", "quarantined");
     primary.wait_for("writes are refused", || writer.tell("INSERT INTO t VALUES(4)") == "disk I/O error");
     assert_eq!(writer.tell("INSERT INTO t VALUES(5)"), "disk I/O error");
     // Whoever comes later, too.
