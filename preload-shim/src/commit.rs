@@ -48,9 +48,17 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
         Err(0) => return real(flags),
         Err(error) => return fail(error),
     };
+    let file = match table::reserve() {
+        Ok(file) => file,
+        Err(error) => {
+            table::release(database);
+            return fail(error);
+        }
+    };
     let fd = match may_open(kind, database, flags) {
         Ok(flags) => real(flags),
         Err(0) => {
+            table::unreserve(file);
             table::release(database);
             return real(flags);
         }
@@ -63,6 +71,7 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
     };
     if fd < 0 {
         let error = sys::errno();
+        table::unreserve(file);
         table::release(database);
         return fail(error);
     }
@@ -85,10 +94,19 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
         transaction.playback = true;
         database.touched.store(1, Ordering::Relaxed);
     }
-    match table::opened(fd, kind, database) {
+    match table::opened(fd, kind, database, file) {
         Ok(()) => fd,
         Err(error) => {
-            sys::close(fd);
+            // More than 65,536 descriptors. Closing this one would drop the locks that SQLite has through others.
+            if database.is_open() {
+                agent::say(&[
+                    managed.name.bytes(),
+                    b": its descriptor is too high for a database's, and is lost",
+                ]);
+            } else {
+                sys::close(fd);
+            }
+            table::unreserve(file);
             table::release(database);
             fail(error)
         }

@@ -11,7 +11,7 @@ use shim_protocol::{Page, write_word};
 
 /// Descriptors from here on cannot be databases.
 pub const DESCRIPTORS: usize = 1 << 16;
-const FILES: usize = 8192;
+const FILES: usize = 16384;
 /// Databases of all clusters together.
 pub const DATABASES: usize = 2048;
 /// Bytes of the first memory for a transaction's writes.
@@ -135,6 +135,8 @@ unsafe impl Send for Transaction {}
 static TABLE: [AtomicU16; DESCRIPTORS] = [const { AtomicU16::new(0) }; DESCRIPTORS];
 static FILE: [File; FILES] = [const { File::new() }; FILES];
 static DATABASE: [Database; DATABASES] = [const { Database::new() }; DATABASES];
+/// After the file that was taken last.
+static RESERVED: AtomicU32 = AtomicU32::new(0);
 /// Held while files and databases come and go.
 static CHANGES: Lock<()> = Lock::new(());
 
@@ -373,24 +375,39 @@ fn release_locked(database: &'static Database) {
     }
 }
 
-/// A file of a database was opened. Takes over the caller's hold on the database.
-pub fn opened(fd: i32, kind: Kind, database: &'static Database) -> Result<(), i32> {
+/// Room for a file that is about to be opened; given to [`opened`] or back with [`unreserve`]. Taken before, because a file
+/// that was opened cannot be closed again: that drops the process's locks on it.
+pub fn reserve() -> Result<&'static File, i32> {
+    let _changes = CHANGES.lock().ok_or(libc::EDEADLK)?;
+    let from = RESERVED.load(Ordering::Relaxed) as usize;
+    let free = FILE.iter().enumerate().cycle().skip(from).take(FILES);
+    let free = free.into_iter().find(|(_, file)| file.descriptors.load(Ordering::Relaxed) == 0);
+    let (at, file) = free.ok_or(libc::ENFILE)?;
+    RESERVED.store((at + 1) as u32 % FILES as u32, Ordering::Relaxed);
+    file.descriptors.store(1, Ordering::Relaxed);
+    Ok(file)
+}
+
+/// Nothing was opened.
+pub fn unreserve(file: &'static File) {
+    file.descriptors.store(0, Ordering::Relaxed);
+}
+
+/// A file of a database was opened. Takes over the caller's hold on the database and on the file.
+pub fn opened(fd: i32, kind: Kind, database: &'static Database, file: &'static File) -> Result<(), i32> {
     let stat = sys::fstat(fd)?;
     let entry = TABLE.get(fd as usize).ok_or(libc::EMFILE)?;
     let _changes = CHANGES.lock().ok_or(libc::EDEADLK)?;
-    let free = FILE.iter().position(|file| file.descriptors.load(Ordering::Relaxed) == 0);
-    let free = free.ok_or(libc::ENFILE)?;
-    let file = &FILE[free];
     file.kind.store(kind as u32, Ordering::Relaxed);
     let index = (&raw const *database as usize - DATABASE.as_ptr() as usize) / size_of::<Database>();
     file.database.store(index as u32, Ordering::Relaxed);
     file.device.store(stat.st_dev, Ordering::Relaxed);
     file.inode.store(stat.st_ino, Ordering::Relaxed);
-    file.descriptors.store(1, Ordering::Relaxed);
     if let Some(count) = database.count(kind) {
         count.fetch_add(1, Ordering::Relaxed);
     }
-    let before = entry.swap(free as u16 + 1, Ordering::AcqRel);
+    let number = (&raw const *file as usize - FILE.as_ptr() as usize) / size_of::<File>() + 1;
+    let before = entry.swap(number as u16, Ordering::AcqRel);
     drop_number(before);
     Ok(())
 }

@@ -500,3 +500,32 @@ for name in sys.argv[2:]:
     assert_eq!(there(&primary), format!("{}\n{rest}", nothing(".primary")));
     replica.wait_for("the lag is 0", || there(&replica) == format!(".primary a\n{rest}"));
 }
+
+#[test]
+fn a_file_too_many_is_refused_and_drops_no_lock() {
+    let script = r#"
+import errno, os, resource, sqlite3, subprocess, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (18000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+path = sys.argv[1] + "/x.db"
+c = sqlite3.connect(path, isolation_level=None)
+c.execute("BEGIN EXCLUSIVE")
+try:
+    for i in range(17000):
+        os.open(path, os.O_RDWR | os.O_CLOEXEC)
+except OSError as e:
+    assert e.errno == errno.ENFILE and i > 16000, (i, e)
+else:
+    raise RuntimeError("all were opened")
+# Descriptors are left: the table of the library is full.
+os.open("/dev/null", os.O_RDONLY)
+other = subprocess.run(["sqlite3", path, "SELECT * FROM t"], capture_output=True, text=True)
+assert "locked" in other.stderr, other
+os._exit(0)
+"#;
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
+    sql(&primary, "x.db", "CREATE TABLE t(v)");
+    run(&mut python(&primary, script, &[]));
+    sql(&primary, "x.db", "INSERT INTO t VALUES(2)");
+    assert_follows(&primary, &replica, "x.db", 1);
+}
