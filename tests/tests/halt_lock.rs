@@ -382,6 +382,16 @@ fn a_commit_under_a_halt_lock_waits_for_a_third_host_and_is_not_seen_before() {
             assert_eq!(waiting(&a), 1, "{mode}");
             std::time::Instant::now() > sentinel
         });
+        // Nobody who looks waits for it, and neither do other databases, but where the kernel has locked the directory to
+        // remove a journal.
+        let status = b.database("app.db").expect("it is there");
+        assert_eq!(status["halt_lock"], "b", "{mode}");
+        assert_eq!(b.txid("app.db"), visible, "{mode}");
+        if mode == "WAL" {
+            a.sql("other.db", "CREATE TABLE t(x)");
+            a.wait_position_equal(&b, "other.db");
+        }
+        assert_eq!(waiting(&a), 1, "{mode}: all this while it waits");
         c.signal(Signal::SIGCONT);
         assert_eq!(holder.line(), "done", "{mode}");
         assert_eq!(holder.sql("INSERT INTO t VALUES ('goes on')"), "", "{mode}");

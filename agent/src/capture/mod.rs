@@ -227,7 +227,8 @@ pub fn log_transaction(
     };
     if let Some(lender) = lender {
         // From here on the primary has it. Should this node not get it into its log, it comes like any other.
-        lender.commit(spool.as_transaction(db)?).map_err(CaptureError::HaltLock)?;
+        let transaction = spool.as_transaction(db)?;
+        db.wait_elsewhere(st, || lender.commit(transaction)).map_err(CaptureError::HaltLock)?;
     }
     let (end, payload) = spool.append(db, record).map_err(|error| match error {
         CaptureError::Log(LogError::Fenced { .. }) => CaptureError::NotPrimary,

@@ -7,6 +7,7 @@
 pub mod checksums;
 pub mod diverged;
 pub mod follow;
+pub mod glance;
 pub mod halt;
 mod hold;
 pub mod import;
@@ -83,6 +84,8 @@ pub struct Database {
     unconfirmed: Mutex<Option<Pos>>,
     /// Who may write it, where that is not simply the primary. A leaf.
     loan: RwLock<Option<halt::Loan>>,
+    /// What the state was when its holder began to wait for another node. A leaf.
+    waits_elsewhere: Mutex<Option<glance::Glance>>,
 }
 
 /// The newest small records of a database, oldest first.
@@ -206,6 +209,7 @@ impl Database {
             apply: Mutex::new(ApplySide::new(applier)),
             unconfirmed: Mutex::default(),
             loan: RwLock::default(),
+            waits_elsewhere: Mutex::default(),
         })
     }
 
@@ -240,7 +244,7 @@ impl Database {
 
     /// Newest position that applications on this host can see.
     pub fn visible_position(&self) -> Pos {
-        self.state().applied.position
+        self.glance().applied.position
     }
 
     /// Whether it has ever had a transaction.

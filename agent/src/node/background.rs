@@ -95,6 +95,11 @@ pub fn spawn(node: Arc<Node>, stop: CancellationToken) -> JoinHandle<()> {
 fn mark(node: &Node) {
     for name in node.shared.take_unmarked() {
         let Some(db) = node.shared.database(&name) else { continue };
+        if db.is_waiting_elsewhere() {
+            // Other databases get their marks meanwhile.
+            node.shared.mark_later(&name);
+            continue;
+        }
         if let Err(error) = db.settle_applied() {
             tracing::debug!(database = %name, %error, "checkpoint waits");
         }

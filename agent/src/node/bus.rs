@@ -57,12 +57,7 @@ impl From<EngineError> for ViewError {
 impl Node {
     fn known_database(&self, name: &DatabaseName) -> Result<Arc<Database>, ViewError> {
         let known = self.shared.database(name);
-        known
-            .filter(|db| {
-                let st = db.state();
-                st.page_count > 0 || st.quarantine_reason().is_some()
-            })
-            .ok_or_else(|| ViewError::NoSuchDatabase(name.clone()))
+        known.filter(|db| db.glance().is_database()).ok_or_else(|| ViewError::NoSuchDatabase(name.clone()))
     }
 
     /// See [`NodeView::reload`].
@@ -130,10 +125,7 @@ impl BusView for Node {
     fn names(&self) -> Vec<DatabaseName> {
         // In order: the map that they come from is sorted.
         let known = self.shared.known();
-        let there = known.iter().filter(|db| {
-            let st = db.state();
-            st.page_count > 0 || st.quarantine_reason().is_some()
-        });
+        let there = known.iter().filter(|db| db.glance().is_database());
         there.map(|db| db.name().clone()).collect()
     }
 
@@ -150,8 +142,8 @@ impl BusView for Node {
 
     fn checkpoint(&self, name: &DatabaseName) -> Result<Checkpointed, ViewError> {
         let db = self.known_database(name)?;
-        if let Some(reason) = db.state().quarantine_reason() {
-            return Err(ViewError::Quarantined { name: name.clone(), reason: reason.to_owned() });
+        if let Some(reason) = db.glance().quarantined {
+            return Err(ViewError::Quarantined { name: name.clone(), reason });
         }
         let outcome = db.checkpoint(self.config.read().replication.apply_wait)?;
         db.mark_durable().map_err(|error| ViewError::Other(error.to_string()))?;

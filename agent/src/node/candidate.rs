@@ -36,13 +36,10 @@ impl Node {
         let shared = self.shared.clone();
         let progress = move || {
             let of = |db: Arc<Database>| {
-                let (end, epoch) = {
-                    let st = db.state();
-                    (st.logged_end, db.newest_record_epoch(&st))
-                };
+                let known = db.glance();
                 // A log that failed has what was durable before.
-                let _ = shared.log.wait_durable(end);
-                (db.name().clone(), Progress { epoch, position: db.durable_position() })
+                let _ = shared.log.wait_durable(known.logged_end);
+                (db.name().clone(), Progress { epoch: known.record_epoch, position: db.durable_position() })
             };
             shared.databases().into_iter().map(of).collect()
         };

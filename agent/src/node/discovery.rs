@@ -194,7 +194,7 @@ pub fn files_not_replicated(shared: &Shared, limit: usize) -> Vec<String> {
         .filter(|name| {
             let text = name.as_str();
             let companion = ["-wal", "-shm", "-journal"].iter().any(|s| text.ends_with(s));
-            !companion && shared.database(name).is_none_or(|db| db.state().page_count == 0)
+            !companion && shared.database(name).is_none_or(|db| db.glance().page_count == 0)
         })
         .map(|name| name.to_string())
         .take(limit)

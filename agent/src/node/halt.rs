@@ -378,12 +378,20 @@ impl Lender for Borrowed {
         }
         let sent = clock::now();
         // The timer belongs to the runtime.
-        let committing =
-            async { tokio::time::timeout(COMMIT, self.client.commit(self.epoch, transaction)).await };
-        let done = match self.runtime.block_on(committing) {
-            Ok(done) => done.map_err(|error| error.to_string()),
-            Err(_) => Err(format!("the primary did not answer a commit within {COMMIT:?}")),
+        let committing = async {
+            let mut lost = self.lost.subscribe();
+            tokio::select! {
+                done = tokio::time::timeout(COMMIT, self.client.commit(self.epoch, transaction)) => match done {
+                    Ok(done) => done.map_err(|error| error.to_string()),
+                    Err(_) => Err(format!("the primary did not answer a commit within {COMMIT:?}")),
+                },
+                // A primary that cannot be reached, or leads no more, does not answer.
+                lost = lost.wait_for(Option::is_some) => {
+                    Err(lost.ok().and_then(|why| why.clone()).unwrap_or_else(|| RELEASED.to_owned()))
+                }
+            }
         };
+        let done = self.runtime.block_on(committing);
         match done {
             Ok(()) => {
                 self.confirmed(sent);

@@ -36,24 +36,17 @@ impl Sink for Node {
 
     fn databases(&self) -> Vec<(DatabaseName, Pos)> {
         let of = |db: Arc<Database>| {
-            let position = Sink::position(self, db.name());
+            let known = db.glance();
             // What is told is taken for an acknowledgement.
-            let end = db.state().logged_end;
-            let durable = self.shared.log.wait_durable(end).is_ok();
-            (db.name().clone(), if durable { position } else { db.durable_position() })
+            let durable = self.shared.log.wait_durable(known.logged_end).is_ok();
+            (db.name().clone(), if durable { known.position_to_follow() } else { db.durable_position() })
         };
         self.shared.databases().into_iter().map(of).collect()
     }
 
     fn position(&self, name: &DatabaseName) -> Pos {
         let Some(db) = self.shared.database(name) else { return Pos::default() };
-        let st = db.state();
-        if st.quarantine_reason().is_some() {
-            // No history has this checksum, so the upstream answers that it diverged, and a snapshot heals it. Behind
-            // where it is: one that is at the upstream's position needs nothing.
-            return Pos { txid: Txid(st.position.txid.0.saturating_sub(1).max(1)), checksum: Checksum(0) };
-        }
-        st.position
+        db.glance().position_to_follow()
     }
 
     fn receive(

@@ -163,8 +163,7 @@ impl Node {
         let is_primary = self.role.borrow().name == RoleName::Primary;
         let heard = self.heard.lock().get(db.name()).copied();
         let halt_lock = self.halt_lock_of(db.name());
-        let mut st = db.state();
-        let wal_mode = db.load_journal_mode(&mut st);
+        let st = db.glance();
         let lag = match heard {
             Some(heard) if !is_primary => {
                 let transactions = heard.position.txid.0.saturating_sub(st.applied.position.txid.0);
@@ -183,15 +182,11 @@ impl Node {
             page_size: st.page_size,
             pages: st.page_count,
             size_bytes: u64::from(st.page_size) * u64::from(st.page_count),
-            journal_mode: if wal_mode { "wal" } else { "rollback" }.into(),
-            state: if st.quarantine_reason().is_some() {
-                DatabaseState::Quarantined
-            } else {
-                DatabaseState::Ok
-            },
-            reason: st.quarantine_reason().map(str::to_owned),
+            journal_mode: if st.wal_mode { "wal" } else { "rollback" }.into(),
+            state: if st.quarantined.is_some() { DatabaseState::Quarantined } else { DatabaseState::Ok },
+            reason: st.quarantined,
             lag,
-            wal_frames: st.wal.committed_frames(),
+            wal_frames: st.wal_frames,
             open_handles: u64::from(st.handles),
             halt_lock,
             last_change_unix_ms: (st.last_change_ms > 0).then_some(st.last_change_ms),
@@ -253,7 +248,7 @@ impl Node {
             }
             node.events.publish(match notice {
                 Notice::Transactions(db, _) => {
-                    let st = db.state();
+                    let st = db.glance();
                     let data = TxData {
                         txid: st.applied.position.txid,
                         post_apply_checksum: st.applied.position.checksum,
@@ -307,10 +302,7 @@ impl NodeView for Node {
             .shared
             .known()
             .iter()
-            .filter(|db| {
-                let st = db.state();
-                st.page_count > 0 || st.quarantine_reason().is_some()
-            })
+            .filter(|db| db.glance().is_database())
             .map(|db| self.database_status(db))
             .collect();
         databases.sort_by(|a, b| a.name.cmp(&b.name));
@@ -353,7 +345,7 @@ impl NodeView for Node {
 
     fn export(&self, name: &DatabaseName) -> Result<Export, ViewError> {
         self.shared.catch_up();
-        let known = self.shared.database(name).filter(|db| db.state().page_count > 0);
+        let known = self.shared.database(name).filter(|db| db.glance().page_count > 0);
         let db = known.ok_or_else(|| ViewError::NoSuchDatabase(name.clone()))?;
         let failed = |e: std::io::Error| ViewError::Other(format!("cannot export {name}: {e}"));
         let copy = tempfile::Builder::new()
