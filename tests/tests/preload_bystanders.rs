@@ -8,7 +8,7 @@ use shim_protocol::{Registration, VERSION};
 use sqlite_file::locks::{LockKind, SHARED, conflicting_holder};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 /// Runs each line as SQL on one connection; answers with the first value, or with the error.
 const SQL: &str = r#"
@@ -501,4 +501,28 @@ c.execute(insert)
     }
     primary.assert_no_errors();
     replica.assert_no_errors();
+}
+
+#[test]
+fn what_is_written_without_the_library_between_two_commits_of_it_is_captured() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
+    for mode in ["DELETE", "TRUNCATE", "PERSIST", "WAL"] {
+        let name = format!("{mode}.db");
+        let tables = "CREATE TABLE t(v); CREATE TABLE u(v); INSERT INTO u VALUES(1)";
+        sql(&primary, &name, &format!("PRAGMA journal_mode={mode}; {tables}"));
+        let mut client = connect(&primary, &name);
+        for _ in 0..3 {
+            assert_eq!(client.tell("INSERT INTO t VALUES(1)"), "ok");
+            run(Command::new("sqlite3").arg(primary.path(&name)).arg("UPDATE u SET v = v + 1"));
+            assert_eq!(client.tell("INSERT INTO t VALUES(2)"), "ok");
+        }
+        assert_follows(&primary, &replica, &name, 6);
+        assert_eq!(sql(&replica, &name, "SELECT v FROM u"), "4", "{mode}");
+        // Nothing of the library comes after it.
+        assert_eq!(client.tell("INSERT INTO t VALUES(1)"), "ok");
+        run(Command::new("sqlite3").arg(primary.path(&name)).arg("UPDATE u SET v = v + 1"));
+        replica.wait_for(&format!("{name} has it too"), || sql(&replica, &name, "SELECT v FROM u") == "5");
+        assert_follows(&primary, &replica, &name, 7);
+    }
 }

@@ -181,6 +181,7 @@ pub fn log_transaction(
     let mut page = vec![0; commit.page_size as usize];
     let mut changed: Vec<(u32, Checksum)> = Vec::with_capacity(commit.pages.len().min(4096));
     let mut wal_mode = db.load_journal_mode(st);
+    let mut change_counter = st.change_counter;
     for &pgno in commit.pages {
         if pgno == lock_page || pgno > commit.page_count {
             continue;
@@ -199,6 +200,7 @@ pub fn log_transaction(
         changed.push((pgno, new));
         if pgno == 1 {
             wal_mode = page[18] == 2 && page[19] == 2;
+            change_counter = Some(u32::from_be_bytes([page[24], page[25], page[26], page[27]]));
         }
     }
     if changed.is_empty() && commit.page_count == st.page_count {
@@ -258,6 +260,7 @@ pub fn log_transaction(
     st.page_size = commit.page_size;
     st.page_count = commit.page_count;
     st.set_wal_mode(wal_mode);
+    st.change_counter = change_counter;
     st.advance(Pos { txid, checksum: rolling }, end, timestamp_ms);
     if held {
         st.held = Some(st.position);

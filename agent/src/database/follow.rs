@@ -4,6 +4,7 @@ use super::recovery::WAL_IS_FROM_THE_LOG;
 use super::{Database, State};
 use crate::capture::wal::published::{self, HeldCommit};
 use crate::capture::{CaptureError, Logged};
+use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
 use sqlite_file::wal::{FRAME_HEADER_BYTES, Scanner, WalEnd, WalError, WalHeader};
 use sqlite_file::wal_index::IndexHeader;
 use std::collections::BTreeSet;
@@ -209,11 +210,50 @@ impl Database {
 
     /// The agent itself has written to the database's files what came from a primary.
     pub(crate) fn remember_applied_frames(&self, st: &mut State) {
+        st.change_counter = None;
         st.wal.mark_written_from_log();
         if self.shared.follows_wals() {
             let index = self.published_index(st).ok().flatten();
             st.applied_frames = index.map(|index| (index.salts, index.max_frame));
         }
+    }
+
+    /// On the primary: reads the change counter if it is not known. A first page that is not what the log has was written by
+    /// somebody without the library.
+    pub(crate) fn learn_change_counter(&self, st: &mut State) -> Result<(), CaptureError> {
+        if st.change_counter.is_some() || st.page_count == 0 || !self.shared.is_writable() {
+            return Ok(());
+        }
+        if self.load_journal_mode(st) || st.applied.position != st.position || st.check_health().is_err() {
+            return Ok(());
+        }
+        let mut page = vec![0; st.page_size as usize];
+        let file = match st.database_file(self) {
+            Err(CaptureError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+            file => file?,
+        };
+        self.read_database_page(&file, 1, &mut page)?;
+        st.open_checksums(self)?;
+        if st.checksums().get(1) == Some(ltx::page_checksum(1, &page)) {
+            st.change_counter = DatabaseHeader::parse(&page).ok().map(|header| header.change_counter);
+        } else {
+            st.rollback.mark_unknown();
+        }
+        Ok(())
+    }
+
+    /// Whether the file's change counter says that there were transactions of others between the newest of the log and
+    /// `own` ones. In rollback modes each one adds 1 to it, or nothing with `locking_mode=EXCLUSIVE`.
+    pub(crate) fn has_unseen_transactions(&self, st: &mut State, own: u32) -> Result<bool, CaptureError> {
+        if st.page_count == 0 {
+            return Ok(false);
+        }
+        let mut first = [0; HEADER_BYTES];
+        let file = st.database_file(self)?;
+        self.read_at_or_zero(&file, &mut first, 0)?;
+        let counter = DatabaseHeader::parse(&first).ok().map(|header| header.change_counter);
+        let seen = st.change_counter.zip(counter).is_some_and(|(log, file)| file.wrapping_sub(log) <= own);
+        Ok(!seen)
     }
 
     /// Before transactions of a primary are written to a rollback-mode file: whether it is as this agent has left it.
@@ -344,6 +384,7 @@ impl Database {
             }
             Err(error) => Err(error),
         };
+        let read = read.and_then(|()| self.learn_change_counter(&mut st));
         if st.suspect.take().is_some() {
             // What somebody else has written becomes a transaction: in WAL mode part of the next one.
             if self.load_journal_mode(&mut st) {

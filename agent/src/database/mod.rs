@@ -146,6 +146,8 @@ pub struct State {
     pub(crate) ahead: bool,
     /// Salts and last frame of a followed WAL after transactions of a primary were added.
     pub(crate) applied_frames: Option<(Salts, u32)>,
+    /// SQLite's change counter in page 1 as the log has it; `None`: not known, or written by the agent since.
+    pub(crate) change_counter: Option<u32>,
     /// The running WAL generation.
     pub wal: WalCapture,
     /// Up to here the kernel's cache has pages of the WAL in advance, until somebody asks how long the file is.
@@ -500,6 +502,7 @@ impl State {
     pub(crate) fn forget_journal_mode(&mut self) {
         self.wal_mode = false;
         self.journal_mode_known = false;
+        self.change_counter = None;
     }
 
     /// Sets the database aside, alone.

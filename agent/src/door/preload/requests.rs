@@ -60,6 +60,9 @@ pub fn take_up(db: &Arc<Database>) -> bool {
     let mut st = db.state();
     st.handles += 1;
     note_replaced(db, &mut st);
+    if let Err(error) = db.learn_change_counter(&mut st) {
+        tracing::error!(database = %db.name(), %error, "it cannot be compared with the log yet");
+    }
     st.quarantine_reason().is_some()
 }
 
@@ -210,6 +213,10 @@ pub fn commit(db: &Arc<Database>, flags: u32, writes: &Writes, pid: i32) -> Resu
         st.rollback = Default::default();
         return Ok(Answer::Now(0));
     }
+    // What was committed without the library since the last transaction goes with this one.
+    if db.has_unseen_transactions(&mut st, 1).map_err(|e| errno_of(db, "commit", &e))? {
+        st.rollback.mark_unknown();
+    }
     let logged = db.capture_rollback_to_hold(&mut st).map_err(|e| errno_of(db, "commit", &e))?;
     let synced = std::mem::take(&mut st.rollback.synced);
     Ok(match (db.hold_of(&st, logged, synced), logged) {
@@ -348,8 +355,12 @@ pub fn note_foreign_write(db: &Arc<Database>) -> Look {
     let mut st = db.state();
     // A transaction that the library reports is on its way, or has just been.
     let recent = st.handles > 0 && unix_ms() - st.last_change_ms < 1000;
-    if recent || st.check_health().is_err() || st.rollback.is_dirty() {
+    if st.check_health().is_err() || st.rollback.is_dirty() {
         return Look::Known;
+    }
+    if recent {
+        let unseen = !db.load_journal_mode(&mut st) && db.has_unseen_transactions(&mut st, 0).unwrap_or(true);
+        return if unseen { Look::Later } else { Look::Known };
     }
     note_replaced(db, &mut st);
     if st.rollback.is_dirty() || st.page_count == 0 {
