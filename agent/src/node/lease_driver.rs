@@ -183,6 +183,8 @@ pub(super) fn start(node: &Arc<Node>, stop: &CancellationToken) -> Result<LeaseH
         own,
         lease: lease.clone(),
         machine,
+        alarm: clock::Alarm::new()
+            .map_err(|e| LeaseError(format!("no timer for the lease can be had: {e}")))?,
         read_again: read_again.clone(),
         timing,
         beat: 0,
@@ -250,6 +252,7 @@ struct Driver {
     own: Peer,
     lease: Arc<dyn Lease>,
     machine: RoleMachine,
+    alarm: clock::Alarm,
     read_again: Arc<Notify>,
     timing: Timing,
     /// See [`Term::beat`].
@@ -269,11 +272,16 @@ impl Driver {
         loop {
             let input = match self.machine.wake_at() {
                 None => queue.recv().await,
-                Some(at) => {
-                    let wait = at.saturating_sub(clock::now());
-                    // The timer counts by another clock, which stops with the host: it only wakes, the machine looks.
-                    tokio::time::timeout(wait, queue.recv()).await.unwrap_or(Some(Input::Event(Event::Tick)))
-                }
+                Some(at) => tokio::select! {
+                    input = queue.recv() => input,
+                    rung = self.alarm.until(at) => {
+                        if let Err(error) = rung {
+                            tracing::error!(%error, "the lease's timer fails; looking again");
+                            tokio::time::sleep(RETRY).await;
+                        }
+                        Some(Input::Event(Event::Tick))
+                    }
+                },
             };
             let Some(input) = input else { return };
             let now = clock::now();
