@@ -40,7 +40,8 @@ pub struct Glance {
 
 impl Glance {
     fn of(db: &Database, st: &mut State) -> Glance {
-        let wal_mode = db.load_journal_mode(st);
+        // Not of a file that is still being made: it would be remembered.
+        let wal_mode = st.page_count > 0 && db.load_journal_mode(st);
         Glance {
             position: st.position,
             logged_end: st.logged_end,
