@@ -294,6 +294,34 @@ pub fn may_write(cluster: usize) -> bool {
     until == u64::MAX || sys::lease_now_ns() < until
 }
 
+/// `ACCESS_*` bits of a database.
+fn access(database: &Database) -> u32 {
+    number_on_page(database).map_or(0, |(page, number)| page.access[number as usize].load(Ordering::SeqCst))
+}
+
+/// Whether applications may write this database now: the host's, or another one's under a halt lock.
+pub fn may_write_to(database: &Database) -> bool {
+    may_write(database.cluster()) || access(database) & protocol::ACCESS_BORROWED != 0
+}
+
+/// Whether a writer has to wait, until the halt lock of another host has ended or this one has got it. It is told to the
+/// agent, which may get it; nothing waits here.
+pub fn has_to_wait(database: &Database) -> bool {
+    let access = access(database);
+    if access & protocol::ACCESS_LENT != 0 {
+        return true;
+    }
+    access & protocol::ACCESS_ON_DEMAND != 0 && !may_write_to(database) && want(database)
+}
+
+/// Tells the agent that a writer waits for this database.
+pub fn want(database: &Database) -> bool {
+    let Some((page, number)) = number_on_page(database) else { return false };
+    page.changed[number as usize].fetch_or(protocol::WANTED, Ordering::SeqCst);
+    ring(page, protocol::NAPPING);
+    true
+}
+
 /// Whether the agent is there, as far as is known.
 pub fn is_up(cluster: usize) -> bool {
     CONNECTION[cluster].is_up()
@@ -318,7 +346,11 @@ pub fn give_up(fd: i32) {
 }
 
 /// Whether commits in WAL mode are held.
-pub fn holds(cluster: usize) -> bool {
+pub fn holds(database: &Database) -> bool {
+    access(database) & protocol::ACCESS_BORROWED != 0 || holds_all(database.cluster())
+}
+
+fn holds_all(cluster: usize) -> bool {
     CONNECTION[cluster]
         .page()
         .is_some_and(|page| page.mode.load(Ordering::Acquire) & protocol::MODE_HELD != 0)
@@ -578,7 +610,7 @@ pub fn is_ready(database: &Database) -> bool {
     let ahead = page.written[number]
         .load(Ordering::Relaxed)
         .saturating_sub(page.captured[number].load(Ordering::SeqCst));
-    is_up(database.cluster()) && ahead <= protocol::AHEAD_BYTES && may_write(database.cluster())
+    is_up(database.cluster()) && ahead <= protocol::AHEAD_BYTES && may_write_to(database)
 }
 
 /// Whether the agent cannot take commits of this database now.
@@ -587,13 +619,17 @@ pub fn is_refused(database: &Database) -> bool {
         .is_some_and(|(page, number)| page.refused[number as usize].load(Ordering::Relaxed) != 0)
 }
 
-/// A commit in WAL mode is about to be written. From now on the agent waits for it before it ends a term; `false`: the
-/// term has ended.
-pub fn begin_commit(database: &Database) -> bool {
+/// A commit in WAL mode is about to be written; says whether it has to be held. From now on the agent waits for it before it
+/// ends a term. `None`: the term, or the halt lock, has ended.
+pub fn begin_commit(database: &Database) -> Option<bool> {
     let cluster = database.cluster();
+    if access(database) & protocol::ACCESS_BORROWED != 0 {
+        // Should the lock end now, the agent refuses what it is asked.
+        return Some(true);
+    }
     if !database.committing.load(Ordering::Relaxed).is_null() {
         // The header of the same commit again, with another checksum.
-        return true;
+        return Some(holds_all(cluster));
     }
     loop {
         let page = CONNECTION[cluster].page();
@@ -606,11 +642,11 @@ pub fn begin_commit(database: &Database) -> bool {
         // It may have found another agent, which has to wait too.
         let same = CONNECTION[cluster].page().map(core::ptr::from_ref) == page.map(core::ptr::from_ref);
         if may && same {
-            return true;
+            return Some(holds_all(cluster));
         }
         end_commit(database);
         if !may {
-            return false;
+            return None;
         }
     }
 }

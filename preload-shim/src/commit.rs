@@ -11,6 +11,8 @@ use shim_protocol::{FLAG_PLAYBACK, FLAG_SYNCED, FLAG_UNJOURNALED, FLAG_UNKNOWN, 
 /// Database file: first of the bytes that readers lock; a writer has all of them (os_unix.c).
 const SHARED_FIRST: i64 = 0x4000_0002;
 const SHARED_SIZE: i64 = 510;
+/// Database file: locked by the one who is about to write.
+const RESERVED: i64 = 0x4000_0001;
 /// Wal-index: locked by the writer.
 const WAL_WRITE: i64 = 120;
 /// Wal-index: locked, all four, to begin the WAL anew.
@@ -156,7 +158,7 @@ fn may_open(kind: Kind, database: &'static Database, flags: i32) -> Result<i32, 
         Err(_) if writes_now => return Err(libc::EIO),
         Err(_) => return Ok(flags),
     }
-    if agent::may_write(database.cluster()) {
+    if agent::may_write(database.cluster()) || kind == Kind::Journal && agent::may_write_to(database) {
         return Ok(flags);
     }
     match kind {
@@ -210,7 +212,7 @@ fn database_write(database: &Database, data: &[u8], offset: u64) -> Result<(), i
         // A checkpoint: the WAL, and so the log, has it.
         return Ok(());
     }
-    if !journaled && !agent::may_write(database.cluster()) {
+    if !journaled && !agent::may_write_to(database) {
         return Err(libc::EROFS);
     }
     let mut transaction = database.transaction.lock().ok_or(libc::EDEADLK)?;
@@ -293,12 +295,12 @@ fn wal_write(
             }
             // The header of a commit that is written already gets another checksum: its transaction had spilled.
             let again = offset < database.wal_end.load(Ordering::Relaxed);
-            if !agent::begin_commit(database) {
+            let Some(held) = agent::begin_commit(database) else {
                 return fail(libc::EROFS) as isize;
-            }
+            };
             database.wal_end.store(offset + 1, Ordering::Relaxed);
             database.committed.store(1, Ordering::Relaxed);
-            if agent::holds(database.cluster()) {
+            if held {
                 match hold(fd, database, data, offset) {
                     Ok(true) => return FRAME_HEADER as isize,
                     Ok(false) => {}
@@ -318,14 +320,13 @@ fn wal_write(
         if wal_ends_within(database, agent::wait_ms()).is_err() {
             return fail(libc::EIO) as isize;
         }
-        if let Some(mut transaction) = database.transaction.lock() {
-            transaction.committed_end = 0;
-            transaction.held = None;
-        }
+        forget_held(database);
         database.wal_end.store(0, Ordering::Relaxed);
         return real();
     }
-    let held = if agent::holds(database.cluster()) { database.transaction.lock() } else { None };
+    // Also when commits need not be held any more since its header was kept back.
+    let is_held = database.holding.load(Ordering::Relaxed) != 0;
+    let held = if is_held { database.transaction.lock() } else { None };
     if let Some(mut transaction) = held
         && let Some(frame) = transaction.held
         && offset == frame.offset + FRAME_HEADER as u64 + frame.written
@@ -338,6 +339,7 @@ fn wal_write(
         transaction.held = Some(frame);
         if frame.written >= frame.page_size {
             transaction.held = None;
+            database.holding.store(0, Ordering::Relaxed);
             if let Err(error) = commit_frame(fd, database, &frame) {
                 return fail(error) as isize;
             }
@@ -378,7 +380,17 @@ fn hold(fd: i32, database: &Database, header: &[u8], offset: u64) -> Result<bool
     let mut kept = [0; FRAME_HEADER];
     kept.copy_from_slice(header);
     transaction.held = Some(HeldFrame { offset, header: kept, page_size, written: 0 });
+    database.holding.store(1, Ordering::Relaxed);
     Ok(true)
+}
+
+/// Another transaction begins, or another WAL.
+fn forget_held(database: &Database) {
+    if let Some(mut transaction) = database.transaction.lock() {
+        transaction.committed_end = 0;
+        transaction.held = None;
+        database.holding.store(0, Ordering::Relaxed);
+    }
 }
 
 /// The page of a held frame is written: the agent takes the transaction over, then the header makes it valid.
@@ -423,7 +435,7 @@ pub fn sync(file: &File, real: &dyn Fn() -> i32) -> i32 {
             }
             synced
         }
-        Kind::Wal if agent::holds(database.cluster()) => {
+        Kind::Wal if agent::holds(database) => {
             match agent::ask(database, Op::WalSync, 0, &[], agent::wait_ms()) {
                 Ok(()) => 0,
                 Err(error) => fail(error),
@@ -575,7 +587,7 @@ fn lock_shm(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) ->
             {
                 return fail(libc::EIO);
             }
-            if !agent::may_write(database.cluster()) {
+            if agent::has_to_wait(database) || !agent::may_write_to(database) {
                 return fail(libc::EAGAIN);
             }
             if let Err(error) = agent::wait_until_near(database) {
@@ -587,12 +599,8 @@ fn lock_shm(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) ->
             database.writing.store(1, Ordering::Relaxed);
             agent::end_commit(database);
             database.committed.store(0, Ordering::Relaxed);
-            if agent::holds(database.cluster())
-                && let Some(mut transaction) = database.transaction.lock()
-            {
-                transaction.committed_end = 0;
-                transaction.held = None;
-            }
+            // Whether commits are held may have changed since the last transaction.
+            forget_held(database);
         }
         return locked;
     }
@@ -621,6 +629,9 @@ fn lock_database(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i3
     let database = file.database();
     let kind = i32::from(lock.l_type);
     if kind == libc::F_WRLCK {
+        if (lock.l_start, lock.l_len) == (RESERVED, 1) && agent::has_to_wait(database) {
+            return fail(libc::EAGAIN);
+        }
         let locked = real();
         let exclusive = (lock.l_start, lock.l_len) == (SHARED_FIRST, SHARED_SIZE);
         // The last one out of the WAL: it will be checkpointed and removed. Without EXCLUSIVE it stays.

@@ -96,6 +96,8 @@ pub struct Database {
     /// After the header of the newest commit frame begins.
     pub wal_end: AtomicU64,
     pub transaction: Lock<Transaction>,
+    /// The header of a commit frame is kept back in `transaction`; can be asked without its lock.
+    pub holding: AtomicU32,
     /// There may be something in `transaction`; can be asked without its lock.
     pub touched: AtomicU32,
 }
@@ -186,6 +188,7 @@ impl Database {
             wal_end: AtomicU64::new(0),
             transaction: Lock::new(Transaction::new()),
             touched: AtomicU32::new(0),
+            holding: AtomicU32::new(0),
         }
     }
 
@@ -343,8 +346,8 @@ pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
     drop(own);
     database.cluster.store(managed.cluster as u32, Ordering::Relaxed);
     database.attached.store(0, Ordering::Relaxed);
-    let Database { wals, shms, journals, writing, committed, synced, touched, .. } = database;
-    for count in [wals, shms, journals, writing, committed, synced, touched] {
+    let Database { wals, shms, journals, writing, committed, synced, touched, holding, .. } = database;
+    for count in [wals, shms, journals, writing, committed, synced, touched, holding] {
         count.store(0, Ordering::Relaxed);
     }
     database.wal_bytes.store(0, Ordering::Relaxed);
@@ -480,6 +483,7 @@ pub fn forked() {
             database.committed.store(0, Ordering::Relaxed);
             database.writing.store(0, Ordering::Relaxed);
             database.touched.store(0, Ordering::Relaxed);
+            database.holding.store(0, Ordering::Relaxed);
             if let Some(mut transaction) = database.transaction.lock() {
                 transaction.clear();
                 transaction.held = None;

@@ -229,7 +229,8 @@ fn a_holder_that_is_killed_lets_go() {
         // The program lives on, with a transaction under way.
         let pid = i32::try_from(holder.run.id()).expect("a process id");
         kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
-        insert(&primary, "own").expect("the primary writes again");
+        // The transaction has its time to end.
+        primary.wait_for("the primary writes again", || insert(&primary, "own").is_ok());
         holder.tell("COMMIT;");
         let said = holder.line();
         assert!(said.to_lowercase().contains("error"), "{mode}: {said}");
@@ -402,6 +403,42 @@ fn a_commit_under_a_halt_lock_waits_for_a_third_host_and_is_not_seen_before() {
         assert_one_history(&[&a, &b, &c]);
         holder.finish();
         insert(&a, "own").expect("the primary has its database again");
+    }
+}
+
+/// The program that `litefs run` runs.
+fn program_of(holder: &Holder) -> Pid {
+    let run = holder.run.id();
+    let children = std::fs::read_to_string(format!("/proc/{run}/task/{run}/children")).expect("it runs");
+    Pid::from_raw(children.trim().parse().expect("it has one"))
+}
+
+#[test]
+fn a_program_that_dies_while_its_commit_waits_leaves_its_host_like_the_others() {
+    for mode in ["WAL", "DELETE", "TRUNCATE"] {
+        let fleet = Fleet::new();
+        let [a, b, c] = synchronous(&fleet, &[]);
+        create(&a, mode);
+        for host in [&b, &c] {
+            a.wait_position_equal(host, "app.db");
+        }
+        let mut holder = Holder::connection(&b, "app.db");
+        holder.tell("INSERT INTO t VALUES ('lent'); SELECT 'done';");
+        assert_eq!(holder.line(), "done", "{mode}");
+        a.wait_position_equal(&c, "app.db");
+        c.signal(Signal::SIGSTOP);
+        holder.tell("INSERT INTO t VALUES ('open');");
+        a.wait_for("the commit waits", || waiting(&a) == 1);
+        kill(program_of(&holder), Signal::SIGKILL).expect("it runs");
+        c.signal(Signal::SIGCONT);
+        let _ = holder.run.wait();
+        a.wait_for("the primary writes again", || insert(&a, "own").is_ok());
+        let rows = a.sql("app.db", ROWS);
+        assert!(["first,lent,own", "first,lent,open,own"].contains(&&*rows), "{mode}: {rows}");
+        for host in [&b, &c] {
+            host.wait_sql("app.db", ROWS, &rows);
+        }
+        assert_one_history(&[&a, &b, &c]);
     }
 }
 

@@ -12,10 +12,11 @@ type Step = (&'static str, fn() -> Result<String>);
 
 /// Whole-system tests that run through the preload door too. Those of recovery, of a mount that is taken over and of plain
 /// files are about what the FUSE door does; `preload` has its counterparts and chooses the doors itself.
-const BOTH_DOORS: [&str; 10] = [
+const BOTH_DOORS: [&str; 11] = [
     "access",
     "elections",
     "failover",
+    "halt_lock",
     "operations",
     "replication",
     "sqlite_behaviour",

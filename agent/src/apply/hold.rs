@@ -4,6 +4,7 @@ use super::connection::{WalConnection, exists, uses_wal};
 use super::files::{Files, Patience};
 use super::{ApplyError, rollback_journal};
 use sqlite_file::locks::{LockGuard, LockKind, RESERVED};
+use sqlite_file::wal::Salts;
 use std::sync::Arc;
 
 /// No writer of the database begins a transaction while this lives; readers go on.
@@ -18,6 +19,13 @@ impl WriterHold {
     /// Whether it is the write lock of a WAL.
     pub fn is_of_wal(&self) -> bool {
         self.connection.is_some()
+    }
+
+    /// What the wal-index publishes: salts, and the number of frames that count. `None`: there is none, or its writer died
+    /// while it wrote it.
+    pub fn published(&self) -> Option<(Salts, u32)> {
+        let header = self.connection.as_ref()?.index.read_header()?;
+        Some((header.salts, header.max_frame))
     }
 
     /// Waits for the transaction that is running. `None`: there is no database.

@@ -9,6 +9,7 @@ pub mod wal;
 
 use crate::database::checksums::ChecksumsError;
 use crate::database::halt::Transaction;
+use crate::database::recovery::WAL_IS_FROM_THE_LOG;
 use crate::database::{Database, State};
 use crate::log::{LogError, Lsn, NewRecord, RecordKind, WalEnd};
 use crate::ship::engine::{RecordPayload, ShippedRecord};
@@ -158,6 +159,7 @@ pub fn log_transaction(
         }
     }
 
+    let lender = db.lender().filter(|_| !st.ahead);
     let header = Header {
         flags: 0,
         page_size: commit.page_size,
@@ -206,7 +208,6 @@ pub fn log_transaction(
     if changed.is_empty() && commit.page_count == st.page_count {
         return Ok(None);
     }
-    let lender = db.lender().filter(|_| !st.ahead);
     // What the primary has taken is no commit of this node's term.
     let held = lender.is_none() && commit.may_hold && db.admit_held()?;
     if commit.page_count == 0 {
@@ -224,9 +225,11 @@ pub fn log_transaction(
         page_size: commit.page_size,
         commit: commit.page_count,
         timestamp_ms,
-        wal: commit.wal,
+        // For an agent that comes after this one it is a transaction of the primary.
+        wal: if lender.is_some() { Some(WAL_IS_FROM_THE_LOG) } else { commit.wal },
         fence: if st.ahead || lender.is_some() { None } else { Some(&term) },
     };
+    let is_lent = lender.is_some();
     if let Some(lender) = lender {
         // From here on the primary has it. Should this node not get it into its log, it comes like any other.
         let transaction = spool.as_transaction(db)?;
@@ -262,6 +265,10 @@ pub fn log_transaction(
     st.set_wal_mode(wal_mode);
     st.change_counter = change_counter;
     st.advance(Pos { txid, checksum: rolling }, end, timestamp_ms);
+    st.lent_before = is_lent.then_some(st.applied);
+    if let Some(before) = st.lent_before {
+        st.checksums_mut().set_applied(before);
+    }
     if held {
         st.held = Some(st.position);
     } else {

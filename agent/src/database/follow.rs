@@ -44,7 +44,7 @@ impl std::fmt::Display for Suspicion {
 impl Database {
     /// Captures what is published in the WAL and not in the log. Does nothing where a door sees the writes itself.
     pub fn follow_wal(&self, st: &mut State) -> Result<Option<Logged>, CaptureError> {
-        if !self.shared.follows_wals() || !self.shared.is_writable() {
+        if !self.shared.follows_wals() || !self.shared.is_writable() || self.is_lent() {
             return Ok(None);
         }
         st.check_health()?;
@@ -57,7 +57,7 @@ impl Database {
     /// As [`Database::follow_wal`], by the WAL itself: for a database that a process has for itself, which may publish
     /// what it has committed a moment later.
     pub fn follow_file(&self, st: &mut State) -> Result<Option<Logged>, CaptureError> {
-        if !self.shared.follows_wals() || !self.shared.is_writable() {
+        if !self.shared.follows_wals() || !self.shared.is_writable() || self.is_lent() {
             return Ok(None);
         }
         st.check_health()?;

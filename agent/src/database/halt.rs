@@ -1,8 +1,8 @@
 //! A halt lock (decision 34): the primary lends a database to another node, which then is its only writer. The lender's
 //! writers wait meanwhile; what the borrower commits goes to the lender first, and only then into the borrower's log.
 
-use super::Database;
-use super::receive::other;
+use super::receive::{ApplySide, other};
+use super::{Database, State};
 use crate::apply::{Applier, WriterHold};
 use crate::capture::CaptureError;
 use crate::ship::engine::{EngineError, ShippedRecord};
@@ -80,6 +80,8 @@ impl Database {
         let hold = self.hold_writers(bound)?.ok_or_else(no_database)?;
         let (position, end) = {
             let mut st = self.state();
+            // Behind the preload door commits are seen a moment after they were made.
+            self.follow_wal(&mut st).map_err(other)?;
             if !self.load_journal_mode(&mut st) && st.rollback.is_dirty() {
                 // Written without a journal: nobody has said yet that it is committed.
                 self.capture_rollback(&mut st).map_err(other)?;
@@ -99,15 +101,40 @@ impl Database {
         }
         let mut kept = None;
         keep_out(&mut self.apply.lock().applier, hold, &mut kept);
+        self.shared.tell_door();
         Ok((position, kept))
     }
 
     /// The lock has ended.
     pub fn take_back(&self) {
-        *self.loan.write() = None;
-        if self.may_write() {
-            self.let_writers_in();
+        {
+            let mut side = self.apply.lock();
+            *self.loan.write() = None;
+            self.let_writers_in_again(&mut side);
         }
+        self.shared.tell_door();
+    }
+
+    /// Applications' writers may go on, after transactions of another node: what they add is told from these. Where not
+    /// all of these are applied yet, they go on when they are.
+    pub(super) fn let_writers_in_again(&self, side: &mut ApplySide) {
+        if !self.may_write() {
+            return;
+        }
+        if self.shared.follows_wals() {
+            let position = {
+                let st = self.state();
+                (st.applied.position, st.position)
+            };
+            if position.0 != position.1 || !side.pending.is_empty() {
+                return self.shared.pending_again(&self.name);
+            }
+            if let Err(error) = self.read_applied_wal() {
+                tracing::warn!(database = %self.name, %error, "its WAL cannot be read yet: writers wait");
+                return self.shared.pending_again(&self.name);
+            }
+        }
+        side.applier.let_writers_in();
     }
 
     /// Logs and applies a transaction of the node that has the database. `hold` is what [`Database::lend`] gave. What has to
@@ -165,9 +192,81 @@ impl Database {
     }
 
     /// This node's applications may write from now on, though it is a replica: what they commit goes to `lender` first.
-    pub fn borrow(&self, lender: Arc<dyn Lender>) {
-        *self.loan.write() = Some(Loan::Borrowed(lender));
-        self.let_writers_in();
+    ///
+    /// # Errors
+    /// What is in its files may not be what the log has.
+    pub fn borrow(&self, lender: Arc<dyn Lender>) -> Result<(), EngineError> {
+        {
+            let mut side = self.apply.lock();
+            if self.shared.follows_wals() {
+                self.check_borrowable()?;
+                self.read_applied_wal().map_err(other)?;
+            }
+            *self.loan.write() = Some(Loan::Borrowed(lender));
+            side.applier.let_writers_in();
+        }
+        self.shared.tell_door();
+        Ok(())
+    }
+
+    /// Behind the preload door somebody without the library may have written to it: that must not go to the primary as part
+    /// of the next transaction.
+    fn check_borrowable(&self) -> Result<(), EngineError> {
+        let mut st = self.state();
+        if st.applied.position != st.position {
+            return Err(EngineError::Busy(self.name.clone()));
+        }
+        self.look_for_foreign_writes(&mut st);
+        if st.suspect.is_some() {
+            self.check_applied(&mut st);
+        }
+        if st.suspect.is_some() || self.has_foreign_frames(&mut st).map_err(other)? {
+            return Err(other(format_args!(
+                "somebody has written to {} on this replica without the preload library: the next transaction of the \
+                 primary heals it",
+                self.name
+            )));
+        }
+        match st.quarantine_reason() {
+            Some(reason) => {
+                Err(EngineError::Quarantined { name: self.name.clone(), reason: reason.to_owned() })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// This node has a database no longer. Where it is not known that the newest commit was published, it is applied again
+    /// from the log: its application may have died after the primary had taken it.
+    fn settle_borrowed(&self, st: &mut State, hold: Option<&WriterHold>) {
+        let Some(before) = st.lent_before.take() else { return };
+        let published = match hold {
+            None => false,
+            Some(hold) if self.load_journal_mode(st) => {
+                let captured = st.wal.captured_frames();
+                captured.is_some() && captured == hold.published()
+            }
+            Some(_) => !self.has_hot_journal(),
+        };
+        if published {
+            let applied = st.applied;
+            st.checksums_mut().set_applied(applied);
+        } else if st.applied.position == st.position {
+            st.applied = before;
+            st.wal.mark_written_from_log();
+        }
+    }
+
+    /// Transactions of a primary are about to be added to what this node has committed itself under a halt lock.
+    pub(super) fn settle_before_apply(&self, side: &mut ApplySide) {
+        if side.pending.is_empty() && self.lender().is_some() {
+            return;
+        }
+        let mut st = self.state();
+        let Some(before) = st.lent_before.take() else { return };
+        st.applied = before;
+        st.wal.mark_written_from_log();
+        // They are found in the log, with the one to apply again.
+        side.pending.clear();
     }
 
     /// This node is a replica like any other again. The running transaction gets at most `bound` to end first.
@@ -198,8 +297,10 @@ impl Database {
             {
                 tracing::warn!(database = %self.name, %error, "what was written without a journal is not captured");
             }
+            self.settle_borrowed(&mut st, hold.as_ref());
             *self.loan.write() = None;
         }
+        self.shared.tell_door();
         if let Some(hold) = hold {
             self.keep_writers_out(hold);
         }

@@ -137,6 +137,8 @@ pub struct State {
     pub(crate) held: Option<Pos>,
     /// Applications of before a restart may ask for a commit again that nobody has acknowledged.
     pub(crate) asked_again: bool,
+    /// What was applied before the newest commit under a halt lock of this node, until that is known to be published.
+    pub(crate) lent_before: Option<Mark>,
     /// Bytes 18 and 19 of page 1 say WAL.
     pub wal_mode: bool,
     journal_mode_known: bool,

@@ -252,6 +252,7 @@ impl Database {
         if self.is_unconfirmed() {
             return self.take_back_unconfirmed(side);
         }
+        self.settle_before_apply(side);
         if let Err(error) = self.queue_unapplied(side) {
             tracing::error!(database = %self.name, %error, "cannot apply what the log has");
         }
@@ -323,6 +324,10 @@ impl Database {
                 }
                 self.shared.counters.applies.fetch_add(count as u64, Ordering::Relaxed);
                 self.shared.pending_done(&self.name);
+                if self.shared.follows_wals() && side.applier.keeps_writers_out() {
+                    // A database that was lent is this node's again.
+                    self.let_writers_in_again(side);
+                }
                 self.shared.visible(self, count as u64);
             }
             Err(error @ (ApplyError::Record { .. } | ApplyError::InvalidTransaction { .. })) => {

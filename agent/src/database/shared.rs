@@ -2,7 +2,6 @@
 
 use super::Database;
 use crate::DatabaseName;
-use crate::capture::CaptureError;
 use crate::door::fuse::NameInvalidator;
 use crate::lease;
 use crate::log::{CommitLog, Fence};
@@ -289,10 +288,6 @@ impl Shared {
     pub(crate) fn is_within_write_limit(&self) -> bool {
         let until = self.write_until.load(Ordering::Acquire);
         until == u64::MAX || lease::clock::now().as_nanos() < u128::from(until)
-    }
-
-    pub(crate) fn check_writable(&self) -> Result<(), CaptureError> {
-        if self.is_writable() { Ok(()) } else { Err(CaptureError::NotPrimary) }
     }
 
     /// Names of databases whose durable position moved.

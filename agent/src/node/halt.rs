@@ -441,11 +441,6 @@ impl Node {
         if self.shared.is_writable() {
             return Ok(HeldLock { borrowed: None });
         }
-        if self.shared.follows_wals() {
-            return Err(ViewError::HaltLock(
-                "halt locks need the FUSE door (door = \"fuse\"): behind the preload door commits are seen afterwards".into(),
-            ));
-        }
         let known = self.shared.database(&name).filter(|db| db.is_tracked());
         let db = known.ok_or_else(|| ViewError::NoSuchDatabase(name.clone()))?;
         // In a task of its own: if the one who asks goes away, what was done is undone.
@@ -552,7 +547,13 @@ impl Node {
         }
         let (writing, lender) = (db.clone(), borrowed.clone());
         let begun = tokio::task::spawn_blocking(move || writing.borrow(lender)).await;
-        begun.map_err(|error| error.to_string())?;
+        if let Err(why) =
+            begun.map_err(|error| error.to_string()).and_then(|begun| begun.map_err(|e| e.to_string()))
+        {
+            borrowed.lose(&why);
+            self.release(&borrowed).await;
+            return Err(why);
+        }
         tracing::info!(database = %name, position = granted.position, "this host writes it under a halt lock");
         Ok(borrowed)
     }

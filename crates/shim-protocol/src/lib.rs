@@ -18,7 +18,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// Version of everything in this crate.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;
 /// First word of handshake and page: `LFSH`.
 pub const MAGIC: u32 = 0x4853_464c;
 /// File, beside the agent's socket, that names the managed directory: see [`Registration`].
@@ -105,6 +105,14 @@ pub const MODE_WRITABLE: u32 = 1;
 /// [`Page::mode`]: commits in WAL mode are held until the agent has them, and the log's sync stands for the file's.
 pub const MODE_HELD: u32 = 2;
 
+/// [`Page::access`]: applications may write this database though the host is no primary, under a halt lock. Its commits are
+/// held whatever [`MODE_HELD`] says.
+pub const ACCESS_BORROWED: u32 = 1;
+/// [`Page::access`]: another host writes this database now; writers wait.
+pub const ACCESS_LENT: u32 = 2;
+/// [`Page::access`]: this host is no primary, and the agent gets a halt lock when a writer asks ([`WANTED`]) and waits.
+pub const ACCESS_ON_DEMAND: u32 = 4;
+
 /// [`Page::asleep`]: the agent looks by itself.
 pub const AWAKE: u32 = 0;
 /// [`Page::asleep`]: the agent looks soon; only a request must wake it.
@@ -116,6 +124,8 @@ pub const ASLEEP: u32 = 2;
 pub const CHANGED: u32 = 1;
 /// [`Page::changed`]: the process has closed it; its number is the agent's again.
 pub const CLOSED: u32 = 2;
+/// [`Page::changed`]: a writer was told to wait: see [`ACCESS_ON_DEMAND`].
+pub const WANTED: u32 = 4;
 
 /// The memory that agent and one process share.
 #[repr(C)]
@@ -140,7 +150,7 @@ pub struct Page {
     pub committing: AtomicU32,
     /// Counted up by the agent when it has caught up with something; writers that are too far ahead wait on it (futex).
     pub caught_up: AtomicU32,
-    /// One word for each attached database: [`CHANGED`] and [`CLOSED`], set by the shim, taken by the agent.
+    /// One word for each attached database: [`CHANGED`], [`CLOSED`] and [`WANTED`], set by the shim, taken by the agent.
     pub changed: [AtomicU32; DATABASES],
     /// For each attached database: bytes that this process has written to its WAL. Counted by the shim before
     /// [`CHANGED`] is set.
@@ -149,6 +159,8 @@ pub struct Page {
     pub captured: [AtomicU64; DATABASES],
     /// For each attached database: not 0 while the agent cannot take its commits (it is quarantined), set by the agent.
     pub refused: [AtomicU32; DATABASES],
+    /// `ACCESS_*` bits of each attached database, set by the agent.
+    pub access: [AtomicU32; DATABASES],
     /// Requests.
     pub slots: [Slot; SLOTS],
 }

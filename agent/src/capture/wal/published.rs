@@ -117,7 +117,7 @@ pub fn capture_held(
     index: Option<&IndexHeader>,
     held: &HeldCommit,
 ) -> Result<Option<Logged>, CaptureError> {
-    db.shared.check_writable()?;
+    db.check_writable()?;
     if let Some(index) = index {
         capture_published(db, st, file, index)?;
     }

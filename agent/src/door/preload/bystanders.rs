@@ -142,7 +142,8 @@ impl Bystanders {
                 let Some(db) = self.shared.database(&name).filter(|db| db.paths().database.exists()) else {
                     continue;
                 };
-                if requests::look_at_replica(&db) == Look::Later {
+                // Who writes under a halt lock may wait for the primary with the database's state in hand.
+                if db.lender().is_some() || requests::look_at_replica(&db) == Look::Later {
                     self.changed.insert(name);
                 }
             }

@@ -104,6 +104,14 @@ impl Connection {
         }
     }
 
+    /// Tells the process how it may write each of its databases.
+    pub fn tell_access(&self) {
+        for (number, db) in self.attached.lock().iter().enumerate() {
+            let access = db.as_ref().map_or(0, |db| access_of(db));
+            self.memory.page().access[number].store(access, Ordering::SeqCst);
+        }
+    }
+
     /// Makes the serving thread end.
     pub fn end(&self) {
         // A commit that it had begun will not be published.
@@ -170,34 +178,43 @@ impl Connection {
                 continue;
             }
             busy = true;
-            match self.request(serving, slot) {
-                Ok(Answer::Now(answer)) => finish(slot, answer, 0),
-                Err(errno) => finish(slot, 0, errno),
-                Ok(Answer::WhenAcknowledged(hold)) => match self.database(slot) {
-                    Ok(db) => {
-                        // However long it takes: the process looks only whether this agent is there.
-                        pass(slot, protocol::SERVED, protocol::WAITING);
-                        let memory = self.memory.clone();
-                        let answer = move |result: Result<(), i32>| {
-                            finish(&memory.page().slots[index], 0, result.err().unwrap_or(0));
-                        };
-                        db.when_acknowledged(hold, |_| Ok(()), answer);
-                    }
-                    Err(errno) => finish(slot, 0, errno),
-                },
-                Ok(Answer::WhenDurable(end)) => {
-                    let memory = self.memory.clone();
-                    self.shared.log.on_durable(
-                        end,
-                        Box::new(move |result| {
-                            let errno = if result.is_ok() { 0 } else { libc::EIO };
-                            finish(&memory.page().slots[index], 0, errno);
-                        }),
-                    );
-                }
+            if self.commit_elsewhere(serving, index, slot) {
+                continue;
             }
+            let result = self.request(serving, slot);
+            answer(&self.shared, &self.memory, index, self.database(slot).ok(), result);
         }
         busy
+    }
+
+    /// A commit that the primary has to take first: it waits on a thread of its own, and other databases of the process go
+    /// on.
+    fn commit_elsewhere(&self, serving: &mut Serving, index: usize, slot: &Slot) -> bool {
+        let op = Op::from_number(slot.op.load(Ordering::Relaxed));
+        let Some(op @ (Op::Commit | Op::WalCommit)) = op else { return false };
+        let Some(db) = self.database(slot).ok().filter(|db| db.lender().is_some()) else { return false };
+        let number = slot.database.load(Ordering::Relaxed);
+        let count = slot.count.load(Ordering::Relaxed) as usize;
+        let flags = slot.flags.load(Ordering::Relaxed);
+        let data: Vec<u64> = slot.data.iter().take(count).map(|word| word.load(Ordering::Relaxed)).collect();
+        let mut writes = serving.writes.remove(&number).unwrap_or_default();
+        // However long it takes: the process looks only whether this agent is there.
+        pass(slot, protocol::SERVED, protocol::WAITING);
+        let (shared, memory, pid) = (self.shared.clone(), self.memory.clone(), self.peer.pid);
+        let commit = move || {
+            let result = if op == Op::WalCommit {
+                requests::wal_commit(&db, &data, pid)
+            } else {
+                writes.add(data.into_iter(), WRITES_MAX);
+                requests::commit(&db, flags, &writes, pid)
+            };
+            answer(&shared, &memory, index, Some(db), result);
+        };
+        if let Err(error) = std::thread::Builder::new().name("preload-commit".into()).spawn(commit) {
+            tracing::error!(%error, "no thread is left for a commit under a halt lock: it is refused");
+            finish(slot, 0, libc::EIO);
+        }
+        true
     }
 
     fn request(&self, serving: &mut Serving, slot: &Slot) -> Result<Answer, i32> {
@@ -275,11 +292,13 @@ impl Connection {
             None => return Err(libc::ENFILE),
         };
         tracing::debug!(database = %name, pid = self.peer.pid, "opened through the preload library");
-        attached[number] = Some(db);
         // The number may have been another database's.
         let page = self.memory.page();
         page.captured[number].store(page.written[number].load(Ordering::SeqCst), Ordering::SeqCst);
         page.refused[number].store(u32::from(refused), Ordering::Relaxed);
+        // With the list locked, so that no change is missed.
+        page.access[number].store(access_of(&db), Ordering::SeqCst);
+        attached[number] = Some(db);
         Ok(number as u32)
     }
 
@@ -319,6 +338,52 @@ impl Connection {
             }
         }
         busy
+    }
+}
+
+/// Answers a request, now or when the log or followers have what it is about.
+fn answer(
+    shared: &Shared,
+    memory: &Arc<SharedPage>,
+    index: usize,
+    db: Option<Arc<Database>>,
+    result: Result<Answer, i32>,
+) {
+    let slot = &memory.page().slots[index];
+    match (result, db) {
+        (Ok(Answer::Now(answer)), _) => finish(slot, answer, 0),
+        (Err(errno), _) => finish(slot, 0, errno),
+        (Ok(Answer::WhenAcknowledged(hold)), Some(db)) => {
+            // However long it takes: the process looks only whether this agent is there.
+            pass(slot, protocol::SERVED, protocol::WAITING);
+            let memory = memory.clone();
+            let answer = move |result: Result<(), i32>| {
+                finish(&memory.page().slots[index], 0, result.err().unwrap_or(0));
+            };
+            db.when_acknowledged(hold, |_| Ok(()), answer);
+        }
+        (Ok(Answer::WhenAcknowledged(_)), None) => finish(slot, 0, libc::EBADF),
+        (Ok(Answer::WhenDurable(end)), _) => {
+            let memory = memory.clone();
+            shared.log.on_durable(
+                end,
+                Box::new(move |result| {
+                    let errno = if result.is_ok() { 0 } else { libc::EIO };
+                    finish(&memory.page().slots[index], 0, errno);
+                }),
+            );
+        }
+    }
+}
+
+/// How a process may write a database, beyond what the role says.
+fn access_of(db: &Database) -> u32 {
+    if db.lender().is_some() {
+        protocol::ACCESS_BORROWED
+    } else if db.is_lent() {
+        protocol::ACCESS_LENT
+    } else {
+        0
     }
 }
 

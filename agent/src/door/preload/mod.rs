@@ -232,6 +232,7 @@ impl Connections {
             mode |= protocol::MODE_HELD;
         }
         page.mode.store(mode, Ordering::Release);
+        connection.tell_access();
     }
 
     fn role_step(&self, step: RoleStep) {
@@ -247,6 +248,8 @@ impl Connections {
                 self.all.lock().iter().for_each(|connection| self.tell(connection));
             }
             RoleStep::WritesEnd => self.end_writes(),
+            // On a replica what is committed under a halt lock is known before.
+            RoleStep::Asked if !self.shared.is_writable() => {}
             RoleStep::Asked => {
                 let all = self.all.lock().clone();
                 for db in all.iter().flat_map(|connection| connection.databases()) {

@@ -50,6 +50,7 @@ impl Writes {
 fn errno_of(db: &Database, doing: &str, error: &CaptureError) -> i32 {
     match error {
         CaptureError::NotPrimary => tracing::debug!(database = %db.name(), doing, "refused: not the primary"),
+        CaptureError::HaltLock(_) => tracing::warn!(database = %db.name(), doing, %error, "a commit failed"),
         _ => tracing::error!(database = %db.name(), doing, %error, "an application's operation failed"),
     }
     error.errno()
@@ -72,7 +73,7 @@ pub fn let_go(db: &Arc<Database>) {
     let mut st = db.state();
     st.handles = st.handles.saturating_sub(1);
     st.released = Some(Instant::now());
-    if db.shared().is_writable() && has_dead_transaction(db) {
+    if db.may_write() && has_dead_transaction(db) {
         // The sweep takes it back; whoever copies the database waits for that.
         st.rollback.journal_active = true;
         st.rollback.mark_unknown();
@@ -132,6 +133,10 @@ fn follow_with(
     captured: &mut bool,
     look: impl FnOnce(&mut State) -> Result<Option<Logged>, CaptureError>,
 ) -> bool {
+    if !db.shared().is_writable() {
+        // What is committed under a halt lock is known before; who does so may wait with the state in hand.
+        return true;
+    }
     let mut st = db.state();
     let followed = match look(&mut st) {
         Ok(logged) => {
@@ -193,7 +198,7 @@ pub fn commit(db: &Arc<Database>, flags: u32, writes: &Writes, pid: i32) -> Resu
         st.rollback.mark_written(offset, len, page_size);
     }
     st.rollback.synced |= flags & FLAG_SYNCED != 0;
-    if !db.shared().is_writable() {
+    if !db.may_write() {
         // A rollback must be able to end: what is in the file then is what the log has.
         let as_logged = db.is_as_logged(&mut st).map_err(|e| errno_of(db, "commit", &e))?;
         if !as_logged && flags & FLAG_PLAYBACK == 0 {
@@ -229,7 +234,7 @@ pub fn commit(db: &Arc<Database>, flags: u32, writes: &Writes, pid: i32) -> Resu
 /// The WAL is about to begin anew or go.
 pub fn wal_end(db: &Arc<Database>, flags: u32) -> Result<Answer, i32> {
     let mut st = db.state();
-    if !db.shared().is_writable() {
+    if !db.may_write() {
         st.wal.mark_written_from_log();
         return Ok(Answer::Now(0));
     }
