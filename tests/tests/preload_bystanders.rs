@@ -526,3 +526,28 @@ fn what_is_written_without_the_library_between_two_commits_of_it_is_captured() {
         assert_follows(&primary, &replica, &name, 7);
     }
 }
+
+#[test]
+fn what_is_moved_to_the_file_without_the_library_is_captured_though_others_use_it_already() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
+    let tables = "CREATE TABLE t(v); CREATE TABLE u(v); INSERT INTO u VALUES(1)";
+    for (name, commits) in [("some.db", true), ("none.db", false)] {
+        sql(&primary, name, &format!("PRAGMA journal_mode=WAL; {tables}"));
+        assert_follows(&primary, &replica, name, 0);
+        stop_for_now(&primary);
+        // Gone again, and with it the WAL, before anybody looks.
+        run(Command::new("sqlite3").arg(primary.path(name)).arg("UPDATE u SET v = v + 1"));
+        let mut other =
+            Client::start(Command::new("python3").arg("-c").arg(SQL).arg(primary.mount()).arg(name));
+        assert_eq!(other.tell("SELECT v FROM u"), "2");
+        if commits {
+            assert_eq!(other.tell("INSERT INTO t VALUES(1)"), "ok");
+        }
+        kill(agent(&primary), Signal::SIGCONT).expect("the agent is there");
+        replica.wait_for(&format!("{name} has it"), || sql(&replica, name, "SELECT v FROM u") == "2");
+        assert_eq!(other.tell("INSERT INTO t VALUES(2)"), "ok");
+        assert_follows(&primary, &replica, name, if commits { 2 } else { 1 });
+    }
+    primary.assert_no_errors();
+}

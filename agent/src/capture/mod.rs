@@ -56,6 +56,9 @@ pub enum CaptureError {
         /// Error number of the refusal.
         errno: i32,
     },
+    /// Somebody began to write, or to move pages from the WAL to the file, while these were being read: tried again.
+    #[error("the database is in use at this moment")]
+    InUse,
     /// The WAL has what the database file lacks.
     #[error(
         "the WAL has transactions that are not in the database file yet, and the database is open: close all connections \
@@ -86,7 +89,7 @@ impl CaptureError {
         let io = |e: &io::Error| e.raw_os_error().unwrap_or(libc::EIO);
         match self {
             CaptureError::NotPrimary => libc::EROFS,
-            CaptureError::WalIsNeeded | CaptureError::NotAllApplied => libc::EBUSY,
+            CaptureError::WalIsNeeded | CaptureError::NotAllApplied | CaptureError::InUse => libc::EBUSY,
             CaptureError::RefusedBefore { errno } => *errno,
             CaptureError::Io { source, .. } => io(source),
             CaptureError::Log(LogError::NoSpace { .. }) => libc::ENOSPC,

@@ -127,8 +127,13 @@ fn is_committed(db: &Database, st: &mut State, offset: u64, data: &[u8]) -> Resu
 
 /// The journal is about to end, or the file is known to be consistent: captures what was written. The caller holds
 /// off writers (the application has its EXCLUSIVE lock, or the agent a SHARED one).
-/// `may_hold`: see [`Commit`].
-pub fn capture(db: &Database, st: &mut State, may_hold: bool) -> Result<Option<Logged>, CaptureError> {
+/// `may_hold`: see [`Commit`]. `still`: asked after each page of the transaction; an error ends it without a trace.
+pub fn capture(
+    db: &Database,
+    st: &mut State,
+    may_hold: bool,
+    still: &dyn Fn() -> Result<(), CaptureError>,
+) -> Result<Option<Logged>, CaptureError> {
     if st.passthrough_handles > 0 && !st.rollback.is_dirty() && st.stamp_changed(db)? {
         st.rollback.mark_unknown();
     }
@@ -164,7 +169,11 @@ pub fn capture(db: &Database, st: &mut State, may_hold: bool) -> Result<Option<L
     }
     let pages: Vec<u32> = pages.into_iter().collect();
     let commit = Commit { page_size, page_count, pages: &pages, wal: None, may_hold };
-    let logged = log_transaction(db, st, &commit, &mut |pgno, buf| db.read_database_page(&file, pgno, buf))?;
+    let mut read = |pgno: u32, buf: &mut [u8]| {
+        db.read_database_page(&file, pgno, buf)?;
+        still()
+    };
+    let logged = log_transaction(db, st, &commit, &mut read)?;
     // The log makes durable what it has. Pages that were written and are as they were before (a rollback) have
     // only the file.
     let all_logged =

@@ -5,18 +5,24 @@ use super::{Database, State};
 use crate::capture::wal::published::{self, HeldCommit};
 use crate::capture::{CaptureError, Logged};
 use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
+use sqlite_file::locks::{LockGuard, LockKind, WAL_CHECKPOINT};
 use sqlite_file::wal::{FRAME_HEADER_BYTES, Scanner, WalEnd, WalError, WalHeader};
 use sqlite_file::wal_index::IndexHeader;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a checkpoint that is running is waited for.
+const CHECKPOINT_PATIENCE: Duration = Duration::from_millis(200);
 
 /// Open files of a WAL that is followed.
 #[derive(Debug, Default)]
 pub struct Followed {
-    wal: Option<File>,
-    index: Option<File>,
+    wal: Option<Arc<File>>,
+    index: Option<Arc<File>>,
     /// How far a WAL without a wal-index was read.
     scanned: Option<(WalHeader, WalEnd)>,
 }
@@ -74,12 +80,25 @@ impl Database {
     }
 
     fn follow(&self, st: &mut State, followed: &mut Followed) -> Result<Option<Logged>, CaptureError> {
+        let put_back = st.wal.puts_pages_back();
+        match self.follow_once(st, followed)? {
+            // A WAL that nobody has announced.
+            None if !put_back && st.wal.puts_pages_back() => self.follow_once(st, followed),
+            logged => Ok(logged),
+        }
+    }
+
+    fn follow_once(&self, st: &mut State, followed: &mut Followed) -> Result<Option<Logged>, CaptureError> {
         if !followed.open(self)? {
             if st.wal.has_ended() {
                 st.wal.reset();
             }
             return Ok(None);
         }
+        let _checkpoints = match &followed.index {
+            Some(index) if st.wal.puts_pages_back() => Some(self.hold_off_checkpoints(index)?),
+            _ => None,
+        };
         let published = match &followed.index {
             Some(index) => IndexHeader::read(index).map_err(|e| self.shm_error(e))?,
             None => None,
@@ -96,6 +115,44 @@ impl Database {
         };
         let Some(wal) = &followed.wal else { return Ok(None) };
         published::capture_published(self, st, wal, &index)
+    }
+
+    /// Keeps pages from being moved from the WAL to the file.
+    fn hold_off_checkpoints(&self, index: &Arc<File>) -> Result<LockGuard, CaptureError> {
+        let deadline = Instant::now() + CHECKPOINT_PATIENCE;
+        loop {
+            let lock = LockGuard::try_acquire(index, LockKind::Read, WAL_CHECKPOINT);
+            if let Some(lock) = lock.map_err(|e| self.shm_error(e))? {
+                return Ok(lock);
+            }
+            if Instant::now() > deadline {
+                return Err(CaptureError::InUse);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Somebody has written to the file of a database in WAL mode without being seen, and others use it already: what WAL
+    /// and file are together becomes a transaction. Where the WAL has nothing yet, it is part of the next one.
+    pub(crate) fn capture_file_under_wal(&self, st: &mut State) -> Result<(), CaptureError> {
+        st.wal.put_back((1..=st.page_count).collect());
+        st.remember_stamp(self)?;
+        let mut followed = std::mem::take(&mut st.followed);
+        let result = (|| {
+            if self.follow(st, &mut followed)?.is_some() {
+                return Ok(());
+            }
+            let (Some(wal), Some(index)) = (&followed.wal, &followed.index) else { return Ok(()) };
+            let _checkpoints = self.hold_off_checkpoints(index)?;
+            let published = IndexHeader::read(index).map_err(|e| self.shm_error(e))?;
+            let frames = published.map(|index| (index.salts, index.max_frame));
+            if frames.is_some() && frames == st.wal.captured_frames() {
+                published::capture_put_back(self, st, wal, st.page_count)?;
+            }
+            Ok(())
+        })();
+        st.followed = followed;
+        result
     }
 
     /// What the last agent knew of the WAL says nothing of commits after it: all that is published is looked at again. What
@@ -412,7 +469,7 @@ impl Followed {
             }
             if file.is_none() {
                 *file = match File::open(path) {
-                    Ok(file) => Some(file),
+                    Ok(file) => Some(Arc::new(file)),
                     Err(e) if e.kind() == io::ErrorKind::NotFound => None,
                     Err(source) => return Err(CaptureError::Io { path: path.clone(), source }),
                 };

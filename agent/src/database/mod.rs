@@ -344,16 +344,30 @@ impl Database {
 
     /// The journal ends, or the file is known to be consistent: captures the rollback-mode transaction.
     pub fn capture_rollback(&self, st: &mut State) -> Result<Option<Logged>, CaptureError> {
-        self.capture_ending(st, false)
+        self.capture_ending(st, false, &|| Ok(()))
+    }
+
+    /// As [`Database::capture_rollback`], while nothing but `still` says that nobody writes to the file.
+    pub fn capture_rollback_while(
+        &self,
+        st: &mut State,
+        still: &dyn Fn() -> Result<(), CaptureError>,
+    ) -> Result<Option<Logged>, CaptureError> {
+        self.capture_ending(st, false, still)
     }
 
     /// As [`Database::capture_rollback`], for a door that can hold the transaction (see [`Database::hold_of`]).
     pub fn capture_rollback_to_hold(&self, st: &mut State) -> Result<Option<Logged>, CaptureError> {
-        self.capture_ending(st, true)
+        self.capture_ending(st, true, &|| Ok(()))
     }
 
-    fn capture_ending(&self, st: &mut State, may_hold: bool) -> Result<Option<Logged>, CaptureError> {
-        let logged = capture::rollback::capture(self, st, may_hold)?;
+    fn capture_ending(
+        &self,
+        st: &mut State,
+        may_hold: bool,
+        still: &dyn Fn() -> Result<(), CaptureError>,
+    ) -> Result<Option<Logged>, CaptureError> {
+        let logged = capture::rollback::capture(self, st, may_hold, still)?;
         st.rollback.journal_active = false;
         st.rollback.uncounted = false;
         st.journal_left = false;

@@ -45,7 +45,9 @@ pub fn capture_published(
 ) -> Result<Option<Logged>, CaptureError> {
     // Read from its start, as after a restart of the agent, a WAL has commits that the log has too: apart they would take
     // pages back to what they were, and forth again.
-    let apart_max = if st.wal.generation.is_some() { COMMITS_APART_MAX } else { 1 };
+    // So are pages that are compared wherever they are: the file may have them of the newest commit.
+    let apart = st.wal.generation.is_some() && st.wal.reverted.is_empty();
+    let apart_max = if apart { COMMITS_APART_MAX } else { 1 };
     if !take_up(db, st, file, index)? {
         return Ok(None);
     }
@@ -96,6 +98,12 @@ impl WalCapture {
     /// The next transaction compares these pages, and has those that are not what the log has.
     pub fn put_back(&mut self, pages: BTreeSet<u32>) {
         self.reverted.extend(pages);
+    }
+
+    /// Whether the next transaction has pages that are not in its frames. Those that the WAL does not have are read from
+    /// the database file, so nobody may move newer ones there.
+    pub fn puts_pages_back(&self) -> bool {
+        !self.reverted.is_empty()
     }
 
     /// Salts, and number of frames up to the last captured commit; `None` where the file says it better.
@@ -170,8 +178,10 @@ fn take_up(db: &Database, st: &mut State, file: &File, index: &IndexHeader) -> R
         // Whoever ended the last one has not asked whether the log has all of it: any page may have changed.
         let unannounced = st.wal.generation.is_some() && !st.wal.has_ended();
         start(st, published);
-        if unannounced {
+        if unannounced && st.page_count > 0 {
             st.wal.reverted.extend(1..=st.page_count);
+            // Read again without checkpoints beside it.
+            return Ok(false);
         }
     }
     Ok(true)
@@ -230,14 +240,24 @@ pub fn take_back_unpublished(db: &Database, st: &mut State, file: &File) -> Resu
         page_count = last.page_count;
         take_back(st, last);
     }
-    if st.wal.reverted.is_empty() {
-        return Ok(());
-    }
-    let frames = Frames { newest: BTreeMap::new(), page_count, end: st.wal.committed_end };
-    if capture(db, st, file, frames, false)?.is_some() {
+    if capture_put_back(db, st, file, page_count)?.is_some() {
         tracing::info!(database = %db.name, "a writer died before it published its transaction: taken back");
     }
     Ok(())
+}
+
+/// Pages that the next transaction would have, and that no commit has to wait for.
+pub fn capture_put_back(
+    db: &Database,
+    st: &mut State,
+    file: &File,
+    page_count: u32,
+) -> Result<Option<Logged>, CaptureError> {
+    if st.wal.reverted.is_empty() {
+        return Ok(None);
+    }
+    let frames = Frames { newest: BTreeMap::new(), page_count, end: st.wal.committed_end };
+    capture(db, st, file, frames, false)
 }
 
 fn read_header(db: &Database, file: &File, at: u64) -> Result<FrameHeader, CaptureError> {

@@ -18,22 +18,27 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Between looks at what is done without the library.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// A process that connects says hello at once.
 const HELLO_SECONDS: i64 = 2;
+/// Between looks whether what a process has left is captured.
+const ENDING_PAUSE_MS: u8 = 5;
 /// Before accepting again where the system refused (too many open files).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// The listening thread.
+/// The listening thread, and the one that looks for what is done without the library: that may have to read a whole
+/// database, and who connects must not wait for it.
 #[derive(Debug)]
 pub struct Listener {
     stop: UnixStream,
     thread: JoinHandle<()>,
+    stop_looking: mpsc::Sender<()>,
+    looking: JoinHandle<()>,
 }
 
 /// A process and the thread that serves it.
@@ -57,29 +62,43 @@ impl Listener {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))?;
         listen(&listening, Backlog::new(128)?)?;
         let (stop, stopped) = UnixStream::pair()?;
-        let bystanders = Bystanders::new(connections.shared.clone(), mounter)?;
+        let mut bystanders = Bystanders::new(connections.shared.clone(), mounter)?;
+        let (stop_looking, stopped_looking) = mpsc::channel();
+        let all = connections.clone();
+        let looking = std::thread::Builder::new().name("bystanders".into()).spawn(move || {
+            loop {
+                all.all.lock().iter().for_each(|connection| connection.refuse_quarantined());
+                bystanders.look();
+                if stopped_looking.recv_timeout(LOOK_EVERY) != Err(mpsc::RecvTimeoutError::Timeout) {
+                    return;
+                }
+            }
+        })?;
         let thread = std::thread::Builder::new()
             .name("preload-listen".into())
-            .spawn(move || run(&listening, &stopped, &connections, bystanders))?;
-        Ok(Listener { stop, thread })
+            .spawn(move || run(&listening, &stopped, &connections))?;
+        Ok(Listener { stop, thread, stop_looking, looking })
     }
 
-    /// Ends the thread, after those that serve processes.
+    /// Ends the threads, after those that serve processes.
     pub fn stop(mut self) {
         // Fails only where the thread has ended.
         let _ = self.stop.write_all(&[0]);
-        if self.thread.join().is_err() {
-            tracing::error!("the preload door's thread panicked");
+        drop(self.stop_looking);
+        for thread in [self.thread, self.looking] {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the preload door panicked");
+            }
         }
     }
 }
 
-fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections, mut bystanders: Bystanders) {
+fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections) {
     let mut served: Vec<Served> = Vec::new();
-    let mut look_at = Instant::now();
+    // Their processes have gone, and what they have committed is being captured.
+    let mut ending: Vec<Served> = Vec::new();
     loop {
-        let timeout = PollTimeout::try_from(look_at.saturating_duration_since(Instant::now()))
-            .unwrap_or(PollTimeout::ZERO);
+        let timeout = if ending.is_empty() { PollTimeout::NONE } else { PollTimeout::from(ENDING_PAUSE_MS) };
         let mut fds = vec![
             PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
             PollFd::new(listening.as_fd(), PollFlags::POLLIN),
@@ -97,7 +116,9 @@ fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections,
         drop(fds);
         if ready[0] {
             let _ = stopped.read(&mut [0]);
-            served.drain(..).for_each(|s| end(connections, s));
+            served.iter().for_each(|s| s.connection.end());
+            served.append(&mut ending);
+            served.into_iter().for_each(|s| reap(connections, s));
             return;
         }
         let mut index = 2;
@@ -107,7 +128,10 @@ fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections,
                 ready[index - 1]
             })
             .collect();
-        gone.into_iter().for_each(|s| end(connections, s));
+        gone.iter().for_each(|s| s.connection.end());
+        ending.extend(gone);
+        let ended: Vec<Served> = ending.extract_if(.., |s| s.thread.is_finished()).collect();
+        ended.into_iter().for_each(|s| reap(connections, s));
         if ready[1] {
             match accept(listening, connections) {
                 Ok(new) => served.extend(new),
@@ -117,17 +141,11 @@ fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections,
                 }
             }
         }
-        if look_at <= Instant::now() {
-            connections.all.lock().iter().for_each(|connection| connection.refuse_quarantined());
-            bystanders.look();
-            look_at = Instant::now() + LOOK_EVERY;
-        }
     }
 }
 
-/// A process has gone: what it has committed is captured. Until then its databases are asked for.
-fn end(connections: &Connections, served: Served) {
-    served.connection.end();
+/// What a process that has gone had committed is captured. Until then its databases are asked for.
+fn reap(connections: &Connections, served: Served) {
     if served.thread.join().is_err() {
         tracing::error!("a thread that served a process with the preload library panicked");
     }

@@ -150,6 +150,10 @@ fn follow_with(
             false
         }
         Err(CaptureError::Quarantined(_)) => false,
+        Err(CaptureError::InUse) => {
+            tracing::debug!(database = %db.name(), "commits in the WAL are captured when a checkpoint has ended");
+            false
+        }
         Err(error) => {
             tracing::error!(database = %db.name(), %error, "commits in the WAL cannot be captured yet; trying again");
             false
@@ -368,15 +372,13 @@ pub fn note_foreign_write(db: &Arc<Database>) -> Look {
         return if unseen { Look::Later } else { Look::Known };
     }
     note_replaced(db, &mut st);
-    if st.rollback.is_dirty() || st.page_count == 0 {
-        st.rollback.mark_unknown();
-        return Look::Foreign;
-    }
-    if !st.stamp_changed(db).unwrap_or(false) {
-        return Look::Known;
-    }
-    if is_being_written(db) {
-        return Look::Later;
+    if !st.rollback.is_dirty() && st.page_count > 0 {
+        if !st.stamp_changed(db).unwrap_or(false) {
+            return Look::Known;
+        }
+        if is_being_written(db) {
+            return Look::Later;
+        }
     }
     st.forget_journal_mode();
     if !db.load_journal_mode(&mut st) {
@@ -385,8 +387,16 @@ pub fn note_foreign_write(db: &Arc<Database>) -> Look {
         return Look::Foreign;
     }
     let before = st.position;
-    if let Err(error) = capture_checkpointed(db, &mut st) {
-        tracing::error!(database = %db.name(), %error, "what was written without the preload library cannot be captured");
+    match capture_checkpointed(db, &mut st) {
+        Ok(()) => {}
+        Err(CaptureError::InUse) => return Look::Later,
+        // A file that is being written: looked at again when it changes.
+        Err(CaptureError::NotADatabase(_)) if st.page_count == 0 => st.rollback = Default::default(),
+        Err(error) => tracing::error!(
+            database = %db.name(),
+            %error,
+            "what was written without the preload library cannot be captured"
+        ),
     }
     if st.position == before { Look::Known } else { Look::Foreign }
 }
@@ -395,14 +405,26 @@ pub fn note_foreign_write(db: &Arc<Database>) -> Look {
 fn capture_checkpointed(db: &Arc<Database>, st: &mut State) -> Result<(), CaptureError> {
     let failed = |source| CaptureError::Io { path: db.paths().database.clone(), source };
     let file = Arc::new(File::open(&db.paths().database).map_err(failed)?);
-    // As a connection, so that none can be the last one and move frames to the file meanwhile.
+    // As a connection: with another one nobody can leave WAL mode, or move frames to the file as the last one.
     let Some(_shared) = LockGuard::try_acquire(&file, LockKind::Read, locks::SHARED).map_err(failed)? else {
-        return Ok(());
+        return Err(CaptureError::InUse);
     };
-    if std::fs::metadata(&db.paths().wal).is_ok_and(|wal| wal.len() > 0) {
-        return Ok(());
+    let stamp = || file.metadata().map(|m| (m.mtime(), m.mtime_nsec(), m.len())).map_err(failed);
+    let begun = stamp()?;
+    // Somebody may come, commit, and checkpoint into the file that is being read.
+    let is_checkpointed = || {
+        let has_wal = std::fs::metadata(&db.paths().wal).is_ok_and(|wal| wal.len() > 0);
+        if has_wal || stamp()? != begun { Err(CaptureError::InUse) } else { Ok(()) }
+    };
+    if is_checkpointed().is_err() {
+        st.rollback = Default::default();
+        return db.capture_file_under_wal(st);
     }
     st.wal.reset();
     st.rollback.mark_unknown();
-    db.capture_rollback(st).map(|_| ())
+    let captured = db.capture_rollback_while(st, &is_checkpointed);
+    if captured.is_err() {
+        st.rollback = Default::default();
+    }
+    captured.map(|_| ())
 }
