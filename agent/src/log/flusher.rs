@@ -16,8 +16,8 @@ use tokio::sync::watch;
 const PACE: Duration = Duration::from_millis(1);
 /// The same while commits come fast: followers then get more at once, and leave the disk and the CPUs to the commits.
 const PACE_BUSY: Duration = Duration::from_millis(4);
-/// Commits come fast when so many callbacks or more fall into the shorter interval.
-const BUSY_CALLBACKS: u128 = 2;
+/// So many callbacks per second and more: commits come fast.
+const BUSY_RATE: u128 = 1_500;
 
 /// Gets the time each sync took.
 pub type OnSync = Box<dyn Fn(Duration) + Send + Sync>;
@@ -221,7 +221,12 @@ impl Shared {
         loop {
             let mut state = self.flush.state.lock();
             let stop = self.flusher_sleep(&mut state);
-            while !state.stop && self.flush.failed.get().is_none() && state.urgent <= self.durable() {
+            while !state.stop
+                && self.flush.failed.get().is_none()
+                && state.urgent <= self.durable()
+                // Somebody asked for what had become durable just before.
+                && !state.callbacks.iter().any(|(lsn, _)| *lsn <= self.durable())
+            {
                 // A sync that nobody waits for begins when its callbacks may be called.
                 let until = state.paced_until.map_or(next_sync, |until| until.max(next_sync));
                 if self.flush.work.wait_until(&mut state, until).timed_out() {
@@ -282,6 +287,12 @@ impl Shared {
         state.stop
     }
 
+    /// Callbacks that nobody waits for come at `until`, whatever their number.
+    #[cfg(test)]
+    pub(super) fn pace_until(&self, until: Instant) {
+        self.flush.state.lock().paced_until = Some(until);
+    }
+
     /// Asks the flusher to end once everything is durable.
     pub(super) fn stop_flusher(&self) {
         self.flush.state.lock().stop = true;
@@ -313,7 +324,7 @@ impl FlushState {
         let ready = take_ready(&mut self.paced, due);
         if !ready.is_empty() {
             let elapsed = self.paced_since.map_or(Duration::MAX, |since| begun - since.min(begun));
-            let busy = ready.len() as u128 * PACE.as_nanos() >= BUSY_CALLBACKS * elapsed.as_nanos();
+            let busy = ready.len() as u128 * 1_000_000_000 >= BUSY_RATE * elapsed.as_nanos();
             self.paced_since = Some(begun);
             self.paced_until = Some(begun + if busy { PACE_BUSY } else { PACE });
         }

@@ -604,7 +604,7 @@ pub fn answer_empty(workers: &Workers, file: &OpenFile, answer: Result<Answer, i
                 }
             });
         }
-        (Ok(Answer::WhenDurable(end)), Some(db)) => {
+        (Ok(Answer::WhenDurable(end)), Some(db)) if db.shared().log.durable() < end => {
             db.shared().log.on_durable(
                 end,
                 Box::new(move |result| match result {

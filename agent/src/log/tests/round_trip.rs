@@ -2,6 +2,7 @@
 
 use super::*;
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 #[test]
 fn records_of_many_databases_come_back_in_order_and_whole() {
@@ -246,6 +247,18 @@ fn callbacks_come_once_their_record_is_durable() {
     at_once(&log);
     assert!(matches!(log.append(&transaction(&a, 101), b""), Err(LogError::Closed(_))));
     assert_eq!(all_records(&log).len(), 100);
+}
+
+#[test]
+fn who_asks_for_what_is_durable_does_not_wait_for_the_pace() {
+    let log = CommitLog::open_on(Arc::new(MemoryStorage::default()), Path::new(DIR), small(), true).unwrap();
+    let end = fill(&log, &name("a"), 1, 1, 10);
+    log.wait_durable(end).unwrap();
+    log.shared.pace_until(Instant::now() + Duration::from_secs(3600));
+    log.on_durable_paced(end, Box::new(|_| ()));
+    let (sender, receiver) = mpsc::channel();
+    log.on_durable(end, Box::new(move |result| sender.send(result.is_ok()).unwrap()));
+    assert!(receiver.recv_timeout(Duration::from_secs(60)).expect("it is called long before the paced one"));
 }
 
 #[test]
