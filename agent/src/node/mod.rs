@@ -484,6 +484,7 @@ async fn reload(node: &Arc<Node>, lease: &LeaseHandle, stop: &CancellationToken)
             if old.on_change != new.on_change {
                 node.start_hooks(&new, stop).await;
             }
+            tracing::info!("the configuration was read again");
             Ok(())
         }
     };
