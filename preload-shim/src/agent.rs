@@ -307,11 +307,13 @@ pub fn may_write_to(database: &Database) -> bool {
 /// Whether a writer has to wait, until the halt lock of another host has ended or this one has got it. It is told to the
 /// agent, which may get it; nothing waits here.
 pub fn has_to_wait(database: &Database) -> bool {
+    // Looks whether the agent is still there: what a dead one has said would count for ever.
+    let may_write = may_write_to(database);
     let access = access(database);
     if access & protocol::ACCESS_LENT != 0 {
         return true;
     }
-    access & protocol::ACCESS_ON_DEMAND != 0 && !may_write_to(database) && want(database)
+    access & protocol::ACCESS_ON_DEMAND != 0 && !may_write && want(database)
 }
 
 /// Tells the agent that a writer waits for this database.
@@ -610,7 +612,10 @@ pub fn is_ready(database: &Database) -> bool {
     let ahead = page.written[number]
         .load(Ordering::Relaxed)
         .saturating_sub(page.captured[number].load(Ordering::SeqCst));
-    is_up(database.cluster()) && ahead <= protocol::AHEAD_BYTES && may_write_to(database)
+    is_up(database.cluster())
+        && ahead <= protocol::AHEAD_BYTES
+        && may_write_to(database)
+        && access(database) & protocol::ACCESS_LENT == 0
 }
 
 /// Whether the agent cannot take commits of this database now.

@@ -128,6 +128,17 @@ pub const KEYS: &[Key] = &[
         },
     },
     Key {
+        path: "preload.forward-writes",
+        default: "false",
+        doc: "Behind the preload door of a replica: an application that wants to write waits as for another writer \
+              (SQLITE_BUSY, its busy timeout), while the agent gets the halt lock of the database; its commits then go to \
+              the primary first. No effect behind the FUSE door.",
+        set: |config, value| {
+            config.preload.forward_writes = value.boolean()?;
+            Ok(())
+        },
+    },
+    Key {
         path: "http.listen",
         default: "\"127.0.0.1:20202\"",
         doc: "Address and port for followers, metrics and events. The default is reachable from this host \

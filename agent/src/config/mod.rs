@@ -204,7 +204,7 @@ impl Config {
             node: NodeConfig { name: node },
             data: DataConfig { dir: Path::new("/var/lib/litefs").join(cluster) },
             door: DoorKind::Auto,
-            preload: PreloadConfig { hold: Hold::Auto },
+            preload: PreloadConfig { hold: Hold::Auto, forward_writes: false },
             mount: MountConfig {
                 dir: Path::new("/srv/litefs").join(cluster),
                 passthrough: Passthrough::Auto,

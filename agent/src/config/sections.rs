@@ -214,6 +214,8 @@ pub enum DoorKind {
 pub struct PreloadConfig {
     /// Whether commits in WAL mode wait for the agent.
     pub hold: Hold,
+    /// Applications on a replica get halt locks by writing.
+    pub forward_writes: bool,
 }
 
 /// Whether commits in WAL mode are held until the log has them.

@@ -11,6 +11,7 @@ use ltx::Pos;
 use std::fmt::Debug;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Who may write a database, where that does not follow from the node's role alone.
@@ -60,6 +61,11 @@ impl Database {
     /// Whether another node has the database.
     pub fn is_lent(&self) -> bool {
         matches!(&*self.loan.read(), Some(Loan::Lent))
+    }
+
+    /// Whether a halt lock of this node is about to end.
+    pub(crate) fn is_loan_ending(&self) -> bool {
+        self.loan_ends.load(Ordering::Acquire)
     }
 
     /// Where commits go first.
@@ -274,6 +280,8 @@ impl Database {
         if self.lender().is_none() {
             return;
         }
+        self.loan_ends.store(true, Ordering::Release);
+        self.shared.tell_door();
         let hold = if self.may_write() {
             // The transaction of an application that died; it is seen the second time.
             for _ in 0..2 {
@@ -300,6 +308,7 @@ impl Database {
             self.settle_borrowed(&mut st, hold.as_ref());
             *self.loan.write() = None;
         }
+        self.loan_ends.store(false, Ordering::Release);
         self.shared.tell_door();
         if let Some(hold) = hold {
             self.keep_writers_out(hold);

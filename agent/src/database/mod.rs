@@ -41,7 +41,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Paths of a database's files below the backing directory.
@@ -84,6 +84,8 @@ pub struct Database {
     unconfirmed: Mutex<Option<Pos>>,
     /// Who may write it, where that is not simply the primary. A leaf.
     loan: RwLock<Option<halt::Loan>>,
+    /// A halt lock of this node is about to end: no transaction begins under it any more.
+    loan_ends: AtomicBool,
     /// What the state was when its holder began to wait for another node. A leaf.
     waits_elsewhere: Mutex<Option<glance::Glance>>,
 }
@@ -213,6 +215,7 @@ impl Database {
             apply: Mutex::new(ApplySide::new(applier)),
             unconfirmed: Mutex::default(),
             loan: RwLock::default(),
+            loan_ends: AtomicBool::new(false),
             waits_elsewhere: Mutex::default(),
         })
     }

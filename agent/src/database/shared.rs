@@ -109,6 +109,7 @@ impl Fence for RunningTerm<'_> {
 }
 
 type RoleHook = Box<dyn Fn(RoleStep) + Send + Sync>;
+type WantedHook = Box<dyn Fn(Arc<Database>) + Send + Sync>;
 type NoticeHook = Box<dyn Fn(Notice) + Send + Sync>;
 
 /// Shared by all databases of a node.
@@ -142,6 +143,7 @@ pub struct Shared {
     invalidator: OnceLock<Arc<dyn NameInvalidator>>,
     notice: OnceLock<NoticeHook>,
     role_hook: OnceLock<RoleHook>,
+    wanted_hook: OnceLock<WantedHook>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -165,6 +167,7 @@ impl Shared {
             follows_wals: AtomicBool::new(false),
             wals_may_be_ahead: AtomicBool::new(false),
             role_hook: OnceLock::new(),
+            wanted_hook: OnceLock::new(),
             write_until: AtomicU64::new(u64::MAX),
             changes: broadcast::channel(CHANGES_BACKLOG).0,
             databases: RwLock::default(),
@@ -227,6 +230,23 @@ impl Shared {
     pub fn follow_wals(&self, hook: impl Fn(RoleStep) + Send + Sync + 'static) {
         self.follows_wals.store(true, Ordering::Release);
         let _ = self.role_hook.set(Box::new(hook));
+    }
+
+    /// Writers on this replica are waited for, not refused: `hook` gets the database for them. Once, before the door is open.
+    pub fn borrow_on_demand(&self, hook: impl Fn(Arc<Database>) + Send + Sync + 'static) {
+        let _ = self.wanted_hook.set(Box::new(hook));
+    }
+
+    /// Whether writers on this replica get databases from the primary by asking.
+    pub fn borrows_on_demand(&self) -> bool {
+        self.wanted_hook.get().is_some()
+    }
+
+    /// A writer on this host waits for a database.
+    pub(crate) fn wanted(&self, db: &Arc<Database>) {
+        if let Some(hook) = self.wanted_hook.get() {
+            hook(db.clone());
+        }
     }
 
     /// The last agent followed WALs: what they have and the log does not was committed nevertheless.

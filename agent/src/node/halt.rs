@@ -32,7 +32,10 @@ const WRITERS_END: Duration = Duration::from_secs(5);
 /// How long a borrower tries to get a lock that somebody else has.
 const ACQUIRE: Duration = Duration::from_secs(30);
 /// How long it waits between.
-const TRY_AGAIN: Duration = Duration::from_millis(100);
+const TRY_AGAIN: Duration = Duration::from_millis(50);
+/// A database that was taken back is not lent again for so long: the primary's own writers, whose busy handlers look every
+/// 100 ms, have their turn.
+pub(super) const REST: Duration = Duration::from_millis(120);
 /// How long it waits for what the primary had when it lent the database.
 const CATCH_UP: Duration = Duration::from_secs(10);
 /// How long a commit may take at the primary.
@@ -62,6 +65,8 @@ pub(super) struct Locks {
     lent: Mutex<HashMap<DatabaseName, LentEntry>>,
     /// Databases whose writers are being waited for.
     lending: Mutex<HashSet<DatabaseName>>,
+    /// When databases may be lent again.
+    rests: Mutex<HashMap<DatabaseName, Time>>,
     borrowed: Mutex<HashMap<DatabaseName, Option<Arc<Borrowed>>>>,
 }
 
@@ -91,6 +96,10 @@ impl Node {
         let db = self.shared.database(&name).filter(|db| db.is_tracked());
         let db = db.ok_or_else(|| Refusal::from(EngineError::NoSuchDatabase(name.clone())))?;
         self.check_members_without(&to, &name)?;
+        let rests_until = self.halt_locks.rests.lock().get(&name).copied();
+        if rests_until.is_some_and(|until| clock::now() < until) {
+            return Err(refused(format!("it is the turn of the primary's own writers of {name}")));
+        }
         if !self.halt_locks.lending.lock().insert(name.clone()) {
             return Err(refused(format!("{name} is being lent to somebody else")));
         }
@@ -146,7 +155,7 @@ impl Node {
             EngineError::Busy(_) => refused(format!("applications on the primary do not let go of {name}")),
             error => error.into(),
         })?;
-        tracing::info!(database = %name, %to, %position, "lent under a halt lock");
+        tracing::debug!(database = %name, %to, %position, "lent under a halt lock");
         let lent = Arc::new(Mutex::new(Lent { epoch, until: clock::now() + self.halt_ttl(), hold }));
         self.halt_locks.lent.lock().insert(name.clone(), LentEntry { lent: lent.clone(), lock, to });
         let mut lent = lent.lock();
@@ -188,6 +197,7 @@ impl Node {
     }
 
     fn take_back(&self, name: &DatabaseName, lent: &mut Lent) {
+        self.halt_locks.rests.lock().insert(name.clone(), clock::now() + REST);
         if let Some(db) = self.shared.database(name) {
             db.take_back();
         }
@@ -319,7 +329,7 @@ impl HaltLocks for LendingNode {
                 if lent.epoch == epoch {
                     node.halt_locks.lent.lock().remove(&lock.name);
                     node.take_back(&lock.name, &mut lent);
-                    tracing::info!(database = %lock.name, node = from, "its halt lock was released");
+                    tracing::debug!(database = %lock.name, node = from, "its halt lock was released");
                     node.tell_halt_lock(&lock.name);
                 }
                 Ok(())
@@ -338,6 +348,8 @@ pub(super) struct Borrowed {
     ttl: Duration,
     /// Nanoseconds of the lease's clock until which the lock counts here: less than it does at the primary.
     until: AtomicU64,
+    /// The same clock's, when a commit was made under it last, or it was got.
+    used: AtomicU64,
     /// Why it was lost.
     lost: watch::Sender<Option<String>>,
     runtime: Handle,
@@ -348,6 +360,10 @@ impl Borrowed {
     fn confirmed(&self, sent: Time) {
         let until = sent + self.ttl.mul_f64(0.9);
         self.until.fetch_max(until.as_nanos() as u64, Ordering::AcqRel);
+    }
+
+    fn is_used(&self) {
+        self.used.store(clock::now().as_nanos() as u64, Ordering::Release);
     }
 
     fn lose(&self, why: &str) {
@@ -395,6 +411,7 @@ impl Lender for Borrowed {
         match done {
             Ok(()) => {
                 self.confirmed(sent);
+                self.is_used();
                 Ok(())
             }
             Err(why) => {
@@ -419,6 +436,28 @@ impl HeldLock {
         match lost.wait_for(Option::is_some).await {
             Ok(why) => why.clone().unwrap_or_default(),
             Err(_) => "it has ended".into(),
+        }
+    }
+}
+
+impl HeldLock {
+    /// Whether it counts; on the primary, where there is none, it does not.
+    pub(super) fn is_held(&self) -> bool {
+        self.borrowed.as_ref().is_some_and(|(.., borrowed)| borrowed.is_held())
+    }
+
+    /// Whether nobody has committed under it for so long.
+    pub(super) fn is_idle(&self, time: Duration) -> bool {
+        self.borrowed.as_ref().is_none_or(|(.., borrowed)| {
+            let used = Time::from_nanos(borrowed.used.load(Ordering::Acquire));
+            clock::now().saturating_sub(used) > time
+        })
+    }
+
+    /// Ends it, and waits for that.
+    pub(super) async fn release(mut self) {
+        if let Some((node, db, borrowed)) = self.borrowed.take() {
+            node.give_back(&db, &borrowed).await;
         }
     }
 }
@@ -516,6 +555,7 @@ impl Node {
             epoch: Epoch(granted.epoch),
             ttl: Duration::from_millis(granted.ttl_ms),
             until: AtomicU64::new(0),
+            used: AtomicU64::new(0),
             lost: watch::Sender::new(None),
             runtime: Handle::current(),
         });
@@ -554,7 +594,8 @@ impl Node {
             self.release(&borrowed).await;
             return Err(why);
         }
-        tracing::info!(database = %name, position = granted.position, "this host writes it under a halt lock");
+        borrowed.is_used();
+        tracing::debug!(database = %name, position = granted.position, "this host writes it under a halt lock");
         Ok(borrowed)
     }
 

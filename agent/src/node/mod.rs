@@ -9,6 +9,7 @@ mod background;
 mod bus;
 mod candidate;
 mod discovery;
+mod forward;
 mod halt;
 mod handoff;
 mod identity;
@@ -74,6 +75,7 @@ pub struct Node {
     role: watch::Sender<Role>,
     write_gate: role::WriteGate,
     halt_locks: halt::Locks,
+    forwarding: forward::Forwarding,
     lease: OnceLock<LeaseHandle>,
     /// What was found at the start and waits for the first role.
     discovered: Mutex<Option<discovery::Discovered>>,
@@ -177,6 +179,7 @@ impl Node {
             role: watch::Sender::new(Role::unknown(epoch)),
             write_gate: role::WriteGate::default(),
             halt_locks: halt::Locks::default(),
+            forwarding: forward::Forwarding::default(),
             lease: OnceLock::new(),
             discovered: Mutex::new(Some(found)),
             heard: Mutex::default(),
@@ -212,8 +215,16 @@ impl Node {
                     Hold::Never => false,
                 },
             };
+            if config.preload.forward_writes {
+                self.forward_writes();
+            }
             Door::Preload(preload::Door::open(self.shared.clone(), self.clone(), &options)?)
         } else {
+            if config.preload.forward_writes {
+                tracing::warn!(
+                    "preload.forward-writes has no effect behind the FUSE door: use litefs run --with-halt-lock-on"
+                );
+            }
             if !self.hold.is_taken_over() {
                 if self.shared.wals_may_be_ahead()
                     && let Some(name) = preload::in_use(&self.shared)
@@ -385,6 +396,7 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
     systemd::status::stopping();
     systemd::targets::stop(&config.cluster).await;
     node.stop_hooks().await;
+    node.stop_forwarding();
     node.give_back_all().await;
     if config.lease.kind != LeaseKind::Static
         && node.role().name == RoleName::Primary

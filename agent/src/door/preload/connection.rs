@@ -332,6 +332,9 @@ impl Connection {
                     page.refused[number].store(1, Ordering::Relaxed);
                 }
             }
+            if what & protocol::WANTED != 0 {
+                self.shared.wanted(&db);
+            }
             if what & protocol::CLOSED != 0 {
                 self.attached.lock()[number] = None;
                 requests::let_go(&db);
@@ -378,12 +381,13 @@ fn answer(
 
 /// How a process may write a database, beyond what the role says.
 fn access_of(db: &Database) -> u32 {
-    if db.lender().is_some() {
-        protocol::ACCESS_BORROWED
-    } else if db.is_lent() {
-        protocol::ACCESS_LENT
-    } else {
-        0
+    match db.lender() {
+        // Who is in a transaction may end it; all others wait.
+        Some(_) if db.is_loan_ending() => protocol::ACCESS_BORROWED | protocol::ACCESS_LENT,
+        Some(_) => protocol::ACCESS_BORROWED,
+        None if db.is_lent() => protocol::ACCESS_LENT,
+        None if db.shared().borrows_on_demand() => protocol::ACCESS_ON_DEMAND,
+        None => 0,
     }
 }
 

@@ -362,6 +362,10 @@ pub fn look_at_replica(db: &Arc<Database>) -> Look {
 /// A file was written by somebody without the library, or seems to be: it is looked at when nobody writes it.
 pub fn note_foreign_write(db: &Arc<Database>) -> Look {
     let mut st = db.state();
+    if db.is_lent() {
+        // The agent writes it, for the host that has it.
+        return Look::Later;
+    }
     // A transaction that the library reports is on its way, or has just been.
     let recent = st.handles > 0 && unix_ms() - st.last_change_ms < 1000;
     if st.check_health().is_err() || st.rollback.is_dirty() {
@@ -388,7 +392,8 @@ pub fn note_foreign_write(db: &Arc<Database>) -> Look {
     }
     let before = st.position;
     match capture_checkpointed(db, &mut st) {
-        Ok(()) => {}
+        // Or the term has just ended: it is looked at as on a replica.
+        Ok(()) | Err(CaptureError::NotPrimary) => {}
         Err(CaptureError::InUse) => return Look::Later,
         // A file that is being written: looked at again when it changes.
         Err(CaptureError::NotADatabase(_)) if st.page_count == 0 => st.rollback = Default::default(),
