@@ -40,8 +40,8 @@ struct Connection {
 }
 
 static CONNECTION: [Connection; CLUSTERS] = [const { Connection::new() }; CLUSTERS];
-/// Connections that were ever made.
-static CONNECTIONS: AtomicU32 = AtomicU32::new(0);
+/// Lowest number that a descriptor of this library ever had: asked at every close.
+static LOWEST_OWN: AtomicI32 = AtomicI32::new(i32::MAX);
 static PROCESS: AtomicI32 = AtomicI32::new(0);
 /// Standard error when the process began: device and inode. Another file may get its number later.
 static STDERR: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
@@ -93,7 +93,7 @@ pub extern "C" fn forked() {
 
 /// Whether a descriptor is this library's.
 pub fn owns(fd: i32) -> bool {
-    CONNECTIONS.load(Ordering::Relaxed) != 0
+    fd >= LOWEST_OWN.load(Ordering::Relaxed)
         && fd > 2
         && CONNECTION.iter().any(|c| c.socket.load(Ordering::Relaxed) == fd)
 }
@@ -220,7 +220,7 @@ impl Connection {
                 self.generation.fetch_add(1, Ordering::Relaxed);
                 self.checked_ns.store(sys::coarse_now_ns(), Ordering::Relaxed);
                 self.lost_ns.store(0, Ordering::Relaxed);
-                CONNECTIONS.fetch_add(1, Ordering::Relaxed);
+                LOWEST_OWN.fetch_min(socket, Ordering::Relaxed);
                 self.socket.store(socket, Ordering::Release);
                 Ok(())
             }

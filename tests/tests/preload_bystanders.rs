@@ -551,3 +551,28 @@ fn what_is_moved_to_the_file_without_the_library_is_captured_though_others_use_i
     }
     primary.assert_no_errors();
 }
+
+#[test]
+fn what_somebody_commits_on_a_replica_after_a_snapshot_is_found() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
+    let tables = "CREATE TABLE t(v); CREATE TABLE u(v); INSERT INTO u VALUES(1); INSERT INTO t VALUES(1)";
+    sql(&primary, "x.db", &format!("PRAGMA journal_mode=WAL; {tables}"));
+    assert_follows(&primary, &replica, "x.db", 1);
+    replica.expect_error("/x.db: somebody wrote to it on this replica");
+    // The first time its newest record is a transaction, then the snapshot that has healed it.
+    for time in 1..=3 {
+        replica.kill();
+        let mut stranger = Shell::open(&replica.path("x.db"));
+        stranger.run("UPDATE u SET v = 'own';");
+        stranger.kill();
+        replica.start();
+        replica.wait_connected();
+        replica.wait_for(&format!("a snapshot has healed it, {time}"), || {
+            sql(&replica, "x.db", "SELECT v FROM u") == "1"
+        });
+        replica.wait_database("x.db", "ok");
+        assert_follows(&primary, &replica, "x.db", 1);
+    }
+    primary.assert_no_errors();
+}

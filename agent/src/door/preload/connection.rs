@@ -16,10 +16,13 @@ use std::time::{Duration, Instant};
 
 /// While commits come the thread looks by itself so often, and need not be woken for each.
 const NAP: Duration = Duration::from_micros(300);
-/// While they come faster: what has come together costs little more than one.
-const LONG_NAP: Duration = Duration::from_millis(2);
-/// They come fast from so many in a stretch of this length on.
-const FAST: (u32, Duration) = (3, Duration::from_millis(2));
+/// How fast commits come is told from stretches of this length.
+const STRETCH: Duration = Duration::from_millis(8);
+/// They come fast when there were so many in each of two stretches: one may have what was held up before.
+const FAST: u32 = 16;
+/// While they do it looks so often: what has come together costs little more than one, and the logs' syncs of it take less
+/// from the disk that applications sync to.
+const LONG_NAP: Duration = Duration::from_millis(8);
 /// After so many looks in vain it sleeps until it is woken.
 const NAPS: u32 = 8;
 /// Looks whether it shall end, should a wake-up be lost.
@@ -49,23 +52,24 @@ struct Serving {
 struct Pace {
     since: Instant,
     bell: u32,
-    fast: bool,
+    /// Stretches, until now, in which they came fast.
+    fast: u32,
 }
 
 impl Pace {
     fn new() -> Self {
-        Pace { since: Instant::now(), bell: 0, fast: false }
+        Pace { since: Instant::now(), bell: 0, fast: 0 }
     }
 
     fn is_fast(&mut self, bell: u32) -> bool {
         let elapsed = self.since.elapsed();
-        let (rings, stretch) = FAST;
-        if elapsed >= stretch {
-            let stretches = elapsed.as_secs_f64() / stretch.as_secs_f64();
-            self.fast = f64::from(bell.wrapping_sub(self.bell)) >= f64::from(rings) * stretches;
+        if elapsed >= STRETCH {
+            let stretches = elapsed.as_secs_f64() / STRETCH.as_secs_f64();
+            let fast = f64::from(bell.wrapping_sub(self.bell)) >= f64::from(FAST) * stretches;
+            self.fast = if fast { self.fast.saturating_add(1) } else { 0 };
             (self.since, self.bell) = (Instant::now(), bell);
         }
-        self.fast
+        self.fast > 1
     }
 }
 
@@ -244,7 +248,11 @@ impl Connection {
             }
             Op::WalEnd => requests::wal_end(&db, flags),
             Op::WalCommit => requests::wal_commit(&db, &data.collect::<Vec<_>>(), self.peer.pid),
-            Op::WalSync => Ok(Answer::WhenDurable(db.state().logged_end)),
+            Op::WalSync => {
+                let mut st = db.state();
+                st.wal_synced = true;
+                Ok(Answer::WhenDurable(st.logged_end))
+            }
             Op::Drop => requests::will_drop(&db),
             Op::Dropped => {
                 requests::note_removed(&db);
