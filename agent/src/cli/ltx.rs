@@ -1,12 +1,14 @@
-//! `litefs ltx`: look at files of transactions, of any version of LiteFS and Litestream.
+//! `litefs ltx`: look at files of transactions, of any version of LiteFS and Litestream, and at the records of the commit log,
+//! which hold the same.
 
+use crate::log::{Inspected, PayloadPlace, RecordInfo, inspect_segment, is_segment_name};
 use ::ltx::{Checksum, Decoder, Format, Header, Trailer, page_checksum};
 use anyhow::{Context, bail};
 use clap::Subcommand;
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use std::fs::File;
-use std::io::{self, BufReader, Seek, Write};
+use std::io::{self, BufReader, Cursor, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 /// Bytes read from a file at a time.
@@ -17,9 +19,10 @@ const READ_SIZE: usize = 64 << 10;
 pub enum LtxCommand {
     /// List files with their transactions, pages and checksums
     ///
-    /// Every file is read and checked in whole. Damaged ones are listed too, and make the command fail.
+    /// Every file is read and checked in whole. Damaged ones are listed too, and make the command fail. A segment of the
+    /// commit log is listed by its records, as SEGMENT#RECORD, also while its agent writes it.
     List {
-        /// LTX files, or directories: all *.ltx files below them
+        /// LTX files, segments of the commit log (*.log), or directories: all such files below them
         #[arg(required = true)]
         path: Vec<PathBuf>,
         /// Print JSON instead of a table
@@ -28,7 +31,7 @@ pub enum LtxCommand {
     },
     /// Show header, pages and trailer of a file, or the content of one page
     Dump {
-        /// LTX file
+        /// LTX file, or a record of the commit log as `list` names it: SEGMENT#RECORD
         path: PathBuf,
         /// Show the content of this page as hex
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -37,9 +40,9 @@ pub enum LtxCommand {
     /// Check files: structure, order of pages, checksums, and that nothing follows
     ///
     /// Fails if one is damaged, and says which, where and why. A file that is named like LiteFS names them, by its first
-    /// and last transaction, must hold just these.
+    /// and last transaction, must hold just these; a record of the commit log what it says of itself.
     Verify {
-        /// LTX files, or directories: all *.ltx files below them
+        /// LTX files, segments of the commit log (*.log), or directories: all such files below them
         #[arg(required = true)]
         path: Vec<PathBuf>,
         /// Print JSON instead of text
@@ -62,15 +65,38 @@ pub fn run(command: LtxCommand, out: &mut dyn Write) -> anyhow::Result<()> {
     }
 }
 
-/// What is known of a file after reading all of it.
+/// A file, or a record in memory.
+trait ReadSeek: Read + Seek {}
+
+impl<T: Read + Seek> ReadSeek for T {}
+
+type Input = BufReader<Box<dyn ReadSeek>>;
+
+/// What is known of a file, or of a record of the commit log, after reading all of it.
 struct Report {
+    /// Of a record: its segment, `#`, and where it starts in the log.
     path: PathBuf,
+    /// What the commit log says of it.
+    record: Option<RecordInfo>,
     /// Bytes the file has; those read where it is damaged.
     size: u64,
     header: Option<(Header, Format)>,
     /// Pages read.
     pages: u32,
-    outcome: Result<Trailer, Damage>,
+    outcome: Result<Sums, Damage>,
+}
+
+/// What is known at the end of a good one.
+struct Sums {
+    post_apply: Checksum,
+    /// Of the file; a record may have its payload in another one.
+    file_checksum: Option<u64>,
+}
+
+impl From<Trailer> for Sums {
+    fn from(trailer: Trailer) -> Self {
+        Sums { post_apply: trailer.post_apply, file_checksum: Some(trailer.file_checksum) }
+    }
 }
 
 /// Why a file is not a good LTX file.
@@ -83,6 +109,8 @@ struct Damage {
 #[derive(Serialize)]
 struct JsonFile {
     path: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    database: Option<String>,
     ok: bool,
     size: u64,
     #[serde(flatten)]
@@ -112,6 +140,21 @@ struct JsonHeader {
     epoch: u64,
 }
 
+impl Report {
+    fn epoch(&self) -> Option<u64> {
+        let told = self.record.as_ref().map(|record| record.epoch.0);
+        told.or(self.header.as_ref().map(|(header, _)| header.epoch))
+    }
+
+    /// The file that has the pages of a record.
+    fn external_file(&self) -> Option<&str> {
+        match &self.record.as_ref()?.payload {
+            PayloadPlace::External { file_name, .. } => Some(file_name),
+            PayloadPlace::Inline { .. } => None,
+        }
+    }
+}
+
 impl From<ltx::Error> for Damage {
     fn from(error: ltx::Error) -> Self {
         Damage { offset: error.offset(), problem: format!("{:#}", anyhow::Error::new(error)) }
@@ -120,12 +163,13 @@ impl From<ltx::Error> for Damage {
 
 impl From<&Report> for JsonFile {
     fn from(report: &Report) -> Self {
-        let (trailer, damage) = match &report.outcome {
-            Ok(trailer) => (Some(trailer), None),
+        let (sums, damage) = match &report.outcome {
+            Ok(sums) => (Some(sums), None),
             Err(damage) => (None, Some(damage)),
         };
         JsonFile {
             path: shown(&report.path),
+            database: report.record.as_ref().map(|record| record.database.to_string()),
             ok: damage.is_none(),
             size: report.size,
             header: report.header.as_ref().map(|(header, format)| JsonHeader {
@@ -138,11 +182,11 @@ impl From<&Report> for JsonFile {
                 timestamp_ms: header.timestamp_ms,
                 pre_apply: header.pre_apply.to_string(),
                 node_id: format!("{:016x}", header.node_id),
-                epoch: header.epoch,
+                epoch: report.epoch().unwrap_or_default(),
             }),
             pages: report.pages,
-            post_apply: trailer.map(|trailer| trailer.post_apply.to_string()),
-            file_checksum: trailer.map(|trailer| format!("{:016x}", trailer.file_checksum)),
+            post_apply: sums.map(|sums| sums.post_apply.to_string()),
+            file_checksum: sums.and_then(|sums| sums.file_checksum).map(|sum| format!("{sum:016x}")),
             offset: damage.and_then(|damage| damage.offset),
             error: damage.map(|damage| damage.problem.clone()),
         }
@@ -154,9 +198,21 @@ fn list(paths: &[PathBuf], json: bool, out: &mut dyn Write) -> anyhow::Result<()
     if json {
         print_json(&reports, out)?;
     } else {
-        let header =
-            ["FILE", "FORMAT", "TXID", "PAGES", "COMMIT", "PAGE SIZE", "TIMESTAMP", "PRE", "POST", "SIZE"];
-        let mut rows = table(&header, &[3, 4, 5, 9]);
+        let header = [
+            "FILE",
+            "DATABASE",
+            "EPOCH",
+            "FORMAT",
+            "TXID",
+            "PAGES",
+            "COMMIT",
+            "PAGE SIZE",
+            "TIMESTAMP",
+            "PRE",
+            "POST",
+            "SIZE",
+        ];
+        let mut rows = table(&header, &[2, 5, 6, 7, 11]);
         for report in &reports {
             rows.add_row(list_row(report));
         }
@@ -165,24 +221,40 @@ fn list(paths: &[PathBuf], json: bool, out: &mut dyn Write) -> anyhow::Result<()
     fail_if_damaged(&reports)
 }
 
-fn list_row(report: &Report) -> [String; 10] {
+fn list_row(report: &Report) -> [String; 12] {
     let none = || "-".to_owned();
-    let mut row = [(); 10].map(|()| none());
+    let mut row = [(); 12].map(|()| none());
     row[0] = shown(&report.path);
-    if let Some((header, format)) = &report.header {
-        row[1] = format.to_string();
-        row[2] = format!("{}-{}", header.min_txid, header.max_txid);
-        row[4] = header.commit.to_string();
-        row[5] = header.page_size.to_string();
-        row[6] = timestamp(header.timestamp_ms);
-        row[7] = header.pre_apply.to_string();
+    if let Some(epoch) = report.epoch() {
+        row[2] = epoch.to_string();
     }
-    row[3] = report.pages.to_string();
-    row[8] = match &report.outcome {
-        Ok(trailer) => trailer.post_apply.to_string(),
+    if let Some(record) = &report.record {
+        row[1] = record.database.to_string();
+        if let Some(file_name) = report.external_file() {
+            row[3] = format!("in {file_name}");
+        }
+        row[4] = format!("{}-{}", record.min_txid, record.max_txid);
+        row[6] = record.commit.to_string();
+        row[7] = record.page_size.to_string();
+        row[8] = timestamp(record.timestamp_ms);
+        row[9] = record.pre_apply.to_string();
+    }
+    if let Some((header, format)) = &report.header {
+        row[3] = format.to_string();
+        row[4] = format!("{}-{}", header.min_txid, header.max_txid);
+        row[6] = header.commit.to_string();
+        row[7] = header.page_size.to_string();
+        row[8] = timestamp(header.timestamp_ms);
+        row[9] = header.pre_apply.to_string();
+    }
+    if report.header.is_some() || report.record.is_none() {
+        row[5] = report.pages.to_string();
+    }
+    row[10] = match &report.outcome {
+        Ok(sums) => sums.post_apply.to_string(),
         Err(_) => "damaged".to_owned(),
     };
-    row[9] = report.size.to_string();
+    row[11] = report.size.to_string();
     row
 }
 
@@ -197,9 +269,13 @@ fn verify(paths: &[PathBuf], json: bool, out: &mut dyn Write) -> anyhow::Result<
         for report in &reports {
             let path = shown(&report.path);
             match &report.outcome {
-                Ok(trailer) => {
-                    let pages = if report.pages == 1 { "page" } else { "pages" };
-                    writeln!(out, "{path}: ok, {} {pages}, {}", report.pages, trailer.post_apply)?;
+                Ok(sums) => {
+                    let pages = match (report.external_file(), report.pages) {
+                        (Some(file_name), _) => format!("pages in {file_name}"),
+                        (None, 1) => "1 page".to_owned(),
+                        (None, pages) => format!("{pages} pages"),
+                    };
+                    writeln!(out, "{path}: ok, {pages}, {}", sums.post_apply)?;
                 }
                 Err(damage) => writeln!(out, "{path}: DAMAGED: {}", damage.problem)?,
             }
@@ -246,13 +322,65 @@ fn read_all(paths: &[PathBuf]) -> anyhow::Result<Vec<Report>> {
     let mut reports = Vec::new();
     for path in paths {
         for file in files_of(path)? {
-            reports.push(read_file(file, &mut page)?);
+            match inspect_segment(&file)? {
+                Some(found) => {
+                    reports.extend(found.into_iter().map(|item| read_record(&file, item, &mut page)))
+                }
+                None => reports.push(read_file(file, &mut page)?),
+            }
         }
     }
     Ok(reports)
 }
 
-/// The file itself, or the LTX files below a directory in the order of their paths. Symbolic links to directories below
+/// Name of a record of the commit log.
+fn record_path(segment: &Path, lsn: impl std::fmt::Display) -> PathBuf {
+    let mut name = segment.as_os_str().to_owned();
+    name.push(format!("#{lsn}"));
+    PathBuf::from(name)
+}
+
+/// Reads and checks a record: its payload must be what the log says of it.
+fn read_record(segment: &Path, item: Inspected, page: &mut Vec<u8>) -> Report {
+    let (info, payload) = match item {
+        Inspected::Record { info, payload } => (info, payload),
+        Inspected::Damaged { lsn, len, database, reason } => {
+            let of = database.map(|database| format!(" of {database}")).unwrap_or_default();
+            let damage = Damage { offset: None, problem: format!("no record{of} can be read: {reason}") };
+            let path = record_path(segment, lsn);
+            return Report { path, record: None, size: len, header: None, pages: 0, outcome: Err(damage) };
+        }
+    };
+    let said = Sums { post_apply: info.post_apply, file_checksum: None };
+    let mut report = Report {
+        path: record_path(segment, info.lsn),
+        size: info.payload_bytes(),
+        header: None,
+        pages: 0,
+        outcome: Ok(said),
+        record: None,
+    };
+    match payload {
+        Some(Ok(payload)) => {
+            report.outcome = read_pages(BufReader::new(Box::new(Cursor::new(payload))), page, &mut report);
+            if let (Some((header, _)), Ok(sums)) = (&report.header, &report.outcome)
+                && ((header.min_txid, header.max_txid, sums.post_apply)
+                    != (info.min_txid, info.max_txid, info.post_apply)
+                    // A snapshot does not say what was before it.
+                    || !header.is_snapshot() && header.pre_apply != info.pre_apply)
+            {
+                let problem = "the transaction in it is not the one that the log says".to_owned();
+                report.outcome = Err(Damage { offset: None, problem });
+            }
+        }
+        Some(Err(problem)) => report.outcome = Err(Damage { offset: None, problem: problem.to_owned() }),
+        None => {}
+    }
+    report.record = Some(info);
+    report
+}
+
+/// The file itself, or the LTX files and segments below a directory in the order of their paths. Symbolic links to directories below
 /// it are not followed.
 fn files_of(path: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let metadata = path.metadata().with_context(|| format!("cannot open {}", shown(path)))?;
@@ -268,29 +396,65 @@ fn files_of(path: &Path) -> anyhow::Result<Vec<PathBuf>> {
             let path = entry.path();
             if entry.file_type().with_context(unreadable)?.is_dir() {
                 directories.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "ltx") {
+            } else if path.extension().is_some_and(|extension| extension == "ltx") || is_segment_name(&path) {
                 files.push(path);
             }
         }
     }
     if files.is_empty() {
-        bail!("there are no *.ltx files in {}", shown(path));
+        bail!("there are no *.ltx files and no segments of a commit log (*.log) in {}", shown(path));
     }
     files.sort();
     Ok(files)
 }
 
-fn open(path: &Path) -> anyhow::Result<BufReader<File>> {
-    let file = File::open(path).with_context(|| format!("cannot open {}", shown(path)))?;
-    Ok(BufReader::with_capacity(READ_SIZE, file))
+fn open(path: &Path) -> anyhow::Result<Input> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match open_record(path)? {
+            Some(payload) => return Ok(BufReader::new(Box::new(Cursor::new(payload)))),
+            None => Err(error),
+        },
+        opened => opened,
+    };
+    let file = file.with_context(|| format!("cannot open {}", shown(path)))?;
+    Ok(BufReader::with_capacity(READ_SIZE, Box::new(file)))
+}
+
+/// Payload of the record that `path` names as [`record_path`] does; `None`: it names none.
+fn open_record(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
+    let text = path.to_string_lossy();
+    let Some((segment, lsn)) = text.rsplit_once('#') else { return Ok(None) };
+    let segment = Path::new(segment);
+    if !segment.exists() {
+        return Ok(None);
+    }
+    for item in inspect_segment(segment)?.unwrap_or_default() {
+        match item {
+            Inspected::Record { info, payload } if info.lsn.to_string() == lsn => {
+                match (payload, info.payload) {
+                    (Some(Ok(payload)), _) => return Ok(Some(payload)),
+                    (Some(Err(problem)), _) => bail!("{}: {problem}", shown(path)),
+                    (None, PayloadPlace::External { file_name, .. }) => bail!(
+                        "{}: its pages are in {file_name}, in the directory of {} below `ltx`",
+                        shown(path),
+                        info.database
+                    ),
+                    (None, PayloadPlace::Inline { .. }) => return Ok(None),
+                }
+            }
+            _ => {}
+        }
+    }
+    bail!("{} has no record {lsn}; `litefs ltx list` shows them", shown(segment))
 }
 
 /// Reads and checks a file. Only that it cannot be opened is an error; damage is reported.
 fn read_file(path: PathBuf, page: &mut Vec<u8>) -> anyhow::Result<Report> {
     let file = open(&path)?;
-    let size = file.get_ref().metadata().with_context(|| format!("cannot read {}", shown(&path)))?.len();
+    let size = path.metadata().with_context(|| format!("cannot read {}", shown(&path)))?.len();
     let mut report = Report {
         path,
+        record: None,
         size,
         header: None,
         pages: 0,
@@ -300,17 +464,17 @@ fn read_file(path: PathBuf, page: &mut Vec<u8>) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-fn read_pages(file: BufReader<File>, page: &mut Vec<u8>, report: &mut Report) -> Result<Trailer, Damage> {
+fn read_pages(file: Input, page: &mut Vec<u8>, report: &mut Report) -> Result<Sums, Damage> {
     let mut decoder = Decoder::new(file)?;
     report.header = Some((decoder.header().clone(), decoder.format()));
     while decoder.next_page(page)?.is_some() {
         report.pages += 1;
     }
-    finish(decoder)
+    finish(decoder).map(Sums::from)
 }
 
 /// Checks the rest of a file, of which all pages were read, and that the file ends there.
-fn finish(decoder: Decoder<BufReader<File>>) -> Result<Trailer, Damage> {
+fn finish(decoder: Decoder<Input>) -> Result<Trailer, Damage> {
     let (trailer, mut rest) = decoder.finish_with_reader()?;
     let end = rest.stream_position();
     match end.and_then(|end| Ok((end, io::copy(&mut rest, &mut io::sink())?))) {
@@ -408,7 +572,7 @@ fn dump_page(path: &Path, wanted: u32, out: &mut dyn Write) -> anyhow::Result<()
     }
 }
 
-fn drain(mut decoder: Decoder<BufReader<File>>) -> Result<(), Damage> {
+fn drain(mut decoder: Decoder<Input>) -> Result<(), Damage> {
     let mut page = Vec::new();
     while decoder.next_page(&mut page)?.is_some() {}
     finish(decoder).map(|_| ())

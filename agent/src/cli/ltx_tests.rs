@@ -1,6 +1,9 @@
 use super::*;
+use crate::log::{CommitLog, NewRecord, Options, RecordKind};
+use crate::ship::engine::Epoch;
 use ::ltx::{Encoder, Owner, Txid};
 use clap::Parser;
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// The command as a command line gives it.
@@ -76,6 +79,8 @@ fn list_shows_each_file_of_a_directory_in_order() {
         lines[1],
         [
             text(&first),
+            "-",
+            "7",
             "v3",
             "0000000000000001-0000000000000001",
             "2",
@@ -88,8 +93,8 @@ fn list_shows_each_file_of_a_directory_in_order() {
         ]
     );
     assert_eq!(lines[2][0], text(&second));
-    assert_eq!(lines[2][7], "ad2dffe333333333", "applies to what the first left");
-    assert_eq!(lines[2][9], size(&second));
+    assert_eq!(lines[2][9], "ad2dffe333333333", "applies to what the first left");
+    assert_eq!(lines[2][11], size(&second));
 }
 
 #[test]
@@ -225,5 +230,83 @@ fn what_is_not_there_is_named() {
         let message = failure(&[command, text(&path)]);
         assert!(message.starts_with(&format!("cannot open {}: No such file", text(&path))), "{message}");
     }
-    assert!(failure(&["verify", text(directory.path())]).contains("there are no *.ltx files in"));
+    assert!(
+        failure(&["verify", text(directory.path())]).contains("there are no *.ltx files and no segments")
+    );
+}
+
+/// The log of a node with the two transactions of [`two_files`]: the segment they are in.
+fn log_with_records(directory: &TempDir, files: [&Path; 2]) -> PathBuf {
+    let dir = directory.path().join("data/log");
+    let options = Options {
+        segment_bytes: 64 << 10,
+        inline_bytes_max: 4 << 10,
+        retention_age: Duration::from_secs(3600),
+        retention_bytes: 1 << 30,
+        idle_mark: None,
+    };
+    let log = CommitLog::open(&dir, options).unwrap();
+    let database = crate::DatabaseName::new("sub/app.db").unwrap();
+    for path in files {
+        let bytes = std::fs::read(path).unwrap();
+        let mut decoder = Decoder::new(&bytes[..]).unwrap();
+        let header = decoder.header().clone();
+        let mut page = Vec::new();
+        while decoder.next_page(&mut page).unwrap().is_some() {}
+        let record = NewRecord {
+            database: &database,
+            kind: RecordKind::Transaction,
+            epoch: Epoch(9),
+            min_txid: header.min_txid,
+            max_txid: header.max_txid,
+            pre_apply: if header.is_snapshot() { Checksum(1 << 63) } else { header.pre_apply },
+            post_apply: decoder.finish().unwrap().post_apply,
+            page_size: header.page_size,
+            commit: header.commit,
+            timestamp_ms: header.timestamp_ms,
+            wal: None,
+            fence: None,
+        };
+        log.append(&record, &bytes).unwrap();
+    }
+    log.wait_durable(log.appended()).unwrap();
+    // As when its agent is killed: nothing more is written.
+    std::mem::forget(log);
+    let segments = dir.read_dir().unwrap().map(|entry| entry.unwrap().path());
+    segments.filter(|path| is_segment_name(path)).min().unwrap()
+}
+
+#[test]
+fn the_records_of_a_commit_log_are_listed_dumped_and_verified() {
+    let (directory, first, second) = two_files();
+    let segment = log_with_records(&directory, [&first, &second]);
+    let (out, result) = litefs_ltx(&["list", text(&directory.path().join("data"))]);
+    result.unwrap();
+    let lines: Vec<Vec<&str>> = out.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines.len(), 3, "{out}");
+    assert!(lines[1][0].starts_with(&format!("{}#", text(&segment))), "{out}");
+    assert_eq!(lines[2][1..5], ["sub/app.db", "9", "v3", "0000000000000002-0000000000000002"]);
+    assert_eq!(lines[2][9], "ad2dffe333333333");
+
+    let record = lines[2][0];
+    let (of_record, result) = litefs_ltx(&["dump", record]);
+    result.unwrap();
+    let (of_file, _) = litefs_ltx(&["dump", text(&second)]);
+    assert_eq!(of_record, of_file);
+    let missing = format!("{}#0000000000000007", text(&segment));
+    assert!(failure(&["dump", &missing]).contains("has no record 0000000000000007"));
+
+    let (out, result) = litefs_ltx(&["verify", text(&segment)]);
+    result.unwrap();
+    assert_eq!(out.lines().filter(|line| line.contains(": ok, ")).count(), 2, "{out}");
+    // A bit flips in the payload of the first record.
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let payload = std::fs::read(&first).unwrap();
+    let at = bytes.windows(payload.len()).position(|window| window == payload).unwrap();
+    bytes[at + 150] ^= 4;
+    std::fs::write(&segment, bytes).unwrap();
+    let (out, result) = litefs_ltx(&["verify", text(&segment)]);
+    let problem = format!("{:#}", result.unwrap_err());
+    assert!(problem.contains(lines[1][0]) && problem.contains("not what was written"), "{problem}");
+    assert!(out.lines().any(|line| line.starts_with(record) && line.contains(": ok, ")), "{out}");
 }

@@ -14,6 +14,7 @@
 //! | `flusher`, `keeper` | the two threads |
 //! | `scan`, `recovery` | walking a segment; putting a log in order when it is opened |
 //! | `index`, `segments`, `reading`, `retention` | finding, reading and removing records |
+//! | `inspect` | looking at a segment from outside |
 //! | `storage` | the file system, as narrow as the log needs it |
 //!
 //! What a crash may take away is only what was never reported as durable, and only from the end.
@@ -24,6 +25,7 @@ mod external;
 mod flusher;
 mod format;
 mod index;
+mod inspect;
 mod keeper;
 mod reading;
 mod record;
@@ -41,6 +43,7 @@ mod tests;
 pub use commit_log::{CommitLog, Options};
 pub use error::{Damage, LogError};
 pub use flusher::{OnDurable, OnSync};
+pub use inspect::{Inspected, inspect_segment, is_segment_name};
 pub use reading::Visit;
 pub use record::{Fence, Lsn, NewRecord, Payload, PayloadPlace, RecordInfo, RecordKind, WalEnd};
 pub use retention::Retained;
