@@ -425,14 +425,15 @@ fn a_process_uses_a_cluster_among_many_and_no_more_than_it_can() {
     let own = primary.socket();
     let own = own.parent().expect("it is in a directory");
     let runtime = format!("{}:{}", places.join("run").display(), own.display());
-    let run = |script: &str, arguments: &[&str]| {
+    let run = |script: &str, wait_ms: &str, arguments: &[&str]| {
         let mut command = python(&primary, script, arguments);
-        command.env("LITEFS_RUNTIME_DIR", &runtime).env("LITEFS_WAIT_MS", "0").stderr(Stdio::piped());
+        command.env("LITEFS_RUNTIME_DIR", &runtime).env("LITEFS_WAIT_MS", wait_ms).stderr(Stdio::piped());
         command.output().expect("python runs")
     };
     // It has the name that it would have alone.
     let script = "import sqlite3, sys; sqlite3.connect(sys.argv[1] + '/x.db').execute('CREATE TABLE t(v)')";
-    assert!(run(script, &[]).status.success());
+    let output = run(script, "60000", &[]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     primary.wait_for("the database is known", || primary.txid("x.db") > 0);
     primary.assert_no_errors();
     let script = r#"
@@ -448,7 +449,8 @@ for path in sys.argv[2:]:
         break
 "#;
     let paths: Vec<&str> = all.iter().map(|path| path.to_str().expect("a path in UTF-8")).collect();
-    let output = run(script, &paths);
+    // None of these has an agent to wait for.
+    let output = run(script, "0", &paths);
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!(stdout.trim(), "64 unable to open database file");
     assert!(stderr.contains("this process uses 64 clusters already"), "{stderr}");

@@ -353,12 +353,16 @@ pub fn look_at_replica(db: &Arc<Database>) -> Look {
         return Look::Known;
     }
     db.load_journal_mode(&mut st);
+    let known = st.suspect;
     db.look_for_foreign_writes(&mut st);
+    if st.suspect.is_some() && is_being_written(db) {
+        // Whose journal is there, and what is left behind, is known when they are done.
+        st.suspect = known;
+        return Look::Later;
+    }
     // Pages of a transaction that was refused with the end of the term are there until somebody plays its journal back,
     // as SQLite leaves that to whoever comes next.
-    if st.suspect.is_some()
-        && (st.applied.position != st.position || is_being_written(db) || db.has_hot_journal())
-    {
+    if st.suspect.is_some() && (st.applied.position != st.position || db.has_hot_journal()) {
         return Look::Later;
     }
     db.check_applied(&mut st);
