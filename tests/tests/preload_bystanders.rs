@@ -147,6 +147,11 @@ fn what_somebody_writes_to_a_replica_without_a_wal_is_found() {
     });
     replica.wait_database("x.db", "ok");
     assert_follows(&primary, &replica, "x.db", 7);
+    // What was written is kept, the last of it at each position.
+    let kept = fs::read_dir(replica.data().join("diverged/x.db")).expect("it is there");
+    let kept: Vec<_> = kept.map(|entry| entry.expect("it is readable").path().join("database.db")).collect();
+    assert_eq!(kept.len(), 4, "{kept:?}");
+    kept.iter().for_each(|copy| assert_eq!(sqlite3(copy, "SELECT v FROM u"), "own"));
     primary.assert_no_errors();
 }
 

@@ -17,6 +17,9 @@ pub const COPY_WAL: &str = "database.db-wal";
 /// What is kept and why. Written last: without it the agent died before everything was kept.
 pub const RECORD: &str = "kept.json";
 
+/// States of a database that somebody wrote to on a replica; older ones make room for newer ones.
+const FOREIGN_STATES_KEPT: usize = 4;
+
 /// What [`RECORD`] says, in JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kept {
@@ -70,6 +73,10 @@ impl Database {
         let Some((oldest, newest)) = self.shared.log.kept(&self.name)? else { return Ok(None) };
         let dir =
             self.shared.dirs.diverged.join(self.name.escaped()).join(position.to_string().replace('/', "-"));
+        let foreign = self.state().foreign_content;
+        if foreign {
+            self.forget_foreign_states(&dir)?;
+        }
         std::fs::create_dir_all(&dir)?;
         let mut next = common.map_or(oldest, |c| Txid(c.0 + 1)).max(oldest);
         while next <= newest {
@@ -112,5 +119,30 @@ impl Database {
         sync_dir_of(&record)?;
         sync_dir_of(&dir)?;
         Ok(Some(dir))
+    }
+
+    /// Makes room for `new`: a program that writes to a replica again and again does not fill the disk.
+    fn forget_foreign_states(&self, new: &Path) -> io::Result<()> {
+        let Ok(entries) = new.parent().unwrap_or(new).read_dir() else { return Ok(()) };
+        let mut foreign = Vec::new();
+        for entry in entries {
+            let dir = entry?.path();
+            // What cannot be read is for people to look at.
+            let Ok(Some(kept)) = Kept::read(&dir) else { continue };
+            let transactions =
+                dir.read_dir()?.flatten().any(|file| file.path().extension().is_some_and(|e| e == "ltx"));
+            if kept.set_aside.is_some() && !transactions {
+                foreign.push((dir == new, kept.kept_unix_ms, dir));
+            }
+        }
+        foreign.sort();
+        let others = foreign.iter().filter(|(is_new, ..)| !is_new).count();
+        let surplus = (others + 1).saturating_sub(FOREIGN_STATES_KEPT);
+        for (i, (is_new, _, dir)) in foreign.iter().enumerate() {
+            if *is_new || i < surplus {
+                std::fs::remove_dir_all(dir)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -356,10 +356,10 @@ impl Database {
                     st.rollback = Default::default();
                     st.suspect = None;
                     let file = self.paths.database.display();
-                    st.quarantine(
-                        self,
-                        format!("{file}: {suspicion}; it is kept as it is, and a snapshot follows"),
-                    );
+                    st.foreign_content = suspicion == Suspicion::ForeignWrite;
+                    let kept =
+                        if st.foreign_content { "it is kept (see `litefs diverged`), and " } else { "" };
+                    st.quarantine(self, format!("{file}: {suspicion}; {kept}a snapshot takes its place"));
                 }
                 Err(error) => tracing::warn!(database = %self.name, %error, "cannot compare it with the log"),
             }

@@ -31,10 +31,17 @@ impl Database {
         bound: Duration,
     ) -> Result<(), EngineError> {
         let mut side = self.apply.lock();
-        let before = self.state().logged_mark();
-        if before.position.txid.0 > 0 && Some(before.position.txid) != common {
+        let (before, foreign) = {
+            let st = self.state();
+            (st.logged_mark(), st.foreign_content)
+        };
+        if before.position.txid.0 > 0 && (foreign || Some(before.position.txid) != common) {
             match self.keep_diverged(common, snapshot) {
                 Ok(Some(kept)) => {
+                    let had = match foreign {
+                        true => "somebody had written to the database on this node; it is kept as it was",
+                        false => "this node had transactions of its own; they are kept as files",
+                    };
                     tracing::warn!(
                         MESSAGE_ID = messages::DIVERGED,
                         database = %self.name,
@@ -42,7 +49,7 @@ impl Database {
                         own = %before.position,
                         primary = %snapshot.position,
                         common = ?common.map(|t| t.to_string()),
-                        "this node had transactions of its own; they are kept as files, and it follows the primary"
+                        "{had}, and the node follows the primary"
                     );
                     self.shared.notify(Notice::Diverged(self.name.clone(), kept));
                 }

@@ -160,6 +160,8 @@ pub struct State {
     pub wal_synced: bool,
     /// On a replica: why the plain file may not be what the log has. Asked when transactions were applied to it.
     pub(crate) suspect: Option<follow::Suspicion>,
+    /// It was set aside because somebody wrote to it: that is kept before a snapshot takes its place.
+    pub(crate) foreign_content: bool,
     /// The running rollback-mode transaction.
     pub rollback: RollbackCapture,
     /// Open handles through which the door does not see writes.
@@ -515,6 +517,7 @@ impl State {
 
     pub(crate) fn clear_quarantine(&mut self) {
         self.health = Health::Ok;
+        self.foreign_content = false;
     }
 
     /// The file may be another one now.
