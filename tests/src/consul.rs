@@ -1,5 +1,7 @@
-//! A real Consul: one server in memory (`consul agent -dev`), or a cluster of three.
+//! A real Consul: one server in memory (`consul agent -dev`), or a cluster of three; also one that wants certificates and
+//! tokens.
 
+use crate::certificates::Identity;
 use crate::ports::Port;
 use crate::wait::{PATIENCE, wait_for};
 use nix::sys::signal::{Signal, kill};
@@ -55,6 +57,34 @@ impl Consul {
         consul.wait_for_leader();
         let address = format!("http://{hub}:{}", consul.ports[0].number);
         (consul, address)
+    }
+
+    /// As [`Consul::start`], and reachable by https at the address that comes with it, for those with a certificate of its
+    /// authority and an ACL token. The test itself asks without a certificate, as [`Consul::MASTER_TOKEN`].
+    pub fn start_tls(own: &Identity) -> (Consul, Port) {
+        let https = Port::reserve();
+        let config = serde_json::json!({
+            "ca_file": own.ca, "cert_file": own.certificate, "key_file": own.key, "verify_incoming": true,
+            "ports": { "https": https.number },
+            "acl": { "enabled": true, "default_policy": "deny", "tokens": { "master": Consul::MASTER_TOKEN } },
+        });
+        let arguments = vec!["-dev".into(), "-bind=127.0.0.1".into(), format!("-hcl={config}")];
+        let consul = Consul::spawn(ports(), arguments);
+        consul.wait_for_leader();
+        (consul, https)
+    }
+
+    /// The token that may do everything at [`Consul::start_tls`].
+    pub const MASTER_TOKEN: &str = "master";
+
+    /// Makes a token with these rules; `None` while Consul sets its ACLs up.
+    pub fn create_token(&self, rules: &str) -> Option<String> {
+        let policy = serde_json::json!({ "Name": "litefs", "Rules": rules });
+        let _ = self.request("PUT", "/v1/acl/policy", &policy.to_string());
+        let token = serde_json::json!({ "Policies": [{ "Name": "litefs" }] });
+        let made = self.request("PUT", "/v1/acl/token", &token.to_string())?;
+        let made: serde_json::Value = serde_json::from_str(&made).ok()?;
+        made["SecretID"].as_str().map(str::to_owned)
     }
 
     /// Three servers with a leader.
@@ -123,9 +153,18 @@ impl Consul {
 
     /// Body of a `GET`.
     pub fn get(&self, path: &str) -> Option<String> {
+        self.request("GET", path, "")
+    }
+
+    fn request(&self, method: &str, path: &str, body: &str) -> Option<String> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.ports[0].number)).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: consul\r\n\r\n").ok()?;
+        let (token, length) = (Consul::MASTER_TOKEN, body.len());
+        write!(
+            stream,
+            "{method} {path} HTTP/1.0\r\nHost: consul\r\nX-Consul-Token: {token}\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
+        .ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).ok()?;
         let (head, body) = answer.split_once("\r\n\r\n")?;

@@ -24,6 +24,7 @@
 
 mod binary;
 mod bus;
+mod certificates;
 mod clocks;
 mod compare;
 mod connection;
@@ -40,6 +41,7 @@ mod wait;
 
 pub use binary::{liblitefs, litefs};
 pub use bus::Bus;
+pub use certificates::{Authority, Identity};
 pub use clocks::Clocks;
 pub use compare::{assert_equal, assert_sane, checksum_of, compare_files, integrity_check};
 pub use connection::{FILL, JOURNAL_MODES, ask, exec, set_journal_mode, try_exec, wait_seen};
@@ -47,6 +49,7 @@ pub use consul::Consul;
 pub use door::{is_about_fuse, is_preload};
 pub use host::{Fleet, Host, Role};
 pub use network::Network;
+pub use ports::Port;
 pub use shell::{Shell, run, sqlite3, try_run, try_sqlite3};
 pub use system_calls::{SystemCall, replace_system_calls};
 pub use wait::{PATIENCE, wait_for};

@@ -1,50 +1,20 @@
 //! Who may connect: certificates on both sides, and a shared secret.
 
-use litefs_tests::{Fleet, Host, PATIENCE, Role, assert_equal, run, wait_for};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
+use litefs_tests::{Authority, Fleet, Host, Identity, PATIENCE, Role, assert_equal, run, wait_for};
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const CREATE: &str = "PRAGMA journal_mode=WAL; CREATE TABLE t(v); INSERT INTO t VALUES (1);";
 
-fn key_pair() -> KeyPair {
-    KeyPair::generate().expect("a key")
-}
-
-/// Signs certificates. Every host of these tests is at 127.0.0.1.
-struct Authority(CertifiedIssuer<'static, KeyPair>);
-
-impl Authority {
-    fn new() -> Authority {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        Authority(CertifiedIssuer::self_signed(params, key_pair()).expect("a certificate"))
-    }
-
-    /// Writes `host.pem` and `host.key`; the certificate ends with that year.
-    fn certify(&self, dir: &Path, last_year: i32) {
-        let key = key_pair();
-        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()])
-            .expect("a certificate in a scratch directory");
-        params.not_after = date_time_ymd(last_year, 12, 31);
-        let certificate = params.signed_by(&key, &self.0).expect("a certificate in a scratch directory");
-        fs::write(dir.join("host.pem"), certificate.pem()).expect("a certificate in a scratch directory");
-        fs::write(dir.join("host.key"), key.serialize_pem()).expect("a certificate in a scratch directory");
-    }
-}
-
 /// Gives a host a directory with certificate, key and the authority that it trusts, and switches TLS on.
-fn secure(fleet: &Fleet, host: &Host, signed_by: &Authority, trusted: &Authority) -> PathBuf {
-    let dir = fleet.scratch().join(host.name());
-    fs::create_dir(&dir).expect("a certificate in a scratch directory");
-    signed_by.certify(&dir, 4000);
-    fs::write(dir.join("ca.pem"), trusted.0.pem()).expect("a certificate in a scratch directory");
-    for (key, file) in [("certificate", "host.pem"), ("key", "host.key"), ("ca", "ca.pem")] {
-        host.set(&format!("tls.{key}={}", dir.join(file).display()));
+fn secure(fleet: &Fleet, host: &Host, signed_by: &Authority, trusted: &Authority) -> Identity {
+    let identity = signed_by.certify(&fleet.scratch().join(host.name()), trusted);
+    for (key, file) in [("certificate", &identity.certificate), ("key", &identity.key), ("ca", &identity.ca)]
+    {
+        host.set(&format!("tls.{key}={}", file.display()));
     }
     host.set(&format!("http.advertise-url=https://127.0.0.1:{}", host.port()));
-    dir
+    identity
 }
 
 fn follow(host: &Host, upstream: &Host) {
@@ -119,7 +89,7 @@ fn an_expired_certificate_is_replaced_by_a_reload() {
     let authority = Authority::new();
     let primary = fleet.host("a", Role::Primary);
     let files = secure(&fleet, &primary, &authority, &authority);
-    authority.certify(&files, 2020);
+    authority.renew_until(&files, 2020);
     primary.start();
     primary.sql("app.db", CREATE);
     let replica = fleet.host("b", Role::ReplicaOf(&primary));
@@ -128,13 +98,13 @@ fn an_expired_certificate_is_replaced_by_a_reload() {
     replica.start();
     wait_log(&replica, "expired");
     // A reload with a file that is no certificate changes nothing.
-    let good = fs::read(files.join("ca.pem")).unwrap();
-    fs::write(files.join("ca.pem"), "nothing").unwrap();
+    let good = fs::read(&files.ca).unwrap();
+    fs::write(&files.ca, "nothing").unwrap();
     primary.expect_error("the configuration was not taken over").reload();
     wait_log(&primary, "ca.pem");
     primary.assert_running();
-    fs::write(files.join("ca.pem"), good).unwrap();
-    authority.certify(&files, 4000);
+    fs::write(&files.ca, good).unwrap();
+    authority.renew(&files);
     primary.reload();
     replica.wait_sql("app.db", "SELECT v FROM t", "1");
 }

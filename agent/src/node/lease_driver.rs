@@ -198,7 +198,7 @@ pub(super) fn start(node: &Arc<Node>, stop: &CancellationToken) -> Result<LeaseH
     let tasks = vec![
         tokio::spawn(role::transitions(node.clone(), transition_queue, door, stop.clone())),
         tokio::spawn(driver.run(queue)),
-        tokio::spawn(watch_lease(lease.clone(), inputs.clone(), read_again, stop.clone())),
+        tokio::spawn(watch_lease(node.clone(), lease.clone(), inputs.clone(), read_again, stop.clone())),
     ];
     let tasks = parking_lot::Mutex::new(tasks);
     Ok(LeaseHandle { inputs, lease, fixed, door_is_open, transitions, tasks })
@@ -206,13 +206,14 @@ pub(super) fn start(node: &Arc<Node>, stop: &CancellationToken) -> Result<LeaseH
 
 /// Tells the machine what the lease is, whenever it changes.
 async fn watch_lease(
+    node: Arc<Node>,
     lease: Arc<dyn Lease>,
     inputs: mpsc::UnboundedSender<Input>,
     read_again: Arc<Notify>,
     stop: CancellationToken,
 ) {
     let mut after = None;
-    let mut failing = false;
+    let mut failing: Option<String> = None;
     loop {
         let view = tokio::select! {
             view = lease.view(after) => view,
@@ -225,8 +226,11 @@ async fn watch_lease(
         };
         match view {
             Ok(view) => {
-                if std::mem::take(&mut failing) {
+                if let Some(why) = failing.take() {
                     tracing::info!("the lease's store answers again");
+                    node.change_role(|role| {
+                        role.waits.take_if(|waits| *waits == why);
+                    });
                 }
                 after = Some(view.index);
                 if inputs.send(Input::Event(Event::Seen(view))).is_err() {
@@ -234,8 +238,15 @@ async fn watch_lease(
                 }
             }
             Err(error) => {
-                if !std::mem::replace(&mut failing, true) {
+                if failing.is_none() {
                     tracing::warn!(%error, "cannot read the lease; trying again");
+                    let why = format!("the lease cannot be read: {error}");
+                    failing = Some(why.clone());
+                    node.change_role(|role| {
+                        if role.name == RoleName::None {
+                            role.waits.get_or_insert(why);
+                        }
+                    });
                 }
                 after = None;
                 if inputs.send(Input::Event(Event::Unseen)).is_err() {

@@ -185,6 +185,32 @@ impl Client {
         Err(LeaseError(failures.join("; ")))
     }
 
+    /// What failed, and which setting it is about where certificates were refused.
+    fn unreachable<'e>(&self, error: &'e (dyn std::error::Error + 'static)) -> String {
+        let text = crate::ship::frame::full_text(error);
+        // What an I/O error carries is not what it calls its source.
+        let below =
+            |cause: &&'e (dyn std::error::Error + 'static)| match cause.downcast_ref::<std::io::Error>() {
+                Some(error) => error.get_ref().map(|error| error as &dyn std::error::Error),
+                None => cause.source(),
+            };
+        let refused = std::iter::successors(Some(error), below).find_map(|cause| cause.downcast_ref());
+        let Some(tls) = &self.options.tls else { return text };
+        match refused {
+            Some(rustls::Error::InvalidCertificate(_)) => {
+                format!("{text}; consul.tls-ca is {}", tls.ca.display())
+            }
+            // Certificates are what Consul looks at.
+            Some(rustls::Error::AlertReceived(_)) => match &tls.identity {
+                Some((certificate, _)) => {
+                    format!("{text}: it does not accept consul.tls-certificate {}", certificate.display())
+                }
+                None => format!("{text}: it wants a certificate, and consul.tls-certificate is not set"),
+            },
+            _ => text,
+        }
+    }
+
     async fn attempt(
         &self,
         address: &str,
@@ -199,8 +225,7 @@ impl Client {
             request = request.header(TOKEN_HEADER, token);
         }
         let request = request.body(Full::new(body)).map_err(|error| error.to_string())?;
-        let response =
-            self.http.request(request).await.map_err(|error| crate::ship::frame::full_text(&error))?;
+        let response = self.http.request(request).await.map_err(|error| self.unreachable(&error))?;
         let status = response.status();
         let index = response.headers().get(INDEX_HEADER);
         let index = index.and_then(|value| value.to_str().ok()).and_then(|text| text.parse().ok());
