@@ -1,9 +1,9 @@
 //! Makes the writers of a database wait: takes the lock that a writer takes first, and writes nothing.
 
-use super::connection::{WalConnection, exists, uses_wal};
+use super::connection::{WalConnection, uses_wal};
 use super::files::{Files, Patience};
 use super::{ApplyError, rollback_journal};
-use sqlite_file::locks::{LockGuard, LockKind, RESERVED};
+use sqlite_file::locks::{LockGuard, LockKind, RESERVED, conflicting_holder};
 use sqlite_file::wal::Salts;
 use std::sync::Arc;
 
@@ -40,18 +40,28 @@ impl WriterHold {
         }
         let database = Arc::new(database);
         let mut lock = None;
-        // Without SHARED, which would keep the running writer from ending.
+        // Of a journal that was hot while nobody had RESERVED, at the last look.
+        let mut abandoned = None;
+        // Without SHARED, which would keep the running writer from ending. Readers take a journal for hot only while nobody has
+        // RESERVED: beside a dead writer's it is not even tried, or they would read what that writer had not committed.
         let got = patience.insist(|| {
+            if let Some(hot) = rollback_journal::hot_header(files)? {
+                let alive = conflicting_holder(&database, LockKind::Write, RESERVED)?.is_some();
+                let dead = !alive && abandoned == Some(hot);
+                abandoned = (!alive).then_some(hot);
+                return Ok(dead);
+            }
+            abandoned = None;
             lock = LockGuard::try_acquire(&database, LockKind::Write, RESERVED)?;
             Ok(lock.is_some())
         });
         got.map_err(files.io("lock", &files.database))?;
-        let lock = lock.ok_or_else(|| files.busy("RESERVED on the database", patience))?;
-        // Readers would not take the journal of a dead writer for hot while somebody has RESERVED.
-        if exists(files, &files.journal)? && rollback_journal::is_hot(files)? {
+        // Its writer may have died just before the lock was free.
+        if abandoned.is_some() || rollback_journal::is_hot(files)? {
             drop(lock);
             return Err(files.busy("a hot journal, which the next reader plays back", patience));
         }
+        let lock = lock.ok_or_else(|| files.busy("RESERVED on the database", patience))?;
         Ok(Some(WriterHold { lock, connection: None }))
     }
 }

@@ -6,9 +6,10 @@
 
 use super::ApplyError;
 use super::files::{self, Files};
-use sqlite_file::journal::{self, JournalHeader, RECORDS_BY_SIZE, record_checksum};
+use sqlite_file::journal::{self, JOURNAL_HEADER_BYTES, JournalHeader, RECORDS_BY_SIZE, record_checksum};
 use sqlite_file::{header::lock_page, wal::random_bytes};
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 /// Bytes that the header takes: SQLite reads the sector size from it, so any will do.
@@ -121,9 +122,21 @@ impl RollbackJournal {
 pub(super) fn is_hot(files: &Files) -> Result<bool, ApplyError> {
     match File::open(&files.journal) {
         Ok(file) => journal::is_hot(&file).map_err(files.io("read", &files.journal)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(files.io("open", &files.journal)(e)),
     }
+}
+
+/// The header of the journal, which differs from transaction to transaction (by its nonce), if it is hot.
+pub(super) fn hot_header(files: &Files) -> io::Result<Option<[u8; JOURNAL_HEADER_BYTES]>> {
+    let file = match File::open(&files.journal) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    let mut header = [0; JOURNAL_HEADER_BYTES];
+    // One that is being written may be shorter.
+    file.read_at(&mut header, 0)?;
+    Ok((header[0] != 0).then_some(header))
 }
 
 /// Does with a left-over journal what SQLite does before it reads: plays it back if it is hot, and removes it. The
@@ -145,7 +158,7 @@ pub(super) fn play_back_and_empty(files: &Files, database: &File) -> Result<(), 
 pub(super) fn play_back(files: &Files, database: &File) -> Result<bool, ApplyError> {
     let file = match File::open(&files.journal) {
         Ok(file) => file,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(e) => return Err(files.io("open", &files.journal)(e)),
     };
     let empty = database.metadata().map_err(files.io("inspect", &files.database))?.len() == 0;

@@ -3,6 +3,7 @@
 use super::*;
 use ltx::Owner;
 use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 #[test]
 fn idle_connections_see_every_transaction_without_reopening() {
@@ -264,5 +265,37 @@ fn a_hot_journal_of_a_dead_application_is_played_back_first() {
         replica.apply(&[file]);
         replica.assert_equals(&primary.image);
         replica.assert_file_equals(&primary.image);
+    }
+}
+
+#[test]
+fn who_keeps_writers_out_does_not_hide_the_journal_of_a_dead_one_from_readers() {
+    let mut primary = Primary::new(1024, "delete");
+    let mut replica = Replica::new();
+    replica.apply(&[primary.exec(CREATE), primary.insert(300, 300)]);
+    let mut app = Sqlite::open(&replica.path);
+    app.ask(&format!("pragma cache_size=5; begin; update t set b = 1; {}", insert_sql(300, 300)));
+    app.kill();
+    let (database, journal) = (replica.path.clone(), replica.file("-journal"));
+    let left = [&database, &journal].map(|path| std::fs::read(path).unwrap());
+    for _ in 0..50 {
+        // As that application left them.
+        std::fs::write(&database, &left[0]).unwrap();
+        std::fs::write(&journal, &left[1]).unwrap();
+        let mut reader = Sqlite::open(&database);
+        let answered = AtomicBool::new(false);
+        let count = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !answered.load(Ordering::Acquire) {
+                    drop(replica.applier.hold_writers(Duration::ZERO));
+                }
+            });
+            let count = reader.ask(".timeout 20000\nselect count(*) from t where b = 1;");
+            answered.store(true, Ordering::Release);
+            count
+        });
+        // The first reader plays the journal back, and then the hold is to be had.
+        assert_eq!(count, "0");
+        assert!(replica.applier.hold_writers(LONG).unwrap().is_some_and(|hold| !hold.is_of_wal()));
     }
 }
