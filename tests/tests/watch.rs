@@ -1,6 +1,6 @@
 //! `litefs watch` and `litefs wait`.
 
-use litefs_tests::{Fleet, Host, PATIENCE, Role, is_about_fuse, litefs, run, try_run, wait_for};
+use litefs_tests::{Fleet, Host, PATIENCE, Role, litefs, run, try_run, wait_for};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -138,9 +138,6 @@ fn wait_ends_when_it_is_so_and_not_before() {
 
 #[test]
 fn watch_tells_on_both_hosts_who_has_a_halt_lock() {
-    if is_about_fuse("halt locks need the FUSE door") {
-        return;
-    }
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();
     primary.sql("app.db", "CREATE TABLE t(x)");
