@@ -304,20 +304,35 @@ pub fn may_write_to(database: &Database) -> bool {
     may_write(database.cluster()) || access(database) & protocol::ACCESS_BORROWED != 0
 }
 
-/// Whether a writer has to wait, until the halt lock of another host has ended or this one has got it. It is told to the
-/// agent, which may get it; nothing waits here.
-pub fn has_to_wait(database: &Database) -> bool {
+/// What a writer that wants to begin is told.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// It may.
+    Now,
+    /// To wait, until the halt lock of another host has ended or this one has got it.
+    Later,
+    /// This host is no primary.
+    Never,
+}
+
+/// Whether a writer may begin. That one waits is told to the agent, which may get it the database; nothing waits here.
+pub fn turn(database: &Database) -> Turn {
     // Looks whether the agent is still there: what a dead one has said would count for ever.
     let may_write = may_write_to(database);
     let access = access(database);
     if access & protocol::ACCESS_LENT != 0 {
-        return true;
+        Turn::Later
+    } else if may_write {
+        Turn::Now
+    } else if access & protocol::ACCESS_ON_DEMAND != 0 && want(database) {
+        Turn::Later
+    } else {
+        Turn::Never
     }
-    access & protocol::ACCESS_ON_DEMAND != 0 && !may_write && want(database)
 }
 
 /// Tells the agent that a writer waits for this database.
-pub fn want(database: &Database) -> bool {
+fn want(database: &Database) -> bool {
     let Some((page, number)) = number_on_page(database) else { return false };
     page.changed[number as usize].fetch_or(protocol::WANTED, Ordering::SeqCst);
     ring(page, protocol::NAPPING);

@@ -587,7 +587,7 @@ fn lock_shm(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i32) ->
             {
                 return fail(libc::EIO);
             }
-            if agent::has_to_wait(database) || !agent::may_write_to(database) {
+            if agent::turn(database) != agent::Turn::Now {
                 return fail(libc::EAGAIN);
             }
             if let Err(error) = agent::wait_until_near(database) {
@@ -629,7 +629,7 @@ fn lock_database(fd: i32, file: &File, lock: &libc::flock, real: &dyn Fn() -> i3
     let database = file.database();
     let kind = i32::from(lock.l_type);
     if kind == libc::F_WRLCK {
-        if (lock.l_start, lock.l_len) == (RESERVED, 1) && agent::has_to_wait(database) {
+        if (lock.l_start, lock.l_len) == (RESERVED, 1) && agent::turn(database) == agent::Turn::Later {
             return fail(libc::EAGAIN);
         }
         let locked = real();

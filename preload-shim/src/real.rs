@@ -51,6 +51,8 @@ macro_rules! functions {
         }
 
         $(
+            /// # Safety
+            /// As for the function of this name.
             #[inline]
             pub unsafe fn $name($($arg: $type),*) -> $result {
                 let address = symbols::$name.get();
@@ -114,6 +116,8 @@ functions! {
 /// The functions that give a stream; null where no other library has them.
 macro_rules! stream_functions {
     ($($name:ident = $symbol:literal;)*) => {$(
+        /// # Safety
+        /// As for the function of this name.
         pub unsafe fn $name(path: *const c_char, mode: *const c_char) -> *mut libc::FILE {
             static SYMBOL: Symbol = Symbol::new($symbol);
             let address = SYMBOL.get();

@@ -378,15 +378,20 @@ fn release_locked(database: &'static Database) {
     }
 }
 
+/// Which one of `all` it is.
+fn index_in<T>(all: &'static [T], one: &'static T) -> usize {
+    (&raw const *one as usize - all.as_ptr() as usize) / size_of::<T>()
+}
+
 /// Room for a file that is about to be opened; given to [`opened`] or back with [`unreserve`]. Taken before, because a file
 /// that was opened cannot be closed again: that drops the process's locks on it.
 pub fn reserve() -> Result<&'static File, i32> {
     let _changes = CHANGES.lock().ok_or(libc::EDEADLK)?;
     let from = RESERVED.load(Ordering::Relaxed) as usize;
-    let free = FILE.iter().enumerate().cycle().skip(from).take(FILES);
-    let free = free.into_iter().find(|(_, file)| file.descriptors.load(Ordering::Relaxed) == 0);
-    let (at, file) = free.ok_or(libc::ENFILE)?;
-    RESERVED.store((at + 1) as u32 % FILES as u32, Ordering::Relaxed);
+    let (before, after) = FILE.split_at(from);
+    let mut files = after.iter().chain(before);
+    let file = files.find(|file| file.descriptors.load(Ordering::Relaxed) == 0).ok_or(libc::ENFILE)?;
+    RESERVED.store((index_in(&FILE, file) + 1) as u32 % FILES as u32, Ordering::Relaxed);
     file.descriptors.store(1, Ordering::Relaxed);
     Ok(file)
 }
@@ -402,15 +407,13 @@ pub fn opened(fd: i32, kind: Kind, database: &'static Database, file: &'static F
     let entry = TABLE.get(fd as usize).ok_or(libc::EMFILE)?;
     let _changes = CHANGES.lock().ok_or(libc::EDEADLK)?;
     file.kind.store(kind as u32, Ordering::Relaxed);
-    let index = (&raw const *database as usize - DATABASE.as_ptr() as usize) / size_of::<Database>();
-    file.database.store(index as u32, Ordering::Relaxed);
+    file.database.store(index_in(&DATABASE, database) as u32, Ordering::Relaxed);
     file.device.store(stat.st_dev, Ordering::Relaxed);
     file.inode.store(stat.st_ino, Ordering::Relaxed);
     if let Some(count) = database.count(kind) {
         count.fetch_add(1, Ordering::Relaxed);
     }
-    let number = (&raw const *file as usize - FILE.as_ptr() as usize) / size_of::<File>() + 1;
-    let before = entry.swap(number as u16, Ordering::AcqRel);
+    let before = entry.swap(index_in(&FILE, file) as u16 + 1, Ordering::AcqRel);
     drop_number(before);
     Ok(())
 }

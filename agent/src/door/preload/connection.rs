@@ -186,7 +186,9 @@ impl Connection {
                 continue;
             }
             let result = self.request(serving, slot);
-            answer(&self.shared, &self.memory, index, self.database(slot).ok(), result);
+            let held = matches!(result, Ok(Answer::WhenAcknowledged(_)));
+            let db = if held { self.database(slot).ok() } else { None };
+            answer(&self.shared, &self.memory, index, db, result);
         }
         busy
     }
