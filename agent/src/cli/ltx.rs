@@ -148,10 +148,14 @@ impl Report {
 
     /// The file that has the pages of a record.
     fn external_file(&self) -> Option<&str> {
-        match &self.record.as_ref()?.payload {
-            PayloadPlace::External { file_name, .. } => Some(file_name),
-            PayloadPlace::Inline { .. } => None,
-        }
+        external_file(self.record.as_ref()?)
+    }
+}
+
+fn external_file(record: &RecordInfo) -> Option<&str> {
+    match &record.payload {
+        PayloadPlace::External { file_name, .. } => Some(file_name),
+        PayloadPlace::Inline { .. } => None,
     }
 }
 
@@ -230,22 +234,24 @@ fn list_row(report: &Report) -> [String; 12] {
     }
     if let Some(record) = &report.record {
         row[1] = record.database.to_string();
-        if let Some(file_name) = report.external_file() {
-            row[3] = format!("in {file_name}");
-        }
-        row[4] = format!("{}-{}", record.min_txid, record.max_txid);
-        row[6] = record.commit.to_string();
-        row[7] = record.page_size.to_string();
-        row[8] = timestamp(record.timestamp_ms);
-        row[9] = record.pre_apply.to_string();
     }
-    if let Some((header, format)) = &report.header {
-        row[3] = format.to_string();
-        row[4] = format!("{}-{}", header.min_txid, header.max_txid);
-        row[6] = header.commit.to_string();
-        row[7] = header.page_size.to_string();
-        row[8] = timestamp(header.timestamp_ms);
-        row[9] = header.pre_apply.to_string();
+    row[3] = match (&report.header, report.external_file()) {
+        (Some((_, format)), _) => format.to_string(),
+        (None, Some(file_name)) => format!("in {file_name}"),
+        (None, None) => none(),
+    };
+    let of_header = |h: &Header| (h.min_txid, h.max_txid, h.commit, h.page_size, h.timestamp_ms, h.pre_apply);
+    let of_record =
+        |r: &RecordInfo| (r.min_txid, r.max_txid, r.commit, r.page_size, r.timestamp_ms, r.pre_apply);
+    let told = report.header.as_ref().map(|(header, _)| of_header(header));
+    if let Some((min, max, commit, page_size, timestamp_ms, pre_apply)) =
+        told.or(report.record.as_ref().map(of_record))
+    {
+        row[4] = format!("{min}-{max}");
+        row[6] = commit.to_string();
+        row[7] = page_size.to_string();
+        row[8] = timestamp(timestamp_ms);
+        row[9] = pre_apply.to_string();
     }
     if report.header.is_some() || report.record.is_none() {
         row[5] = report.pages.to_string();
@@ -430,18 +436,16 @@ fn open_record(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
     }
     for item in inspect_segment(segment)?.unwrap_or_default() {
         match item {
-            Inspected::Record { info, payload } if info.lsn.to_string() == lsn => {
-                match (payload, info.payload) {
-                    (Some(Ok(payload)), _) => return Ok(Some(payload)),
-                    (Some(Err(problem)), _) => bail!("{}: {problem}", shown(path)),
-                    (None, PayloadPlace::External { file_name, .. }) => bail!(
-                        "{}: its pages are in {file_name}, in the directory of {} below `ltx`",
-                        shown(path),
-                        info.database
-                    ),
-                    (None, PayloadPlace::Inline { .. }) => return Ok(None),
-                }
-            }
+            Inspected::Record { info, payload } if info.lsn.to_string() == lsn => match payload {
+                Some(Ok(payload)) => return Ok(Some(payload)),
+                Some(Err(problem)) => bail!("{}: {problem}", shown(path)),
+                None => bail!(
+                    "{}: its pages are in {}, in the directory of {} below `ltx`",
+                    shown(path),
+                    external_file(&info).unwrap_or("another file"),
+                    info.database
+                ),
+            },
             _ => {}
         }
     }

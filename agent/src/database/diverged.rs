@@ -69,11 +69,13 @@ impl Database {
         common: Option<Txid>,
         snapshot: &StagedSnapshot,
     ) -> anyhow::Result<Option<PathBuf>> {
-        let position = self.state().position;
+        let (position, foreign) = {
+            let st = self.state();
+            (st.position, st.foreign_content)
+        };
         let Some((oldest, newest)) = self.shared.log.kept(&self.name)? else { return Ok(None) };
         let dir =
             self.shared.dirs.diverged.join(self.name.escaped()).join(position.to_string().replace('/', "-"));
-        let foreign = self.state().foreign_content;
         if foreign {
             self.forget_foreign_states(&dir)?;
         }
@@ -131,18 +133,17 @@ impl Database {
             let Ok(Some(kept)) = Kept::read(&dir) else { continue };
             let transactions =
                 dir.read_dir()?.flatten().any(|file| file.path().extension().is_some_and(|e| e == "ltx"));
-            if kept.set_aside.is_some() && !transactions {
-                foreign.push((dir == new, kept.kept_unix_ms, dir));
+            if kept.set_aside.is_none() || transactions {
+                continue;
+            }
+            if dir == new {
+                std::fs::remove_dir_all(dir)?;
+            } else {
+                foreign.push((kept.kept_unix_ms, dir));
             }
         }
         foreign.sort();
-        let others = foreign.iter().filter(|(is_new, ..)| !is_new).count();
-        let surplus = (others + 1).saturating_sub(FOREIGN_STATES_KEPT);
-        for (i, (is_new, _, dir)) in foreign.iter().enumerate() {
-            if *is_new || i < surplus {
-                std::fs::remove_dir_all(dir)?;
-            }
-        }
-        Ok(())
+        let surplus = (foreign.len() + 1).saturating_sub(FOREIGN_STATES_KEPT);
+        foreign[..surplus].iter().try_for_each(|(_, dir)| std::fs::remove_dir_all(dir))
     }
 }

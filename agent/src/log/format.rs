@@ -445,6 +445,11 @@ fn decode_name(name: &[u8]) -> Option<DatabaseName> {
     DatabaseName::new(std::str::from_utf8(name).ok()?).ok()
 }
 
+/// LSN after the last one that fits into a file of this size.
+pub fn end_of_file(first: Lsn, file_bytes: u64) -> Lsn {
+    Lsn(first.0 + (file_bytes.saturating_sub(SEGMENT_HEADER_BYTES) & !(ALIGN_BYTES - 1)))
+}
+
 /// Offset in its file of the record at `lsn`.
 pub fn offset_in_segment(first: Lsn, lsn: Lsn) -> u64 {
     assert!(first <= lsn, "the record is not in the segment");

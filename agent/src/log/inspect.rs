@@ -1,7 +1,7 @@
 //! Looking at a segment file from outside, whether its agent runs or not: nothing is changed.
 
 use super::error::LogError;
-use super::format::{self, ALIGN_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader, VERSION};
+use super::format::{self, SEGMENT_HEADER_BYTES, SegmentHeader, VERSION};
 use super::record::{Lsn, PayloadPlace, RecordInfo};
 use super::scan::{Found, Scanner};
 use super::sealed::IndexFacts;
@@ -69,8 +69,7 @@ pub fn inspect_segment(path: &Path) -> Result<Option<Vec<Inspected>>, LogError> 
     let Some(key) = facts.map(|facts| facts.key).or(index.map(|index| index.key)) else {
         return Err(LogError::NotASegment { path: path.to_owned(), reason: "its header is damaged".into() });
     };
-    let records_bytes = file.len().map_err(io)?.saturating_sub(SEGMENT_HEADER_BYTES) & !(ALIGN_BYTES - 1);
-    let file_end = Lsn(first.0 + records_bytes);
+    let file_end = format::end_of_file(first, file.len().map_err(io)?);
     let told = index.map(|index| index.end).or(facts.and_then(|facts| facts.end));
     let told = told.filter(|end| (first..=file_end).contains(end));
     let mut found = Vec::new();

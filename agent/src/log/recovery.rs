@@ -9,8 +9,8 @@ use super::commit_log::Options;
 use super::error::{Damage, LogError};
 use super::external;
 use super::format::{
-    self, ALIGN_BYTES, BLOCK_BYTES, FIRST_LSN, Place, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentKey,
-    UNCLEAN_GAP_BYTES, VERSION, offset_in_segment,
+    self, BLOCK_BYTES, FIRST_LSN, Place, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentKey, UNCLEAN_GAP_BYTES,
+    VERSION, offset_in_segment,
 };
 use super::index::Index;
 use super::keeper::{cut_to_end, spare_number};
@@ -70,7 +70,7 @@ impl Candidate {
     }
 
     fn end_of(&self, file_bytes: u64) -> Lsn {
-        Lsn(self.first.0 + (file_bytes.saturating_sub(SEGMENT_HEADER_BYTES) & !(ALIGN_BYTES - 1)))
+        format::end_of_file(self.first, file_bytes)
     }
 
     /// The file lost its end: a segment has its full size from the beginning, and says so before it is cut.
