@@ -284,6 +284,13 @@ impl Database {
         }
     }
 
+    /// A commit of a WAL is synced if the last one was: the log's sync begins before the application asks for it.
+    pub fn expect_sync(&self, st: &mut State, logged: Logged) {
+        if std::mem::take(&mut st.wal_synced) {
+            self.shared.log.hasten(logged.end);
+        }
+    }
+
     pub(crate) fn wal_error(&self, source: io::Error) -> CaptureError {
         CaptureError::Io { path: self.paths.wal.clone(), source }
     }

@@ -438,9 +438,7 @@ impl HeldLock {
             Err(_) => "it has ended".into(),
         }
     }
-}
 
-impl HeldLock {
     /// Whether it counts; on the primary, where there is none, it does not.
     pub(super) fn is_held(&self) -> bool {
         self.borrowed.as_ref().is_some_and(|(.., borrowed)| borrowed.is_held())

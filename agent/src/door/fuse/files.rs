@@ -240,11 +240,8 @@ impl OpenFile {
         }
         let result = match self.kind {
             Kind::Wal => wal::written(db, &mut st, &self.file, offset, data).map(|logged| {
-                if let Some(logged) = logged
-                    // This commit is synced if the last one was: the log is synced while the application comes for it.
-                    && std::mem::take(&mut st.wal_synced)
-                {
-                    db.shared().log.hasten(logged.end);
+                if let Some(logged) = logged {
+                    db.expect_sync(&mut st, logged);
                 }
                 let (position, end) = (st.position, st.logged_end);
                 match st.wal.withholds_commit() {

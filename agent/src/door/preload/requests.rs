@@ -265,11 +265,8 @@ pub fn wal_commit(db: &Arc<Database>, data: &[u64], pid: i32) -> Result<Answer, 
     let logged = db
         .capture_held_commit(&mut st, &HeldCommit { offset, header })
         .map_err(|e| errno_of(db, "commit", &e))?;
-    if let Some(logged) = logged
-        && std::mem::take(&mut st.wal_synced)
-    {
-        // Its writer asks for the sync as soon as it is answered.
-        db.shared().log.hasten(logged.end);
+    if let Some(logged) = logged {
+        db.expect_sync(&mut st, logged);
     }
     Ok(db.hold_of(&st, logged, false).map_or(Answer::Now(0), Answer::WhenAcknowledged))
 }
