@@ -583,3 +583,32 @@ fn what_somebody_commits_on_a_replica_after_a_snapshot_is_found() {
     }
     primary.assert_no_errors();
 }
+
+#[test]
+fn each_transaction_of_a_program_without_the_library_is_noticed_while_it_keeps_the_database_open() {
+    let fleet = Fleet::new();
+    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
+    for mode in ["DELETE", "TRUNCATE", "PERSIST"] {
+        let name = format!("{mode}.db");
+        let stranger = |name: &str| {
+            Client::start(Command::new("python3").arg("-c").arg(SQL).arg(primary.mount()).arg(name))
+        };
+        let mut first = stranger(&name);
+        assert_eq!(first.tell(&format!("PRAGMA journal_mode={mode}")), mode.to_lowercase());
+        assert_eq!(first.tell("CREATE TABLE t(v)"), "ok");
+        for count in 1..=3 {
+            assert_eq!(first.tell("INSERT INTO t VALUES(1)"), "ok");
+            assert_follows(&primary, &replica, &name, count);
+        }
+        first.kill();
+        // By another name it is watched as well.
+        let moved = format!("moved-{name}");
+        fs::rename(primary.path(&name), primary.path(&moved)).expect("it can be moved");
+        let _ = fs::remove_file(primary.path(format!("{name}-journal")));
+        assert_follows(&primary, &replica, &moved, 3);
+        let mut second = stranger(&moved);
+        assert_eq!(second.tell("INSERT INTO t VALUES(1)"), "ok");
+        second.kill();
+        assert_follows(&primary, &replica, &moved, 4);
+    }
+}

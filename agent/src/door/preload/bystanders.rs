@@ -24,8 +24,15 @@ pub struct Bystanders {
     shared: Arc<Shared>,
     mounter: Mounter,
     inotify: Inotify,
-    /// Watched directories, below the cluster's.
+    /// Watched directories, below the cluster's, for what comes and goes in them.
     directories: HashMap<WatchDescriptor, PathBuf>,
+    /// Watched files, for the end of writing. A watch of the directory would tell that too, but would cost each read and
+    /// write of a file in it more than a tenth.
+    files: HashMap<WatchDescriptor, PathBuf>,
+    /// A file could not be watched: directories are.
+    has_no_room: bool,
+    /// Files to watch from now on.
+    unwatched: BTreeSet<PathBuf>,
     /// Databases that have a WAL.
     with_wal: BTreeSet<DatabaseName>,
     /// Files in which something may have changed that no process has reported.
@@ -45,12 +52,16 @@ impl Bystanders {
             mounter,
             inotify,
             directories: HashMap::new(),
+            files: HashMap::new(),
+            has_no_room: false,
+            unwatched: BTreeSet::new(),
             with_wal: BTreeSet::new(),
             changed: BTreeSet::new(),
             warned: HashSet::new(),
             since: Instant::now(),
         };
         this.watch(Path::new(""))?;
+        this.watch_files();
         // Recovery has looked at those that are known. In WAL mode nothing else would lead to a look at the file.
         let shared = &this.shared;
         this.changed.retain(|name| shared.database(name).is_none_or(|db| db.is_suspect_in_wal_mode()));
@@ -59,12 +70,14 @@ impl Bystanders {
 
     fn watch(&mut self, directory: &Path) -> io::Result<()> {
         let path = self.shared.dirs.files.join(directory);
-        let events = AddWatchFlags::IN_CLOSE_WRITE
-            | AddWatchFlags::IN_CREATE
+        let mut events = AddWatchFlags::IN_CREATE
             | AddWatchFlags::IN_DELETE
             | AddWatchFlags::IN_MOVED_FROM
             | AddWatchFlags::IN_MOVED_TO
             | AddWatchFlags::IN_ONLYDIR;
+        if self.has_no_room {
+            events |= AddWatchFlags::IN_CLOSE_WRITE;
+        }
         match self.inotify.add_watch(&path, events) {
             Ok(watch) => drop(self.directories.insert(watch, directory.to_owned())),
             Err(nix::errno::Errno::ENOENT | nix::errno::Errno::ENOTDIR) => return Ok(()),
@@ -89,11 +102,45 @@ impl Bystanders {
         if let Some(name) = suffixed("-wal") {
             self.with_wal.insert(name);
         } else if let Some(name) = suffixed("-journal") {
+            // One that is kept (TRUNCATE, PERSIST) is closed after each transaction.
+            self.unwatched.insert(path.to_owned());
             self.changed.insert(name);
         } else if suffixed("-shm").is_none()
             && let Ok(name) = DatabaseName::new(text)
         {
+            self.unwatched.insert(path.to_owned());
             self.changed.insert(name);
+        }
+    }
+
+    /// Watches the files that were noted. They are looked at afterwards: whoever closes one later is told.
+    fn watch_files(&mut self) {
+        let events = AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_DONT_FOLLOW;
+        for path in std::mem::take(&mut self.unwatched) {
+            if self.has_no_room {
+                continue;
+            }
+            match self.inotify.add_watch(&self.shared.dirs.files.join(&path), events) {
+                // The same watch as before where it is the same file, by whatever name.
+                Ok(watch) => drop(self.files.insert(watch, path)),
+                Err(nix::errno::Errno::ENOENT | nix::errno::Errno::ENOTDIR) => {}
+                Err(error) => {
+                    tracing::warn!(
+                        path = %path.display(),
+                        %error,
+                        "a file cannot be watched: directories are, which makes reads slower (see \
+                         fs.inotify.max_user_watches)"
+                    );
+                    self.has_no_room = true;
+                    self.watch_again();
+                }
+            }
+        }
+    }
+
+    fn watch_again(&mut self) {
+        if let Err(error) = self.watch(Path::new("")) {
+            tracing::error!(%error, "the cluster's directory cannot be read");
         }
     }
 
@@ -110,9 +157,16 @@ impl Bystanders {
             };
             for event in events {
                 if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
-                    if let Err(error) = self.watch(Path::new("")) {
-                        tracing::error!(%error, "the cluster's directory cannot be read");
-                    }
+                    self.watch_again();
+                    continue;
+                }
+                if event.mask.contains(AddWatchFlags::IN_IGNORED) {
+                    self.files.remove(&event.wd);
+                    self.directories.remove(&event.wd);
+                    continue;
+                }
+                if let Some(path) = self.files.get(&event.wd).cloned() {
+                    self.note(&path);
                     continue;
                 }
                 let (Some(directory), Some(name)) = (self.directories.get(&event.wd), event.name) else {
@@ -136,6 +190,7 @@ impl Bystanders {
                 }
             }
         }
+        self.watch_files();
         if !self.shared.is_writable() {
             // A WAL is looked at when there are transactions of the primary to add to it.
             for name in std::mem::take(&mut self.changed) {
