@@ -125,7 +125,7 @@ complete -c litefs -n "__fish_litefs_using_subcommand exec" -l config -d 'Config
 complete -c litefs -n "__fish_litefs_using_subcommand exec" -l set -d 'Set a configuration key, such as http.listen=0.0.0.0:20202; may be repeated' -r
 complete -c litefs -n "__fish_litefs_using_subcommand exec" -l socket -d 'Control socket of the agent [default: socket.path of the configuration]' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand exec" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c litefs -n "__fish_litefs_using_subcommand run" -l with-halt-lock-on -d 'Get the halt lock of a database first (its path, or its name in `litefs list`): writers on the primary wait, the program may write it here, and each of its commits is on the primary before it returns' -r -F
+complete -c litefs -n "__fish_litefs_using_subcommand run" -l with-halt-lock-on -d 'Get the halt lock of a database first (its path, or its name in `litefs list`): writers on the primary wait, the program may write it here, and each of its commits is on the primary before it returns. Programs that get it themselves open the file DATABASE-lock for writing' -r -F
 complete -c litefs -n "__fish_litefs_using_subcommand run" -l timeout -d 'Longest time to wait before the program is run, such as 30s [default: for ever]' -r
 complete -c litefs -n "__fish_litefs_using_subcommand run" -s c -l cluster -d 'Name of the cluster [default: db]' -r
 complete -c litefs -n "__fish_litefs_using_subcommand run" -l config -d 'Configuration file [default: /etc/litefs/<cluster>.toml, if there]' -r -F

@@ -79,6 +79,12 @@ pub fn is_own_process() -> bool {
 pub extern "C" fn forked() {
     PROCESS.store(sys::getpid(), Ordering::Relaxed);
     managed::forked();
+    for place in &LOCKING {
+        let socket = place.swap(-1, Ordering::Relaxed);
+        if socket >= 0 {
+            sys::close(socket);
+        }
+    }
     for connection in &CONNECTION {
         connection.changes.forget_holder();
         let socket = connection.socket.swap(-1, Ordering::Relaxed);
@@ -455,6 +461,71 @@ pub fn special(cluster: usize, name: &[u8]) -> Result<([u64; SPECIAL_WORDS], usi
             Err(Lost::HungUp) => connection.lose(generation),
             Err(Lost::TimedOut) => return Err(libc::ETIMEDOUT),
         }
+    }
+}
+
+/// Connections on which threads wait for halt locks: a child of a fork has to close them.
+static LOCKING: [AtomicI32; 32] = [const { AtomicI32::new(-1) }; 32];
+
+/// `NAME-lock`, once the agent has the halt lock, which ends when all copies of the descriptor are closed. `ENOENT`: there is no
+/// such lock. `EINTR`: a signal handler has run.
+pub fn lock_file(cluster: usize, name: &[u8], close_on_exec: bool) -> Result<i32, i32> {
+    let mut path = PathBuffer::<108>::new();
+    let mut question = PathBuffer::<{ managed::NAME_MAX + 4 }>::new();
+    let fits = managed::runtime_path(cluster, protocol::SOCKET, &mut path)
+        && question.push(&protocol::LOCK_FILE_MAGIC.to_ne_bytes())
+        && question.push(name);
+    if !fits {
+        return Err(libc::ENAMETOOLONG);
+    }
+    let mut deadline = sys::now_ns() + wait_ms() * 1_000_000;
+    loop {
+        let socket = sys::socket()?;
+        let place = LOCKING
+            .iter()
+            .find(|place| place.compare_exchange(-1, socket, Ordering::AcqRel, Ordering::Relaxed).is_ok());
+        let answer = ask_for_lock(socket, path.bytes(), question.bytes(), &mut deadline);
+        if let Some(place) = place {
+            place.store(-1, Ordering::Release);
+        }
+        sys::close(socket);
+        match answer {
+            Ok(fd) if close_on_exec => return Ok(fd),
+            Ok(fd) => return sys::keep_on_exec(fd).map(|()| fd),
+            Err(Some(error)) => return Err(error),
+            Err(None) if sys::now_ns() >= deadline => {
+                say(&[b"no agent answers at ", path.bytes(), b": start litefs"]);
+                return Err(libc::EIO);
+            }
+            // Its successor is asked anew.
+            Err(None) => sys::sleep_ms(RETRY_MS),
+        }
+    }
+}
+
+/// `Err(None)`: the agent is not there.
+fn ask_for_lock(socket: i32, path: &[u8], question: &[u8], deadline: &mut u64) -> Result<i32, Option<i32>> {
+    sys::connect(socket, path).and_then(|()| sys::send(socket, question)).map_err(|_| None)?;
+    // However long it takes: it is noticed when the agent goes, and signals interrupt it.
+    sys::make_waiting(socket).map_err(Some)?;
+    let mut answer = [0u8; size_of::<protocol::LockFile>()];
+    let received = sys::receive(socket, &mut answer);
+    *deadline = sys::now_ns() + wait_ms() * 1_000_000;
+    let (count, file) = received.map_err(|error| (error == libc::EINTR).then_some(error))?;
+    let word = |at: usize| u32::from_ne_bytes([answer[at], answer[at + 1], answer[at + 2], answer[at + 3]]);
+    match file {
+        _ if count == 0 => Err(None),
+        Some(fd) if count == answer.len() && word(0) == protocol::LOCK_FILE_MAGIC && word(4) == 0 => Ok(fd),
+        Some(fd) => {
+            sys::close(fd);
+            Err(Some(libc::EPROTO))
+        }
+        None if count < answer.len() => Err(Some(libc::EPROTO)),
+        // An agent from before there were lock files.
+        None if word(0) != protocol::LOCK_FILE_MAGIC => Err(Some(libc::ENOENT)),
+        // It was sent one, for which there was no number.
+        None if word(4) == 0 => Err(Some(libc::EMFILE)),
+        None => Err(Some(word(4) as i32)),
     }
 }
 

@@ -38,8 +38,11 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
     if !agent::is_own_process() {
         return real(flags);
     }
-    if is_special(managed.name.bytes()) && flags & libc::O_ACCMODE == libc::O_RDONLY {
+    let reads = flags & libc::O_ACCMODE == libc::O_RDONLY;
+    if is_special(managed.name.bytes()) && reads || is_lock(managed.name.bytes()) {
         match open_special(managed, flags) {
+            // A database, or another file, may have this name.
+            Err(libc::ENOENT) if !reads => {}
             Err(libc::ENOENT) => return real(flags),
             Ok(fd) => return fd,
             Err(error) => return fail(error),
@@ -117,24 +120,39 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
 
 /// Whether it is the name of a file that the agent makes up.
 fn is_special(name: &[u8]) -> bool {
-    name == b".primary" || name == b".lag" || name.ends_with(b"-pos")
+    name == b".primary" || name == b".lag" || name.ends_with(b"-pos") || is_lock(name)
+}
+
+/// Whether it is that of LiteFS's file for the halt lock.
+fn is_lock(name: &[u8]) -> bool {
+    name.ends_with(b"-lock")
 }
 
 /// Whether a path ends like that of such a file.
 pub fn ends_like_special(path: &[u8]) -> bool {
-    [&b".primary"[..], b".lag", b"-pos"].iter().any(|end| path.ends_with(end))
+    [&b".primary"[..], b".lag", b"-pos", b"-lock"].iter().any(|end| path.ends_with(end))
 }
 
-/// Such a file as it is now, where there is one.
-pub fn special(managed: &Managed, flags: i32) -> Option<i32> {
-    let asked = agent::is_own_process() && is_special(managed.name.bytes());
-    if asked { open_special(managed, flags).ok() } else { None }
+/// Whether a path ends like that of LiteFS's file for the halt lock.
+pub fn ends_like_lock(path: &[u8]) -> bool {
+    is_lock(path)
 }
 
 /// Such a file as it is now. `ENOENT`: there is none.
+pub fn special(managed: &Managed, flags: i32) -> Result<i32, i32> {
+    let asked = agent::is_own_process() && is_special(managed.name.bytes());
+    if asked { open_special(managed, flags) } else { Err(libc::ENOENT) }
+}
+
 fn open_special(managed: &Managed, flags: i32) -> Result<i32, i32> {
     if managed.cluster == managed::TOO_MANY {
         return Err(libc::ENFILE);
+    }
+    if flags & libc::O_ACCMODE != libc::O_RDONLY {
+        let fd = agent::lock_file(managed.cluster, managed.name.bytes(), flags & libc::O_CLOEXEC != 0)?;
+        // Its number may have been closed in a way that was not seen.
+        table::closed(fd);
+        return Ok(fd);
     }
     let (words, len) = agent::special(managed.cluster, managed.name.bytes())?;
     // SAFETY: the bytes of initialised words; `len` is not more than there are.

@@ -168,8 +168,8 @@ pub unsafe extern "C" fn dup(fd: c_int) -> c_int {
 
 /// A file that the agent makes up and that this path names, at its beginning.
 #[cold]
-fn special(path: *const c_char, flags: c_int) -> Option<c_int> {
-    commit::special(&find(path)?, flags)
+fn special(path: *const c_char, flags: c_int) -> Result<c_int, c_int> {
+    find(path).map_or(Err(libc::ENOENT), |managed| commit::special(&managed, flags))
 }
 
 /// Whether a path may name such a file: costs nothing to ask.
@@ -189,17 +189,26 @@ macro_rules! streams {
             if may_be_special(path) && !mode.is_null() {
                 // SAFETY: the application gives a string that ends with a zero.
                 let letters = unsafe { CStr::from_ptr(mode) }.to_bytes();
-                let flags = if letters.contains(&b'e') { libc::O_CLOEXEC } else { 0 };
-                if letters.first() == Some(&b'r')
-                    && !letters.contains(&b'+')
-                    && let Some(fd) = special(path, flags)
-                {
-                    // SAFETY: the descriptor is new, and the mode the caller's.
-                    let stream = unsafe { libc::fdopen(fd, mode) };
-                    if stream.is_null() {
-                        sys::close(fd);
+                let reads = letters.first() == Some(&b'r') && !letters.contains(&b'+');
+                let flags = if letters.contains(&b'e') { libc::O_CLOEXEC } else { 0 }
+                    | if reads { libc::O_RDONLY } else { libc::O_RDWR };
+                // SAFETY: as above.
+                let is_lock = commit::ends_like_lock(unsafe { CStr::from_ptr(path) }.to_bytes());
+                let fd = if reads || is_lock { special(path, flags) } else { Err(libc::ENOENT) };
+                match fd {
+                    Ok(fd) => {
+                        // SAFETY: the descriptor is new, and the mode the caller's.
+                        let stream = unsafe { libc::fdopen(fd, mode) };
+                        if stream.is_null() {
+                            sys::close(fd);
+                        }
+                        return stream;
                     }
-                    return stream;
+                    Err(error) if is_lock && error != libc::ENOENT => {
+                        sys::set_errno(error);
+                        return core::ptr::null_mut();
+                    }
+                    Err(_) => {}
                 }
             }
             // SAFETY: the arguments are the caller's.
@@ -216,7 +225,7 @@ fn status_of(path: *const c_char, real: &dyn Fn() -> c_int, of_special: &dyn Fn(
     if result == 0 || sys::errno() != libc::ENOENT || !may_be_special(path) {
         return result;
     }
-    let Some(fd) = special(path, libc::O_CLOEXEC) else {
+    let Ok(fd) = special(path, libc::O_CLOEXEC) else {
         sys::set_errno(libc::ENOENT);
         return result;
     };

@@ -296,7 +296,21 @@ pub fn hung_up(fd: i32) -> bool {
     poll(fd, libc::POLLRDHUP, 0).is_ok_and(|events| events != 0)
 }
 
-/// Receives a message that is there, and at most one descriptor.
+/// Makes a descriptor wait for what it is asked.
+pub fn make_waiting(fd: i32) -> Result<()> {
+    // SAFETY: no memory is touched.
+    let flags = unsafe { sys!(SYS_fcntl, fd, libc::F_GETFL, 0) }? as i32;
+    // SAFETY: no memory is touched.
+    unsafe { sys!(SYS_fcntl, fd, libc::F_SETFL, flags & !libc::O_NONBLOCK) }.map(|_| ())
+}
+
+/// Has a descriptor survive `execve`.
+pub fn keep_on_exec(fd: i32) -> Result<()> {
+    // SAFETY: no memory is touched.
+    unsafe { sys!(SYS_fcntl, fd, libc::F_SETFD, 0) }.map(|_| ())
+}
+
+/// Receives a message, and at most one descriptor.
 pub fn receive(fd: i32, data: &mut [u8]) -> Result<(usize, Option<i32>)> {
     #[repr(C, align(8))]
     struct Control([u8; 64]);

@@ -28,7 +28,8 @@ pub struct Run {
     #[arg(long, conflicts_with = "with_halt_lock_on")]
     on_primary: bool,
     /// Get the halt lock of a database first (its path, or its name in `litefs list`): writers on the primary wait, the
-    /// program may write it here, and each of its commits is on the primary before it returns
+    /// program may write it here, and each of its commits is on the primary before it returns. Programs that get it
+    /// themselves open the file DATABASE-lock for writing
     #[arg(long, value_name = "DATABASE")]
     with_halt_lock_on: Option<PathBuf>,
     /// Longest time to wait before the program is run, such as 30s [default: for ever]

@@ -1,6 +1,7 @@
 //! How applications reach their databases: by a FUSE mount, or by a plain directory with a preloaded library.
 
 pub mod fuse;
+pub mod lock_file;
 pub mod preload;
 
 use fuse::NameInvalidator;

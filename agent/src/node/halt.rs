@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 /// How long the writers of a database may take to end when it is lent, or given back.
 const WRITERS_END: Duration = Duration::from_secs(5);
 /// How long a borrower tries to get a lock that somebody else has.
-const ACQUIRE: Duration = Duration::from_secs(30);
+pub(super) const ACQUIRE: Duration = Duration::from_secs(30);
 /// How long it waits between.
 const TRY_AGAIN: Duration = Duration::from_millis(50);
 /// A database that was taken back is not lent again for so long: the primary's own writers, whose busy handlers look every
@@ -68,6 +68,8 @@ pub(super) struct Locks {
     /// When databases may be lent again.
     rests: Mutex<HashMap<DatabaseName, Time>>,
     borrowed: Mutex<HashMap<DatabaseName, Option<Arc<Borrowed>>>>,
+    /// Nobody waits for a lock any more.
+    pub(super) stop: CancellationToken,
 }
 
 fn refused(message: impl Into<String>) -> Refusal {
@@ -662,6 +664,7 @@ impl Node {
 
     /// The agent stops: other hosts need not wait until the locks run out.
     pub(super) async fn give_back_all(self: &Arc<Self>) {
+        self.halt_locks.stop.cancel();
         let all: Vec<_> = self.halt_locks.borrowed.lock().drain().collect();
         for (name, borrowed) in all {
             if let (Some(db), Some(borrowed)) = (self.shared.database(&name), borrowed) {

@@ -14,6 +14,7 @@ mod halt;
 mod handoff;
 mod identity;
 mod lease_driver;
+mod lock_file;
 mod role;
 mod sink;
 mod source;
@@ -204,6 +205,7 @@ impl Node {
         let dir = &config.mount.dir;
         let runtime_dir = config.socket.path.parent().unwrap_or(dir).to_owned();
         let files = &self.shared.dirs.files;
+        let locks = Arc::new(lock_file::LockFiles::of(self));
         let door = if config.door == DoorKind::Preload {
             let options = preload::Options {
                 dir: dir.clone(),
@@ -218,7 +220,7 @@ impl Node {
             if config.preload.forward_writes {
                 self.forward_writes();
             }
-            Door::Preload(preload::Door::open(self.shared.clone(), self.clone(), &options)?)
+            Door::Preload(preload::Door::open(self.shared.clone(), self.clone(), locks, &options)?)
         } else {
             if config.preload.forward_writes {
                 tracing::warn!(
@@ -244,7 +246,7 @@ impl Node {
                 passthrough: config.mount.passthrough == Passthrough::Auto,
                 threads: (config.mount.threads > 0).then_some(config.mount.threads),
             };
-            Door::Fuse(fuse::Door::open(self.shared.clone(), self.clone(), &options, connection)?)
+            Door::Fuse(fuse::Door::open(self.shared.clone(), self.clone(), locks, &options, connection)?)
         };
         self.identity.store_door(door.kind())?;
         if let Some(invalidator) = door.invalidator() {

@@ -21,6 +21,9 @@ use core::sync::atomic::{AtomicU32, AtomicU64};
 pub const VERSION: u32 = 8;
 /// First word of handshake and page: `LFSH`.
 pub const MAGIC: u32 = 0x4853_464c;
+/// First word of the message by which a shim that opens `NAME-lock` for writing asks for the halt lock, on a connection of its
+/// own: the path below the managed directory follows. The answer, a [`LockFile`], may take long. `LFLK`.
+pub const LOCK_FILE_MAGIC: u32 = 0x4b4c_464c;
 /// File, beside the agent's socket, that names the managed directory: see [`Registration`].
 pub const REGISTRATION: &str = "preload";
 /// The agent's socket (`SOCK_SEQPACKET`).
@@ -88,6 +91,17 @@ pub struct Hello {
     pub magic: u32,
     /// [`VERSION`].
     pub version: u32,
+}
+
+/// The answer to who opens `NAME-lock`; with a descriptor of the file where there is no error. The halt lock ends when that
+/// one and all copies of it are closed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct LockFile {
+    /// [`LOCK_FILE_MAGIC`].
+    pub magic: u32,
+    /// 0, or an error number. `ENOENT`: the name is not that of a lock file.
+    pub error: u32,
 }
 
 /// The agent's answer; with a descriptor of a [`Page`] where the versions agree.

@@ -32,9 +32,16 @@ pub(super) fn attr_of(number: u64, m: &Metadata) -> FileAttr {
 
 pub(super) fn special_attr(number: u64, special: &Special, size: u64) -> FileAttr {
     let changed = match special {
-        Special::Position(db) => time(db.state().last_change_ms / 1000, 0),
+        Special::Position(db) | Special::Lock(db) => time(db.state().last_change_ms / 1000, 0),
         Special::Primary | Special::Lag => SystemTime::now(),
     };
+    // Who may write a database may have its lock.
+    let like = match special {
+        Special::Lock(db) => db.paths().database.metadata().ok(),
+        _ => None,
+    };
+    let (perm, uid, gid) =
+        like.map_or((0o444, 0, 0), |like| ((like.mode() & 0o666) as u16, like.uid(), like.gid()));
     FileAttr {
         ino: INodeNo(number),
         size,
@@ -44,10 +51,10 @@ pub(super) fn special_attr(number: u64, special: &Special, size: u64) -> FileAtt
         ctime: changed,
         crtime: UNIX_EPOCH,
         kind: FileType::RegularFile,
-        perm: 0o444,
+        perm,
         nlink: 1,
-        uid: 0,
-        gid: 0,
+        uid,
+        gid,
         rdev: 0,
         flags: 0,
         blksize: 4096,

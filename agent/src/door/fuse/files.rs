@@ -24,6 +24,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, OnceLock};
+use tokio_util::sync::DropGuard;
 
 /// The kernel's page size at most platforms; a larger one only makes the cache less effective.
 const CACHE_PAGE_BYTES: u64 = 4096;
@@ -71,6 +72,11 @@ pub enum Handle {
     Staged(Arc<StagedWrite>),
     /// A made-up file.
     Special(Special),
+    /// `NAME-lock`, opened for writing: the halt lock ends with this.
+    Lock {
+        /// Ends the lock.
+        _release: DropGuard,
+    },
     /// A directory.
     Directory {
         /// Its inode.

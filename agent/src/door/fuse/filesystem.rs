@@ -16,6 +16,7 @@ use super::special::RoleView;
 use super::workers::Workers;
 use crate::DatabaseName;
 use crate::database::{Database, Shared};
+use crate::door::lock_file::{self, HaltLocks, LOCK_SUFFIX, Opener};
 use fuse_session::fuse::*;
 use fuse_session::{Backings, Connection, RESENT};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -29,6 +30,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
+use tokio_util::sync::CancellationToken;
 
 /// Every change of a backing file goes through the mount, or is followed by an invalidation; so the kernel may keep
 /// what it knows. Without this a read in rollback mode costs an upcall to see that there is no journal.
@@ -44,7 +46,8 @@ pub struct LitefsFilesystem {
     pub(super) shared: Arc<Shared>,
     view: ViewDebug,
     pub(super) tree: Tree,
-    pub(super) handles: Handles,
+    locks: Arc<dyn HaltLocks>,
+    pub(super) handles: Arc<Handles>,
     pub(super) backings: Backings,
     /// What another process knew that served this mount before.
     pub(super) predecessor: Option<Predecessor>,
@@ -72,6 +75,7 @@ impl LitefsFilesystem {
     pub fn new(
         shared: Arc<Shared>,
         view: Arc<dyn RoleView>,
+        locks: Arc<dyn HaltLocks>,
         want_passthrough: bool,
         passthrough: Arc<AtomicBool>,
         threads: Threads,
@@ -95,7 +99,8 @@ impl LitefsFilesystem {
             tree: Tree { shared: shared.clone(), inodes, root },
             shared,
             view: ViewDebug(view),
-            handles: Handles::new(connection.handles.clone()),
+            locks,
+            handles: Arc::new(Handles::new(connection.handles.clone())),
             backings: connection.backings(),
             predecessor: connection.is_taken_over().then(Predecessor::default),
             want_passthrough,
@@ -201,6 +206,9 @@ impl LitefsFilesystem {
         match path.to_str()? {
             ".primary" => Some(Special::Primary),
             ".lag" => Some(Special::Lag),
+            text if text.ends_with(LOCK_SUFFIX) => {
+                lock_file::database_of(&self.shared, text).map(Special::Lock)
+            }
             text => {
                 let name = DatabaseName::new(text.strip_suffix(POSITION_SUFFIX)?).ok()?;
                 self.shared.database(&name).filter(|db| db.is_tracked()).map(Special::Position)
@@ -232,6 +240,23 @@ impl LitefsFilesystem {
             attr.size = st.wal.visible_len(attr.size.max(st.wal_cached_end));
         }
         attr
+    }
+
+    /// Opens `NAME-lock` for writing, when the halt lock is had: until then whoever opens it waits, and nobody else.
+    fn open_lock_file(&self, thread: u32, db: Arc<Database>, reply: ReplyOpen) {
+        let closed = CancellationToken::new();
+        let (release, handles) = (closed.clone().drop_guard(), self.handles.clone());
+        let opener =
+            Opener { pid: thread, closed, has_given_up: Box::new(move || lock_file::is_interrupted(thread)) };
+        let told = move |got: Result<(), i32>| match got {
+            Ok(()) => {
+                let handle = Handle::Lock { _release: release };
+                let fopen = fopen_flags(&handle, false);
+                reply.opened(FileHandle(handles.add_plain(handle)), fopen);
+            }
+            Err(error) => reply.error(Errno::from_i32(error)),
+        };
+        self.locks.acquire(db, opener, Box::new(told));
     }
 
     fn may_write(&self, internal: bool) -> bool {
@@ -284,7 +309,9 @@ impl Filesystem for LitefsFilesystem {
             Ok(path) => path,
             Err(e) => return reply.error(e),
         };
-        let comes_and_goes = path.to_str().is_some_and(|p| p == ".primary" || p.ends_with(POSITION_SUFFIX));
+        let comes_and_goes = path.to_str().is_some_and(|path| {
+            path == ".primary" || path.ends_with(POSITION_SUFFIX) || path.ends_with(LOCK_SUFFIX)
+        });
         match self.find(&path) {
             Ok((inode, attr)) => {
                 let keep = if matches!(inode.node(), Node::Special(_)) { FORGET } else { KEEP };
@@ -501,7 +528,10 @@ impl Filesystem for LitefsFilesystem {
         let Ok(inode) = self.inode(ino.0) else { return reply.error(Errno::ENOENT) };
         if let Node::Special(special) = inode.node() {
             if flags.acc_mode() != OpenAccMode::O_RDONLY {
-                return reply.error(Errno::EACCES);
+                return match special {
+                    Special::Lock(db) => self.open_lock_file(req.pid(), db, reply),
+                    _ => reply.error(Errno::EACCES),
+                };
             }
             let handle = Handle::Special(special);
             let fopen = fopen_flags(&handle, false);
@@ -570,6 +600,7 @@ impl Filesystem for LitefsFilesystem {
                 let from = (offset as usize).min(content.len());
                 reply.data(&content[from..(from + size as usize).min(content.len())]);
             }
+            Some(Handle::Lock { .. }) => reply.data(&[]),
             _ => reply.error(Errno::EBADF),
         }
     }
@@ -626,6 +657,8 @@ impl Filesystem for LitefsFilesystem {
             Some(Handle::Staged(copy)) => {
                 copy.write(offset, data).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
             }
+            // As LiteFS says.
+            Some(Handle::Lock { .. }) => Err(libc::EIO),
             _ => Err(libc::EBADF),
         };
         match written {

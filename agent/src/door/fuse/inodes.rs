@@ -40,6 +40,8 @@ pub enum Special {
     Lag,
     /// `NAME-pos`: a database's position.
     Position(Arc<Database>),
+    /// `NAME-lock`: see [`crate::door::lock_file`].
+    Lock(Arc<Database>),
 }
 
 /// One inode.

@@ -31,6 +31,7 @@ pub use inodes::Special;
 pub use special::RoleView;
 
 use crate::database::{Database, Shared};
+use crate::door::lock_file::HaltLocks;
 use fuse_session::{Connection, MountError, MountState, Mounter, Session, mount_state};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -119,6 +120,7 @@ impl Door {
     pub fn open(
         shared: Arc<Shared>,
         view: Arc<dyn RoleView>,
+        locks: Arc<dyn HaltLocks>,
         options: &Options,
         connection: &Connection,
     ) -> Result<Door, DoorError> {
@@ -132,6 +134,7 @@ impl Door {
         let fs = filesystem::LitefsFilesystem::new(
             shared,
             view,
+            locks,
             options.passthrough,
             passthrough.clone(),
             threads,

@@ -276,7 +276,9 @@ pub(super) fn fopen_flags(handle: &Handle, passthrough: bool) -> FopenFlags {
                 fopen |= FopenFlags::FOPEN_KEEP_CACHE;
             }
         }
-        Handle::Special(_) => fopen |= FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH,
+        Handle::Special(_) | Handle::Lock { .. } => {
+            fopen |= FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH
+        }
         Handle::Directory { .. } => {}
     }
     fopen

@@ -8,6 +8,7 @@ use super::inodes::{Inode, Node, ROOT, SPECIAL_BIT, Special};
 use super::names::{Kind, POSITION_SUFFIX};
 use super::rename::Tree;
 use super::staged::StagedWrite;
+use crate::door::lock_file::LOCK_SUFFIX;
 use fuse_session::OpenHandle;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -60,12 +61,14 @@ impl Predecessor {
 fn special_file(tree: &Tree, number: u64) -> Option<(PathBuf, Special)> {
     let fixed = [(".primary", Special::Primary), (".lag", Special::Lag)];
     let fixed = fixed.into_iter().map(|(path, special)| (PathBuf::from(path), special));
-    let positions = tree
-        .shared
-        .databases()
-        .into_iter()
-        .map(|db| (PathBuf::from(format!("{}{POSITION_SUFFIX}", db.name())), Special::Position(db)));
-    fixed.chain(positions).find(|(path, _)| special_number(path) == number)
+    let of_databases = tree.shared.databases().into_iter().flat_map(|db| {
+        let path = |suffix| PathBuf::from(format!("{}{suffix}", db.name()));
+        [
+            (path(POSITION_SUFFIX), Special::Position(db.clone())),
+            (path(LOCK_SUFFIX), Special::Lock(db.clone())),
+        ]
+    });
+    fixed.chain(of_databases).find(|(path, _)| special_number(path) == number)
 }
 
 impl LitefsFilesystem {

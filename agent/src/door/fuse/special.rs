@@ -24,6 +24,7 @@ impl Special {
                 Some(format!("{ms:+010}\n").into_bytes())
             }
             Special::Position(db) => Some(position_text(db)),
+            Special::Lock(_) => Some(Vec::new()),
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::Connections;
 use super::bystanders::Bystanders;
 use super::connection::Connection;
+use super::lock_file;
 use super::memory::SharedPage;
 use super::peer::Peer;
 use fuse_session::Mounter;
@@ -12,7 +13,7 @@ use nix::sys::socket::{
     recv, sendmsg, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
-use shim_protocol::{Hello, MAGIC, VERSION, Welcome};
+use shim_protocol::{Hello, LOCK_FILE_MAGIC, MAGIC, VERSION, Welcome};
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -26,6 +27,8 @@ use std::time::Duration;
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// A process that connects says hello at once.
 const HELLO_SECONDS: i64 = 2;
+/// Longest of what it says first: a path.
+const FIRST_BYTES_MAX: usize = 4096;
 /// Between looks whether what a process has left is captured.
 const ENDING_PAUSE_MS: u8 = 5;
 /// Before accepting again where the system refused (too many open files).
@@ -178,12 +181,18 @@ fn accept(listening: &OwnedFd, connections: &Connections) -> io::Result<Option<S
         all.push(connection.clone());
     }
     let (serving, greeted) = (connection.clone(), socket.try_clone()?);
+    let (shared, locks) = (connections.shared.clone(), connections.locks.clone());
     let spawned = std::thread::Builder::new().name(format!("preload-{}", peer.pid)).spawn(move || {
-        match greet(&greeted, &memory) {
-            Ok(()) => {
+        let served = first_words(&greeted).and_then(|words| match lock_file_of(&words) {
+            Some(path) => lock_file::serve(&greeted, &serving, &peer, &shared, &*locks, path).map(|()| false),
+            None => greet(&greeted, &memory, &words).map(|()| true),
+        });
+        match served {
+            Ok(true) => {
                 drop(greeted);
                 serving.serve();
             }
+            Ok(false) => {}
             // It was killed meanwhile.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             Err(error) => {
@@ -202,13 +211,26 @@ fn accept(listening: &OwnedFd, connections: &Connections) -> io::Result<Option<S
     }
 }
 
-/// Exchanges the versions, and gives the process the memory where they agree.
-fn greet(socket: &OwnedFd, memory: &SharedPage) -> io::Result<()> {
+/// What a process says first.
+fn first_words(socket: &OwnedFd) -> io::Result<Vec<u8>> {
     setsockopt(socket, sockopt::ReceiveTimeout, &TimeVal::new(HELLO_SECONDS, 0))?;
-    let mut bytes = [0; size_of::<Hello>()];
+    let mut bytes = vec![0; FIRST_BYTES_MAX];
     let count = recv(socket.as_raw_fd(), &mut bytes, MsgFlags::empty())?;
-    let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-    let known = count == bytes.len() && word(0) == MAGIC;
+    bytes.truncate(count);
+    Ok(bytes)
+}
+
+/// The path, where a lock file is asked for.
+fn lock_file_of(words: &[u8]) -> Option<&[u8]> {
+    words.strip_prefix(&LOCK_FILE_MAGIC.to_ne_bytes())
+}
+
+/// Exchanges the versions, and gives the process the memory where they agree.
+fn greet(socket: &OwnedFd, memory: &SharedPage, words: &[u8]) -> io::Result<()> {
+    let word = |at: usize| {
+        words.get(at..at + 4).map_or(0, |word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]]))
+    };
+    let known = words.len() == size_of::<Hello>() && word(0) == MAGIC;
     let fits = known && word(4) == VERSION;
     let welcome = Welcome { magic: MAGIC, version: VERSION };
     let mut answer = [0; size_of::<Welcome>()];

@@ -10,10 +10,12 @@
 //! | [`memory`]     | the memory shared with a process                                  |
 //! | [`peer`]       | who a process is and what it may write                            |
 //! | [`special`]    | `.primary`, `.lag` and `NAME-pos`                                 |
+//! | [`lock_file`]  | `NAME-lock`                                                       |
 
 mod bystanders;
 mod connection;
 mod listener;
+mod lock_file;
 mod memory;
 mod peer;
 mod requests;
@@ -21,6 +23,7 @@ mod special;
 
 use crate::database::{RoleStep, Shared};
 use crate::door::fuse::RoleView;
+use crate::door::lock_file::HaltLocks;
 use connection::Connection;
 use fuse_session::{MountError, MountState, Mounter, mount_state};
 use listener::Listener;
@@ -86,6 +89,7 @@ pub enum DoorError {
 struct Connections {
     shared: Arc<Shared>,
     special: Arc<SpecialFiles>,
+    locks: Arc<dyn HaltLocks>,
     all: Mutex<Vec<Arc<Connection>>>,
     hold: bool,
     /// What applications were told last.
@@ -103,11 +107,17 @@ pub struct Door {
 
 impl Door {
     /// Makes the directory, and listens.
-    pub fn open(shared: Arc<Shared>, view: Arc<dyn RoleView>, options: &Options) -> Result<Door, DoorError> {
+    pub fn open(
+        shared: Arc<Shared>,
+        view: Arc<dyn RoleView>,
+        locks: Arc<dyn HaltLocks>,
+        options: &Options,
+    ) -> Result<Door, DoorError> {
         link(&options.dir, &shared.dirs.files, &options.mounter)?;
         let connections = Arc::new(Connections {
             shared: shared.clone(),
             special: Arc::new(SpecialFiles::new(shared.clone(), view)),
+            locks,
             all: Mutex::default(),
             hold: options.hold,
             writable: AtomicBool::new(shared.is_writable()),

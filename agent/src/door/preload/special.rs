@@ -4,6 +4,7 @@ use super::requests;
 use crate::DatabaseName;
 use crate::database::Shared;
 use crate::door::fuse::{RoleView, Special};
+use crate::door::lock_file::{self, LOCK_SUFFIX};
 use std::sync::Arc;
 
 /// Their contents.
@@ -29,6 +30,7 @@ impl SpecialFiles {
         let special = match path {
             ".primary" => Special::Primary,
             ".lag" => Special::Lag,
+            path if path.ends_with(LOCK_SUFFIX) => Special::Lock(lock_file::database_of(&self.shared, path)?),
             path => {
                 let name = DatabaseName::new(path.strip_suffix("-pos")?).ok()?;
                 let db = self.shared.database(&name).filter(|db| db.is_tracked())?;

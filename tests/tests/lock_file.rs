@@ -1,0 +1,391 @@
+//! `NAME-lock`: programs written for LiteFS open it, lock its byte 72, write on a replica, unlock and close.
+
+use litefs_tests::*;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+/// Does what the client libraries of LiteFS do, one step for each line.
+const PROGRAM: &str = r#"
+import errno, fcntl, os, signal, sqlite3, struct, sys
+path = sys.argv[1]
+F_OFD_SETLKW, HALT = 38, 72
+lock = None
+
+def halt_byte(kind):
+    fcntl.fcntl(lock, F_OFD_SETLKW, struct.pack("hhqqi4x", kind, 0, HALT, 1, 0))
+
+def fork():
+    child = os.fork()
+    if child == 0:
+        os.close(0)
+        signal.pause()
+    return child
+
+def sql(statement):
+    connection = sqlite3.connect(path, timeout=5, isolation_level=None)
+    try:
+        return ",".join(str(row[0]) for row in connection.execute(statement))
+    finally:
+        connection.close()
+
+print("ready", flush=True)
+for line in sys.stdin:
+    word, _, rest = line.strip().partition(" ")
+    said = None
+    try:
+        if word == "open":
+            lock = os.open(path + "-lock", os.O_RDWR | os.O_CLOEXEC)
+        elif word == "halt":
+            halt_byte(fcntl.F_WRLCK)
+        elif word == "unhalt":
+            halt_byte(fcntl.F_UNLCK)
+        elif word == "close":
+            os.close(lock)
+        elif word == "fork":
+            said = fork()
+        elif word == "sql":
+            said = sql(rest)
+        print(said or "ok", flush=True)
+    except OSError as error:
+        print(errno.errorcode[error.errno], flush=True)
+    except sqlite3.Error as error:
+        print("error:", error, flush=True)
+"#;
+
+struct Program {
+    child: Child,
+    told: ChildStdin,
+    says: BufReader<ChildStdout>,
+}
+
+impl Program {
+    fn start(host: &Host) -> Program {
+        Program::of(Command::new("python3"), host)
+    }
+
+    fn of(mut python: Command, host: &Host) -> Program {
+        python.args(["-c", PROGRAM]).arg(host.path("app.db")).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = python.spawn().expect("python3 runs");
+        let (told, says) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
+        let mut program = Program { child, told, says: BufReader::new(says) };
+        assert_eq!(program.line(), "ready");
+        program
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.says.read_line(&mut line).expect("it can be read");
+        line.trim_end().to_owned()
+    }
+
+    fn tell(&mut self, step: &str) {
+        writeln!(self.told, "{step}").expect("it reads");
+    }
+
+    /// What a step said.
+    fn ask(&mut self, step: &str) -> String {
+        self.tell(step);
+        self.line()
+    }
+
+    #[track_caller]
+    fn run(&mut self, step: &str) {
+        assert_eq!(self.ask(step), "ok", "{step}");
+    }
+
+    fn insert(&mut self, value: &str) -> String {
+        self.ask(&format!("sql INSERT INTO t VALUES ('{value}')"))
+    }
+
+    fn has_child_waiting_in_open(&self) -> bool {
+        let syscall =
+            std::fs::read_to_string(format!("/proc/{}/syscall", self.child.id())).unwrap_or_default();
+        let number: i64 = syscall.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(-1);
+        // Behind the preload door it waits for a message.
+        [libc::SYS_openat, libc::SYS_open, libc::SYS_recvmsg].contains(&number)
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).expect("a process id"))
+    }
+
+    fn kill(mut self) {
+        self.child.kill().expect("it runs");
+        self.child.wait().expect("it is our child");
+    }
+
+    fn finish(self) {
+        let Program { mut child, told, .. } = self;
+        drop(told);
+        assert!(child.wait().expect("it is our child").success());
+    }
+}
+
+const ROWS: &str = "SELECT group_concat(x) FROM t";
+
+fn create(primary: &Host, replica: &Host, mode: &str) {
+    let sql = format!("PRAGMA journal_mode={mode}; CREATE TABLE t(x); INSERT INTO t VALUES ('first')");
+    primary.sql("app.db", &sql);
+    primary.wait_position_equal(replica, "app.db");
+}
+
+fn insert(host: &Host, value: &str) -> Result<String, String> {
+    host.try_sql("app.db", &format!("INSERT INTO t VALUES ('{value}')"))
+}
+
+/// Who has the halt lock, by the status of a host.
+fn holder(host: &Host) -> Option<String> {
+    host.database("app.db").expect("it is there")["halt_lock"].as_str().map(str::to_owned)
+}
+
+fn assert_one_history(hosts: &[&Host]) {
+    for host in hosts {
+        assert_equal(hosts[0], host, "app.db");
+        let kept = std::fs::read_dir(host.data().join("diverged")).expect("it is there").count();
+        assert_eq!(kept, 0, "{} had transactions of its own", host.name());
+    }
+}
+
+#[test]
+fn who_has_the_file_open_for_writing_writes_on_a_replica() {
+    for mode in ["WAL", "DELETE"] {
+        let fleet = Fleet::new();
+        let (primary, replica) = fleet.pair();
+        create(&primary, &replica, mode);
+        let mut program = Program::start(&replica);
+        assert!(program.insert("no").starts_with("error"), "{mode}");
+        for value in ["lent", "again"] {
+            program.run("open");
+            program.run("halt");
+            assert_eq!(holder(&primary).as_deref(), Some("b"), "{mode}");
+            assert_eq!(program.insert(value), "ok", "{mode}");
+            assert!(primary.sql("app.db", ROWS).ends_with(value), "{mode}: durable on the primary at once");
+            program.run("unhalt");
+            program.run("close");
+            replica.wait_for("closing it ends the lock", || holder(&replica).is_none());
+            assert!(program.insert("no").starts_with("error"), "{mode}");
+            insert(&primary, "own").expect("the primary writes again");
+        }
+        program.finish();
+        assert_eq!(primary.sql("app.db", ROWS), "first,lent,own,again,own", "{mode}");
+        assert_one_history(&[&primary, &replica]);
+    }
+}
+
+#[test]
+fn on_the_primary_there_is_nothing_to_get() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    create(&primary, &replica, "WAL");
+    let (mut one, mut other) = (Program::start(&primary), Program::start(&primary));
+    for program in [&mut one, &mut other] {
+        program.run("open");
+    }
+    one.run("halt");
+    assert_eq!(one.insert("one"), "ok");
+    assert_eq!(other.insert("other"), "ok");
+    assert_eq!(holder(&primary), None);
+    for mut program in [one, other] {
+        program.run("unhalt");
+        program.run("close");
+        program.finish();
+    }
+    primary.wait_position_equal(&replica, "app.db");
+    assert_eq!(replica.sql("app.db", ROWS), "first,one,other");
+}
+
+#[test]
+fn the_file_is_empty_and_not_listed_and_reading_it_takes_no_lock() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    create(&primary, &replica, "WAL");
+    let script = r#"
+import errno, os, sys
+lock = sys.argv[1] + "/app.db-lock"
+status = os.stat(lock)
+assert status.st_size == 0 and status.st_mode & 0o170000 == 0o100000, status
+assert os.listdir(sys.argv[1]).count("app.db-lock") == 0
+with open(lock, "rb") as file:
+    assert file.read() == b""
+    print("reading", flush=True)
+    sys.stdin.readline()
+with open(lock, "r+b", buffering=0) as file:
+    try:
+        file.write(b"x")
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+for none in ["/none.db-lock", "/-lock"]:
+    try:
+        os.open(sys.argv[1] + none, os.O_RDWR)
+    except OSError as error:
+        assert error.errno == errno.ENOENT, error
+os.open(lock, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+print("created", flush=True)
+sys.stdin.readline()
+"#;
+    let mut python = Command::new("python3");
+    python.args(["-c", script]).arg(replica.mount()).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = python.spawn().expect("python3 runs");
+    let (mut told, mut says) =
+        (child.stdin.take().expect("piped"), BufReader::new(child.stdout.take().expect("piped")));
+    let mut line = || {
+        let mut line = String::new();
+        says.read_line(&mut line).expect("it can be read");
+        line.trim_end().to_owned()
+    };
+    assert_eq!(line(), "reading");
+    assert_eq!(holder(&replica), None);
+    told.write_all(b"\n").expect("it reads");
+    let refused = line();
+    assert!(["EIO", "EPERM"].contains(&&*refused), "{refused}");
+    assert_eq!(line(), "created");
+    assert_eq!(holder(&replica).as_deref(), Some("b"));
+    drop(told);
+    assert!(child.wait().expect("it is our child").success());
+    replica.wait_for("its end ends the lock", || holder(&replica).is_none());
+}
+
+#[test]
+fn a_real_file_of_that_name_stays_what_it_is() {
+    let fleet = Fleet::new();
+    let primary = fleet.primary("a");
+    std::fs::write(primary.path("app.db-lock"), "mine").expect("it can be written");
+    primary.sql("app.db", "CREATE TABLE t(x)");
+    assert_eq!(std::fs::read_to_string(primary.path("app.db-lock")).expect("it is there"), "mine");
+    std::fs::remove_file(primary.path("app.db-lock")).expect("it can be removed");
+    assert_eq!(std::fs::read_to_string(primary.path("app.db-lock")).expect("it is made up now"), "");
+}
+
+#[test]
+fn the_lock_ends_when_the_last_process_that_has_the_file_open_dies() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    create(&primary, &replica, "WAL");
+    let mut program = Program::start(&replica);
+    program.run("open");
+    program.run("halt");
+    assert_eq!(program.insert("lent"), "ok");
+    let child: i32 = program.ask("fork").parse().expect("a process id");
+    program.kill();
+    // Its child has it still: another program gets nothing.
+    let mut other = Program::start(&replica);
+    other.tell("open");
+    replica.wait_for("the other program waits", || other.has_child_waiting_in_open());
+    assert_eq!(holder(&primary).as_deref(), Some("b"));
+    // Who waits is not in the way of anybody.
+    assert_eq!(replica.sql("app.db", ROWS), "first,lent");
+    kill(Pid::from_raw(child), Signal::SIGKILL).expect("it runs");
+    assert_eq!(other.line(), "ok");
+    assert_eq!(other.insert("other"), "ok");
+    other.kill();
+    replica.wait_for("the lock ends", || holder(&replica).is_none());
+    insert(&primary, "own").expect("the primary writes again");
+    assert_eq!(primary.sql("app.db", ROWS), "first,lent,other,own");
+    assert_one_history(&[&primary, &replica]);
+}
+
+#[test]
+fn who_waits_for_the_lock_can_be_interrupted_and_killed() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    create(&primary, &replica, "WAL");
+    let mut holding = Program::start(&replica);
+    holding.run("open");
+    let mut waiting = Program::start(&replica);
+    for signal in [Signal::SIGINT, Signal::SIGKILL] {
+        waiting.tell("open");
+        replica.wait_for("it waits", || waiting.has_child_waiting_in_open());
+        kill(waiting.pid(), signal).expect("it runs");
+        // Python ends with KeyboardInterrupt.
+        assert!(!waiting.child.wait().expect("it is our child").success());
+        waiting = Program::start(&replica);
+    }
+    assert_eq!(holder(&replica).as_deref(), Some("b"));
+    assert_eq!(holding.insert("lent"), "ok");
+    holding.finish();
+    waiting.run("open");
+    assert_eq!(waiting.insert("after"), "ok");
+    waiting.finish();
+    assert_eq!(primary.sql("app.db", ROWS), "first,lent,after");
+}
+
+#[test]
+fn a_primary_that_goes_away_ends_the_lock() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    create(&primary, &replica, "WAL");
+    let mut program = Program::start(&replica);
+    program.run("open");
+    program.run("halt");
+    assert_eq!(program.insert("acknowledged"), "ok");
+    primary.kill();
+    assert!(program.insert("not").starts_with("error"));
+    replica.wait_for("the log says so", || replica.log().contains("has lost the halt lock"));
+    primary.start();
+    replica.wait_for("it follows again", || replica.follows(&primary));
+    assert!(program.insert("of an earlier term").starts_with("error"));
+    insert(&primary, "own").expect("the primary writes");
+    // Another one need not wait for the first to close the file.
+    let mut other = Program::start(&replica);
+    other.run("open");
+    assert_eq!(other.insert("other"), "ok");
+    program.run("unhalt");
+    program.run("close");
+    assert_eq!(other.insert("still"), "ok", "that was not its lock");
+    other.run("close");
+    program.run("open");
+    assert_eq!(program.insert("anew"), "ok");
+    program.finish();
+    assert_eq!(primary.sql("app.db", ROWS), "first,acknowledged,own,other,still,anew");
+    assert_one_history(&[&primary, &replica]);
+}
+
+#[test]
+fn an_agent_that_comes_after_another_knows_of_no_lock_and_serves_who_waits() {
+    let fleet = Fleet::new();
+    let (primary, replica) = (fleet.host("a", Role::Primary), fleet.host("b", Role::Primary));
+    primary.set("lease.ttl=2s").start();
+    replica.set_role(Role::ReplicaOf(&primary)).start();
+    create(&primary, &replica, "WAL");
+    let mut program = Program::start(&replica);
+    program.run("open");
+    assert_eq!(program.insert("lent"), "ok");
+    let mut waiting = Program::start(&replica);
+    waiting.tell("open");
+    replica.wait_for("it waits", || waiting.has_child_waiting_in_open());
+    replica.kill();
+    replica.start();
+    if !is_preload() && !replica.log().contains("took over the mount") {
+        // An old kernel: open files are lost with the agent.
+        return;
+    }
+    assert_eq!(waiting.line(), "ok", "the next agent gets it the lock");
+    assert_eq!(waiting.insert("waited"), "ok");
+    program.run("close");
+    assert_eq!(waiting.insert("still"), "ok", "that was not its lock");
+    waiting.finish();
+    replica.wait_for("the lock ends", || holder(&replica).is_none());
+    assert!(program.insert("no").starts_with("error"));
+    program.finish();
+    insert(&primary, "own").expect("the primary writes again");
+    assert_eq!(primary.sql("app.db", ROWS), "first,lent,waited,still,own");
+    assert_one_history(&[&primary, &replica]);
+}
+
+#[test]
+fn a_refused_lock_is_an_error_with_a_number_and_a_line_in_the_log() {
+    let fleet = Fleet::new();
+    let (primary, replica) = (fleet.host("a", Role::Primary), fleet.host("b", Role::Primary));
+    primary.configure("[sync]\nacks = 1\nmembers = [\"b\"]\n").start();
+    replica.set_role(Role::ReplicaOf(&primary)).start();
+    replica.wait_connected();
+    create(&primary, &replica, "WAL");
+    let mut program = Program::start(&replica);
+    assert_eq!(program.ask("open"), "ENOLCK");
+    let log = replica.log();
+    assert!(log.contains("gets no halt lock") && log.contains("it is written on the primary only"), "{log}");
+    program.finish();
+    insert(&primary, "own").expect("the primary writes");
+}
