@@ -30,9 +30,16 @@ print("end", flush=True)
 
 /// A primary `a` and two replicas, whose writers need not ask for anything.
 fn site(fleet: &Fleet, mode: &str) -> [Host; 3] {
+    site_with(fleet, mode, &[])
+}
+
+fn site_with(fleet: &Fleet, mode: &str, settings: &[&str]) -> [Host; 3] {
     let hosts = ["a", "b", "c"].map(|name| fleet.host(name, Role::Primary));
     for host in &hosts {
         host.set("door=preload").set("preload.forward-writes=true");
+        for setting in settings {
+            host.set(setting);
+        }
         if host.name() != "a" {
             host.set_role(Role::ReplicaOf(&hosts[0]));
         }
@@ -101,6 +108,45 @@ fn writers_on_all_hosts_at_once_all_get_their_turn() {
             hosts[0].database("app.db").expect("it is there")["halt_lock"].is_null()
         });
         hosts.iter().for_each(Host::assert_no_errors);
+    }
+}
+
+#[test]
+fn with_synchronous_replication_each_commit_waits_for_a_third_host() {
+    for mode in ["WAL", "DELETE"] {
+        let fleet = Fleet::new();
+        let hosts = site_with(&fleet, mode, &["sync.acks=1", "sync.members=a,b,c"]);
+        let mut clients = hosts.each_ref().map(|host| writer(host, 24));
+        let mut acknowledged = Vec::new();
+        for client in &mut clients {
+            let (there, failed) = told(client);
+            assert_eq!(failed, Vec::<String>::new(), "{mode}");
+            acknowledged.extend(there);
+        }
+        assert_rows(&hosts, &acknowledged, 72);
+
+        // Without the third host nobody would acknowledge what b commits: it waits, and goes on when that is back.
+        let [a, b, c] = &hosts;
+        let before = rows(a, "app.db");
+        c.stop();
+        a.wait_for("it is gone", || {
+            let connected = a.status()["sync"][0]["connected"].clone();
+            connected.as_array().is_some_and(|names| names.iter().all(|name| name != "c"))
+        });
+        let mut impatient = with_library(b, "sqlite3");
+        impatient.args(["-cmd", ".timeout 500"]).arg(b.path("app.db")).arg("INSERT INTO t VALUES('no')");
+        let locked = try_run(&mut impatient).expect_err("nobody would acknowledge it");
+        assert!(locked.contains("locked"), "{mode}: {locked}");
+        let mut client = writer(b, 4);
+        assert_eq!(rows(a, "app.db"), before, "{mode}");
+        c.start();
+        let (there, failed) = told(&mut client);
+        assert_eq!(failed, Vec::<String>::new(), "{mode}");
+        assert_eq!(there.len(), 4, "{mode}");
+        b.wait_position_equal(a, "app.db");
+        c.wait_position_equal(a, "app.db");
+        assert_eq!(rows(c, "app.db"), before + 4, "{mode}");
+        assert_equal(a, c, "app.db");
     }
 }
 

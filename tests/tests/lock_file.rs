@@ -1,5 +1,6 @@
 //! `NAME-lock`: programs written for LiteFS open it, lock its byte 72, write on a replica, unlock and close.
 
+use litefs_tests::library::{hosts, with_library};
 use litefs_tests::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -388,4 +389,55 @@ fn a_refused_lock_is_an_error_with_a_number_and_a_line_in_the_log() {
     assert!(log.contains("gets no halt lock") && log.contains("it is written on the primary only"), "{log}");
     program.finish();
     insert(&primary, "own").expect("the primary writes");
+}
+
+/// A program as it is run on a host with this door.
+fn command(host: &Host, door: &str, program: &str) -> Command {
+    if door == "preload" {
+        return with_library(host, program);
+    }
+    let mut command = Command::new(program);
+    command.env_remove("LD_PRELOAD");
+    command
+}
+
+#[test]
+fn hosts_with_different_doors_lend_to_each_other() {
+    for doors in [("fuse", "preload"), ("preload", "fuse")] {
+        for mode in ["WAL", "DELETE"] {
+            let fleet = Fleet::new();
+            let (primary, replica) = hosts(&fleet, doors);
+            let sql = |host: &Host, timeout: &str, sql: &str| {
+                let door = if host.name() == "a" { doors.0 } else { doors.1 };
+                let mut shell = command(host, door, "sqlite3");
+                let timeout = format!(".timeout {timeout}");
+                try_run(shell.args(["-bail", "-cmd", &timeout]).arg(host.path("app.db")).arg(sql))
+            };
+            let on_primary = |timeout: &str, text: &str| sql(&primary, timeout, text);
+            let create =
+                format!("PRAGMA journal_mode={mode}; CREATE TABLE t(x); INSERT INTO t VALUES ('first')");
+            on_primary("10000", &create).expect("the primary takes writes");
+            replica.wait_position_equal(&primary, "app.db");
+            let mut program = Program::of(command(&replica, doors.1, "python3"), &replica);
+            program.run("open");
+            program.run("halt");
+            assert_eq!(program.insert("lent"), "ok", "{doors:?} {mode}");
+            let rows = on_primary("10000", ROWS).expect("the primary is read");
+            assert_eq!(rows.trim(), "first,lent", "{doors:?} {mode}: durable on the primary at once");
+            let waits = on_primary("0", "INSERT INTO t VALUES ('early')").expect_err("it is lent");
+            assert!(waits.contains("locked"), "{doors:?} {mode}: {waits}");
+            assert_eq!(program.insert("again"), "ok", "{doors:?} {mode}");
+            program.run("close");
+            on_primary("20000", "INSERT INTO t VALUES ('own')").expect("the primary writes again");
+            replica.wait_position_equal(&primary, "app.db");
+            program.run("open");
+            assert_eq!(program.insert("anew"), "ok", "{doors:?} {mode}");
+            program.kill();
+            on_primary("20000", "INSERT INTO t VALUES ('last')").expect("the primary writes again");
+            replica.wait_position_equal(&primary, "app.db");
+            let rows = sql(&replica, "10000", ROWS).expect("the replica is read");
+            assert_eq!(rows.trim(), "first,lent,again,own,anew,last", "{doors:?} {mode}");
+            assert_one_history(&[&primary, &replica]);
+        }
+    }
 }
