@@ -7,6 +7,9 @@ use std::sync::Arc;
 /// Longest escaped name in bytes: the sidecar `<escaped>.sum` must fit in one directory entry (255 bytes).
 pub const ESCAPED_BYTES_MAX: usize = 240;
 
+/// Ends of the names of files that SQLite keeps beside a database while it is in use.
+pub const BESIDE: [&str; 3] = ["-wal", "-shm", "-journal"];
+
 /// A database's path relative to the cluster's directory, such as `app/config.db`: UTF-8, no empty, `.` or
 /// `..` component, never absolute. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]

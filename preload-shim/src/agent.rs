@@ -508,24 +508,55 @@ fn ask_for_lock(socket: i32, path: &[u8], question: &[u8], deadline: &mut u64) -
     sys::connect(socket, path).and_then(|()| sys::send(socket, question)).map_err(|_| None)?;
     // However long it takes: it is noticed when the agent goes, and signals interrupt it.
     sys::make_waiting(socket).map_err(Some)?;
-    let mut answer = [0u8; size_of::<protocol::LockFile>()];
-    let received = sys::receive(socket, &mut answer);
+    let opened = receive_opened(socket, protocol::LOCK_FILE_MAGIC);
     *deadline = sys::now_ns() + wait_ms() * 1_000_000;
+    opened
+}
+
+/// The descriptor that the agent sends. `Err(None)`: the agent has gone.
+fn receive_opened(socket: i32, magic: u32) -> Result<i32, Option<i32>> {
+    let mut answer = [0u8; size_of::<protocol::Opened>()];
+    let received = sys::receive(socket, &mut answer);
     let (count, file) = received.map_err(|error| (error == libc::EINTR).then_some(error))?;
     let word = |at: usize| u32::from_ne_bytes([answer[at], answer[at + 1], answer[at + 2], answer[at + 3]]);
     match file {
         _ if count == 0 => Err(None),
-        Some(fd) if count == answer.len() && word(0) == protocol::LOCK_FILE_MAGIC && word(4) == 0 => Ok(fd),
+        Some(fd) if count == answer.len() && word(0) == magic && word(4) == 0 => Ok(fd),
         Some(fd) => {
             sys::close(fd);
             Err(Some(libc::EPROTO))
         }
         None if count < answer.len() => Err(Some(libc::EPROTO)),
-        // An agent from before there were lock files.
-        None if word(0) != protocol::LOCK_FILE_MAGIC => Err(Some(libc::ENOENT)),
+        // An agent from before there was this question.
+        None if word(0) != magic => Err(Some(libc::ENOENT)),
         // It was sent one, for which there was no number.
         None if word(4) == 0 => Err(Some(libc::EMFILE)),
         None => Err(Some(word(4) as i32)),
+    }
+}
+
+/// A file of a database, opened for writing by the agent; none is waited for. `EACCES`: it may not be written, or nobody helps.
+pub fn open_for_writing(cluster: usize, name: &[u8], close_on_exec: bool) -> Result<i32, i32> {
+    let mut path = PathBuffer::<108>::new();
+    let mut question = PathBuffer::<{ managed::NAME_MAX + 4 }>::new();
+    let fits = managed::runtime_path(cluster, protocol::SOCKET, &mut path)
+        && question.push(&protocol::OPEN_MAGIC.to_ne_bytes())
+        && question.push(name);
+    if !fits {
+        return Err(libc::EACCES);
+    }
+    let socket = sys::socket()?;
+    let asked = sys::connect(socket, path.bytes()).and_then(|()| sys::send(socket, question.bytes()));
+    let opened = match asked {
+        Ok(_) if sys::readable(socket, WELCOME_MS) => receive_opened(socket, protocol::OPEN_MAGIC),
+        _ => Err(None),
+    };
+    sys::close(socket);
+    match opened {
+        Ok(fd) if close_on_exec => Ok(fd),
+        Ok(fd) => sys::keep_on_exec(fd).map(|()| fd),
+        Err(Some(error @ (libc::EMFILE | libc::EINTR))) => Err(error),
+        Err(_) => Err(libc::EACCES),
     }
 }
 

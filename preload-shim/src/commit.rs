@@ -61,7 +61,7 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
         }
     };
     let fd = match may_open(kind, database, flags) {
-        Ok(flags) => real(flags),
+        Ok(flags) => open_with_help(managed, kind, flags, real),
         Err(0) => {
             table::unreserve(file);
             table::release(database);
@@ -116,6 +116,19 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
             fail(error)
         }
     }
+}
+
+/// On a replica permissions keep writers out that have no library; others get their descriptor from the agent.
+fn open_with_help(managed: &Managed, kind: Kind, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
+    let fd = real(flags);
+    let helps = flags & libc::O_ACCMODE == libc::O_RDWR
+        && flags & libc::O_TRUNC == 0
+        && (kind != Kind::Journal || flags & libc::O_CREAT == 0);
+    if fd >= 0 || sys::errno() != libc::EACCES || !helps {
+        return fd;
+    }
+    agent::open_for_writing(managed.cluster, managed.name.bytes(), flags & libc::O_CLOEXEC != 0)
+        .unwrap_or_else(fail)
 }
 
 /// Whether it is the name of a file that the agent makes up.

@@ -611,11 +611,11 @@ fn large_transaction(host: &Host) -> PathBuf {
         "PRAGMA journal_mode=WAL; CREATE TABLE t(x);\nINSERT INTO t VALUES (randomblob(10000000));",
     );
     let file = fs::read_dir(host.data().join("ltx/big.db")).expect("it is in a file of its own");
-    file.map(|entry| entry.unwrap().path()).next().expect("one file")
+    file.map(|entry| entry.expect("it can be listed").path()).next().expect("one file")
 }
 
 fn flip_in_the_middle(file: &Path) {
-    flip(file, fs::metadata(file).unwrap().len() / 2);
+    flip(file, fs::metadata(file).expect("it is there").len() / 2);
 }
 
 #[test]

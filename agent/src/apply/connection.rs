@@ -58,9 +58,8 @@ impl WalConnection {
         if !uses_wal(files, &database)? {
             return Ok(None);
         }
-        let like = database.metadata().map_err(files.io("inspect", &files.database))?;
-        let wal = files.open_beside(&files.wal, &like)?;
-        let shm = Arc::new(files.open_beside(&files.shm, &like)?);
+        let wal = files.open_beside(&files.wal, &database)?;
+        let shm = Arc::new(files.open_beside(&files.shm, &database)?);
         let dms = hold_dead_mans_switch(files, &shm, patience)?;
         let allocated = WalIndex::is_allocated(&shm).map_err(files.io("inspect", &files.shm))?;
         // Extending the wal-index is the right of whoever holds the write lock.

@@ -2,8 +2,9 @@
 
 use super::{ApplyError, TransactionHeader, TransactionSource};
 use crate::DatabaseName;
+use crate::database::write_protection;
 use sqlite_file::{journal::JournalError, wal::WalError, wal_index::WalIndexError};
-use std::fs::{File, Metadata, OpenOptions, Permissions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -106,11 +107,12 @@ impl Files {
     }
 
     /// Opens a file beside the database, creating it with the database's mode and owner as SQLite does.
-    pub fn open_beside(&self, path: &Path, database: &Metadata) -> Result<File, ApplyError> {
+    pub fn open_beside(&self, path: &Path, database: &File) -> Result<File, ApplyError> {
+        let like = database.metadata().map_err(self.io("inspect", &self.database))?;
+        let mode = write_protection::mode(database, &like) & 0o777;
         let open = || match open_existing(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let owner = (database.uid(), database.gid());
-                match create(path, database.mode() & 0o777, Some(owner)) {
+                match create(path, mode, Some((like.uid(), like.gid()))) {
                     Err(e) if e.kind() == io::ErrorKind::AlreadyExists => open_existing(path),
                     other => other,
                 }

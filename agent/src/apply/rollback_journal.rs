@@ -6,6 +6,7 @@
 
 use super::ApplyError;
 use super::files::{self, Files};
+use crate::database::write_protection;
 use sqlite_file::journal::{self, JOURNAL_HEADER_BYTES, JournalHeader, RECORDS_BY_SIZE, record_checksum};
 use sqlite_file::{header::lock_page, wal::random_bytes};
 use std::fs::File;
@@ -35,7 +36,8 @@ impl RollbackJournal {
     /// is no journal ([`recover`]).
     pub fn begin(files: &Files, database: &File, page_size: u32, pages: u32) -> Result<Self, ApplyError> {
         let like = database.metadata().map_err(files.io("inspect", &files.database))?;
-        let file = files::create(&files.journal, like.mode() & 0o777, Some((like.uid(), like.gid())))
+        let mode = write_protection::mode(database, &like) & 0o777;
+        let file = files::create(&files.journal, mode, Some((like.uid(), like.gid())))
             .map_err(files.io("create", &files.journal))?;
         let mut nonce = [0u8; 4];
         random_bytes(&mut nonce).map_err(files.io("make a nonce for", &files.journal))?;

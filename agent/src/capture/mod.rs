@@ -10,7 +10,7 @@ pub mod wal;
 use crate::database::checksums::ChecksumsError;
 use crate::database::halt::Transaction;
 use crate::database::recovery::WAL_IS_FROM_THE_LOG;
-use crate::database::{Database, State};
+use crate::database::{Database, State, write_protection};
 use crate::log::{LogError, Lsn, NewRecord, RecordKind, WalEnd};
 use crate::ship::engine::{RecordPayload, ShippedRecord};
 use bytes::Bytes;
@@ -290,7 +290,8 @@ pub fn unix_ms() -> i64 {
 /// Owner and mode of a database file, for the replicas' copies.
 fn owner_of(file: &File) -> Option<Owner> {
     let m = file.metadata().ok()?;
-    Some(Owner { uid: m.uid(), gid: m.gid(), mode: (m.mode() & 0o7777) as u16 })
+    let mode = write_protection::mode(file, &m);
+    Some(Owner { uid: m.uid(), gid: m.gid(), mode: (mode & 0o7777) as u16 })
 }
 
 /// Where an LTX file is being written: memory for the usual transaction, a file for a large one.

@@ -312,6 +312,9 @@ impl Database {
                         page_count: last.commit,
                     };
                     st.set_wal_mode(shape.wal_mode);
+                    if current.page_count == 0 && shape.page_count > 0 {
+                        self.shared().write_protection.cover(self);
+                    }
                     if !shape.wal_mode {
                         // Whatever journal there was has been played back.
                         st.rollback.journal_active = false;

@@ -1,6 +1,7 @@
 //! What all databases of a node share: the log, the role, the directories, the counters.
 
 use super::Database;
+use super::write_protection::WriteProtection;
 use crate::DatabaseName;
 use crate::door::fuse::NameInvalidator;
 use crate::lease;
@@ -124,6 +125,8 @@ pub struct Shared {
     pub counters: Counters,
     /// Holds commits until followers have them.
     pub gate: Arc<Gate>,
+    /// Of database files on a replica.
+    pub write_protection: WriteProtection,
     epoch: AtomicU64,
     /// Newest epoch of a record that any database has had at the start of this agent.
     record_epoch: AtomicU64,
@@ -161,6 +164,7 @@ impl Shared {
             node_id,
             counters: Counters::default(),
             gate: Arc::default(),
+            write_protection: WriteProtection::default(),
             epoch: AtomicU64::new(epoch.0),
             record_epoch: AtomicU64::new(0),
             writable: AtomicBool::new(false),

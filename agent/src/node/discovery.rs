@@ -5,6 +5,7 @@ use crate::DatabaseName;
 use crate::capture::CaptureError;
 use crate::database::checksums::Checksums;
 use crate::database::{Database, Shared};
+use crate::name::BESIDE;
 use crate::status::messages;
 use sqlite_file::locks::{self, LockGuard, LockKind};
 use std::collections::BTreeSet;
@@ -193,7 +194,7 @@ pub fn files_not_replicated(shared: &Shared, limit: usize) -> Vec<String> {
         .into_iter()
         .filter(|name| {
             let text = name.as_str();
-            let companion = ["-wal", "-shm", "-journal"].iter().any(|s| text.ends_with(s));
+            let companion = BESIDE.iter().any(|s| text.ends_with(s));
             !companion && shared.database(name).is_none_or(|db| db.glance().page_count == 0)
         })
         .map(|name| name.to_string())

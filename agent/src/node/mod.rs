@@ -239,6 +239,8 @@ impl Node {
                 preload::Door::leave(dir, &runtime_dir, files)
                     .with_context(|| format!("cannot mount over {}", dir.display()))?;
             }
+            // The last door may have been the other one.
+            self.shared.write_protection.end(&self.shared);
             let connection = self.hold.connection()?;
             let options = fuse::Options {
                 mount: dir.clone(),

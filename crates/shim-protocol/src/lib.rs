@@ -22,8 +22,11 @@ pub const VERSION: u32 = 8;
 /// First word of handshake and page: `LFSH`.
 pub const MAGIC: u32 = 0x4853_464c;
 /// First word of the message by which a shim that opens `NAME-lock` for writing asks for the halt lock, on a connection of its
-/// own: the path below the managed directory follows. The answer, a [`LockFile`], may take long. `LFLK`.
+/// own: the path below the managed directory follows. The answer, an [`Opened`], may take long. `LFLK`.
 pub const LOCK_FILE_MAGIC: u32 = 0x4b4c_464c;
+/// The same of one that cannot open a file of a database for writing, because permissions keep writers out on a replica: answered
+/// with a descriptor that can write. `LFOP`.
+pub const OPEN_MAGIC: u32 = 0x504f_464c;
 /// File, beside the agent's socket, that names the managed directory: see [`Registration`].
 pub const REGISTRATION: &str = "preload";
 /// The agent's socket (`SOCK_SEQPACKET`).
@@ -93,12 +96,12 @@ pub struct Hello {
     pub version: u32,
 }
 
-/// The answer to who opens `NAME-lock`; with a descriptor of the file where there is no error. The halt lock ends when that
-/// one and all copies of it are closed.
+/// The answer to who opens a file; with a descriptor of it where there is no error. A halt lock ends when the descriptor of
+/// `NAME-lock` and all copies of it are closed.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct LockFile {
-    /// [`LOCK_FILE_MAGIC`].
+pub struct Opened {
+    /// [`LOCK_FILE_MAGIC`] or [`OPEN_MAGIC`].
     pub magic: u32,
     /// 0, or an error number. `ENOENT`: the name is not that of a lock file.
     pub error: u32,

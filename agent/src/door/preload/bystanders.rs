@@ -4,6 +4,7 @@
 use super::requests::{self, Look};
 use crate::DatabaseName;
 use crate::database::{Database, Shared};
+use crate::door::fuse::RoleView;
 use fuse_session::Mounter;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use sqlite_file::locks::{self, LockKind};
@@ -19,9 +20,9 @@ use std::time::{Duration, Instant};
 const KNOWN_AFTER: Duration = Duration::from_secs(2);
 
 /// What keeps track of the directory.
-#[derive(Debug)]
 pub struct Bystanders {
     shared: Arc<Shared>,
+    view: Arc<dyn RoleView>,
     mounter: Mounter,
     inotify: Inotify,
     /// Watched directories, below the cluster's, for what comes and goes in them.
@@ -45,10 +46,11 @@ pub struct Bystanders {
 
 impl Bystanders {
     /// Watches all directories.
-    pub fn new(shared: Arc<Shared>, mounter: Mounter) -> io::Result<Self> {
+    pub fn new(shared: Arc<Shared>, view: Arc<dyn RoleView>, mounter: Mounter) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let mut this = Bystanders {
             shared,
+            view,
             mounter,
             inotify,
             directories: HashMap::new(),
@@ -192,11 +194,16 @@ impl Bystanders {
         }
         self.watch_files();
         if !self.shared.is_writable() {
+            // Between its start and its term a primary is no replica.
+            if self.view.primary_hostname().is_some() {
+                self.shared.write_protection.begin(&self.shared);
+            }
             // A WAL is looked at when there are transactions of the primary to add to it.
             for name in std::mem::take(&mut self.changed) {
                 let Some(db) = self.shared.database(&name).filter(|db| db.paths().database.exists()) else {
                     continue;
                 };
+                self.shared.write_protection.cover(&db);
                 // Who writes under a halt lock may wait for the primary with the database's state in hand.
                 if db.lender().is_some() || requests::look_at_replica(&db) == Look::Later {
                     self.changed.insert(name);
@@ -266,7 +273,7 @@ impl Bystanders {
             database = %db.name(),
             pid = writer,
             "{program} writes the database without the preload library: its commits are captured afterwards, and are \
-             not refused when this host is no primary; start it with `litefs exec`"
+             not refused when this host is primary no longer; start it with `litefs exec`"
         );
     }
 }

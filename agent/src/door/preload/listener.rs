@@ -5,7 +5,9 @@ use super::bystanders::Bystanders;
 use super::connection::Connection;
 use super::lock_file;
 use super::memory::SharedPage;
+use super::opening;
 use super::peer::Peer;
+use crate::door::fuse::RoleView;
 use fuse_session::Mounter;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
@@ -13,9 +15,9 @@ use nix::sys::socket::{
     recv, sendmsg, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
-use shim_protocol::{Hello, LOCK_FILE_MAGIC, MAGIC, VERSION, Welcome};
+use shim_protocol::{Hello, LOCK_FILE_MAGIC, MAGIC, OPEN_MAGIC, VERSION, Welcome};
 use std::io::{self, IoSlice, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -53,7 +55,12 @@ struct Served {
 
 impl Listener {
     /// Binds the socket and starts the thread.
-    pub fn start(path: &Path, connections: Arc<Connections>, mounter: Mounter) -> io::Result<Listener> {
+    pub fn start(
+        path: &Path,
+        connections: Arc<Connections>,
+        view: Arc<dyn RoleView>,
+        mounter: Mounter,
+    ) -> io::Result<Listener> {
         match std::fs::remove_file(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
@@ -65,7 +72,7 @@ impl Listener {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))?;
         listen(&listening, Backlog::new(128)?)?;
         let (stop, stopped) = UnixStream::pair()?;
-        let mut bystanders = Bystanders::new(connections.shared.clone(), mounter)?;
+        let mut bystanders = Bystanders::new(connections.shared.clone(), view, mounter)?;
         let (stop_looking, stopped_looking) = mpsc::channel();
         let all = connections.clone();
         let looking = std::thread::Builder::new().name("bystanders".into()).spawn(move || {
@@ -183,9 +190,14 @@ fn accept(listening: &OwnedFd, connections: &Connections) -> io::Result<Option<S
     let (serving, greeted) = (connection.clone(), socket.try_clone()?);
     let (shared, locks) = (connections.shared.clone(), connections.locks.clone());
     let spawned = std::thread::Builder::new().name(format!("preload-{}", peer.pid)).spawn(move || {
-        let served = first_words(&greeted).and_then(|words| match lock_file_of(&words) {
-            Some(path) => lock_file::serve(&greeted, &serving, &peer, &shared, &*locks, path).map(|()| false),
-            None => greet(&greeted, &memory, &words).map(|()| true),
+        let served = first_words(&greeted).and_then(|words| {
+            if let Some(path) = words.strip_prefix(&LOCK_FILE_MAGIC.to_ne_bytes()) {
+                lock_file::serve(&greeted, &serving, &peer, &shared, &*locks, path).map(|()| false)
+            } else if let Some(path) = words.strip_prefix(&OPEN_MAGIC.to_ne_bytes()) {
+                opening::serve(&greeted, &peer, &shared.dirs.files, path).map(|()| false)
+            } else {
+                greet(&greeted, &memory, &words).map(|()| true)
+            }
         });
         match served {
             Ok(true) => {
@@ -220,11 +232,6 @@ fn first_words(socket: &OwnedFd) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The path, where a lock file is asked for.
-fn lock_file_of(words: &[u8]) -> Option<&[u8]> {
-    words.strip_prefix(&LOCK_FILE_MAGIC.to_ne_bytes())
-}
-
 /// Exchanges the versions, and gives the process the memory where they agree.
 fn greet(socket: &OwnedFd, memory: &SharedPage, words: &[u8]) -> io::Result<()> {
     let word = |at: usize| {
@@ -233,19 +240,7 @@ fn greet(socket: &OwnedFd, memory: &SharedPage, words: &[u8]) -> io::Result<()> 
     let known = words.len() == size_of::<Hello>() && word(0) == MAGIC;
     let fits = known && word(4) == VERSION;
     let welcome = Welcome { magic: MAGIC, version: VERSION };
-    let mut answer = [0; size_of::<Welcome>()];
-    answer[..4].copy_from_slice(&welcome.magic.to_ne_bytes());
-    answer[4..].copy_from_slice(&welcome.version.to_ne_bytes());
-    let descriptors = [memory.file().as_raw_fd()];
-    let rights = [ControlMessage::ScmRights(&descriptors)];
-    let controls: &[ControlMessage<'_>] = if fits { &rights } else { &[] };
-    sendmsg::<UnixAddr>(
-        socket.as_raw_fd(),
-        &[IoSlice::new(&answer)],
-        controls,
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )?;
+    answer(socket, [welcome.magic, welcome.version], fits.then(|| memory.file().as_fd()))?;
     match (known, fits) {
         (_, true) => Ok(()),
         (true, false) => Err(io::Error::other(format!(
@@ -254,4 +249,19 @@ fn greet(socket: &OwnedFd, memory: &SharedPage, words: &[u8]) -> io::Result<()> 
         ))),
         (false, false) => Err(io::Error::other("what it says is not the preload library's hello")),
     }
+}
+
+/// Sends two words and a descriptor.
+pub(super) fn answer(
+    socket: &OwnedFd,
+    words: [u32; 2],
+    descriptor: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let descriptors: Vec<_> = descriptor.iter().map(|descriptor| descriptor.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&descriptors)];
+    let controls: &[ControlMessage<'_>] = if descriptor.is_some() { &rights } else { &[] };
+    let parts = [IoSlice::new(&bytes)];
+    sendmsg::<UnixAddr>(socket.as_raw_fd(), &parts, controls, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
 }

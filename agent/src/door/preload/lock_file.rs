@@ -4,16 +4,16 @@
 //! `flock`; when that lock can be had here, the last of them has closed it, or died.
 
 use super::connection::Connection;
+use super::listener::answer;
 use super::peer::Peer;
 use crate::database::Shared;
 use crate::door::lock_file::{HaltLocks, Opener, database_of};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
-use shim_protocol::{LOCK_FILE_MAGIC, LockFile};
+use shim_protocol::LOCK_FILE_MAGIC;
 use std::fs::File;
-use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -36,7 +36,7 @@ pub fn serve(
     let got = (|| {
         let path = std::str::from_utf8(path).map_err(|_| libc::ENOENT)?;
         let db = database_of(shared, path).ok_or(libc::ENOENT)?;
-        if !peer.may_write(&shared.dirs.files.join(db.name())) {
+        if !peer.may_write_at(&shared.dirs.files.join(db.name())) {
             return Err(libc::EACCES);
         }
         let (tell, told) = std::sync::mpsc::sync_channel(1);
@@ -45,10 +45,10 @@ pub fn serve(
         told.recv().unwrap_or(Err(libc::ENOLCK))
     })();
     if let Err(error) = got {
-        return send(socket, error, None);
+        return answer(socket, [LOCK_FILE_MAGIC, error.unsigned_abs()], None);
     }
     let (given, own) = file()?;
-    send(socket, 0, Some(&given))?;
+    answer(socket, [LOCK_FILE_MAGIC, 0], Some(given.as_fd()))?;
     drop(given);
     std::thread::Builder::new().name("lock-file".into()).spawn(move || {
         // Had when the last one has closed it.
@@ -81,17 +81,4 @@ fn flock(file: &impl AsRawFd, operation: i32) -> io::Result<()> {
         return Ok(());
     }
     Err(io::Error::last_os_error())
-}
-
-fn send(socket: &OwnedFd, error: i32, file: Option<&OwnedFd>) -> io::Result<()> {
-    let answer = LockFile { magic: LOCK_FILE_MAGIC, error: error.unsigned_abs() };
-    let mut bytes = [0; size_of::<LockFile>()];
-    bytes[..4].copy_from_slice(&answer.magic.to_ne_bytes());
-    bytes[4..].copy_from_slice(&answer.error.to_ne_bytes());
-    let descriptors: Vec<_> = file.iter().map(|file| file.as_raw_fd()).collect();
-    let rights = [ControlMessage::ScmRights(&descriptors)];
-    let controls: &[ControlMessage<'_>] = if file.is_some() { &rights } else { &[] };
-    let parts = [IoSlice::new(&bytes)];
-    sendmsg::<UnixAddr>(socket.as_raw_fd(), &parts, controls, MsgFlags::MSG_NOSIGNAL, None)?;
-    Ok(())
 }

@@ -6,6 +6,7 @@
 //! | [`listener`]   | accepts processes; looks for what is done without the library     |
 //! | [`connection`] | serves one process                                                |
 //! | [`requests`]   | what a process asks                                               |
+//! | [`opening`]    | opens files for processes that permissions keep out on a replica |
 //! | [`bystanders`] | programs that use the directory without the library               |
 //! | [`memory`]     | the memory shared with a process                                  |
 //! | [`peer`]       | who a process is and what it may write                            |
@@ -17,6 +18,7 @@ mod connection;
 mod listener;
 mod lock_file;
 mod memory;
+mod opening;
 mod peer;
 mod requests;
 mod special;
@@ -116,7 +118,7 @@ impl Door {
         link(&options.dir, &shared.dirs.files, &options.mounter)?;
         let connections = Arc::new(Connections {
             shared: shared.clone(),
-            special: Arc::new(SpecialFiles::new(shared.clone(), view)),
+            special: Arc::new(SpecialFiles::new(shared.clone(), view.clone())),
             locks,
             all: Mutex::default(),
             hold: options.hold,
@@ -125,12 +127,15 @@ impl Door {
         });
         let told = connections.clone();
         shared.follow_wals(move |step| told.role_step(step));
+        if shared.is_writable() {
+            shared.write_protection.end(&shared);
+        }
         // What was committed while no agent ran.
         for db in shared.known() {
             requests::follow(&db);
         }
         let socket = options.runtime_dir.join(SOCKET);
-        let listener = Listener::start(&socket, connections.clone(), options.mounter.clone())
+        let listener = Listener::start(&socket, connections.clone(), view, options.mounter.clone())
             .map_err(|source| DoorError::Io { path: socket, source })?;
         let registration = options.runtime_dir.join(REGISTRATION);
         let io = |source| DoorError::Io { path: registration.clone(), source };
@@ -253,6 +258,7 @@ impl Connections {
                     self.ending.store(false, Ordering::SeqCst);
                 }
                 if !self.writable.swap(writable, Ordering::AcqRel) && writable {
+                    self.shared.write_protection.end(&self.shared);
                     self.read_applied_wals();
                 }
                 self.all.lock().iter().for_each(|connection| self.tell(connection));

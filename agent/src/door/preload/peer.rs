@@ -1,6 +1,8 @@
 //! Who is at the other end of a connection, and which databases it may speak for.
 
+use crate::database::write_protection;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
@@ -48,19 +50,40 @@ impl Peer {
     }
 
     /// Whether it may write the file, or make it where it is missing.
-    pub fn may_write(&self, path: &Path) -> bool {
+    pub fn may_write_at(&self, path: &Path) -> bool {
         if self.uid == 0 {
             return true;
         }
-        let place = if path.exists() { Some(path) } else { path.parent() };
-        let Some(metadata) = place.and_then(|p| p.metadata().ok()) else { return false };
-        let mode = metadata.mode();
-        if metadata.uid() == self.uid {
-            mode & 0o200 != 0
-        } else if self.groups.contains(&metadata.gid()) {
-            mode & 0o020 != 0
-        } else {
-            mode & 0o002 != 0
+        match File::open(path) {
+            Ok(file) => self.may_write(&file),
+            Err(_) => {
+                path.parent().and_then(|p| p.metadata().ok()).is_some_and(|m| self.has(&m, m.mode(), 0o2))
+            }
         }
+    }
+
+    /// Whether it may write the file by rights, also where a replica keeps it out.
+    pub fn may_write(&self, file: &File) -> bool {
+        file.metadata()
+            .is_ok_and(|metadata| self.has(&metadata, write_protection::mode(file, &metadata), 0o2))
+    }
+
+    /// Whether it may use what is in the directory.
+    pub fn may_search(&self, directory: &Metadata) -> bool {
+        self.has(directory, directory.mode(), 0o1)
+    }
+
+    /// Whether a file with this owner and mode gives it a permission (`0o4`, `0o2`, `0o1`).
+    fn has(&self, owner: &Metadata, mode: u32, permission: u32) -> bool {
+        let bits = if self.uid == 0 {
+            0o7
+        } else if owner.uid() == self.uid {
+            mode >> 6
+        } else if self.groups.contains(&owner.gid()) {
+            mode >> 3
+        } else {
+            mode
+        };
+        bits & permission != 0
     }
 }
