@@ -124,15 +124,27 @@ pub fn restore(path: &Path) -> io::Result<()> {
         opened => opened?,
     };
     let Some(bits) = kept(&file)? else { return Ok(()) };
-    for suffix in BESIDE {
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(suffix);
-        if let Ok(beside) = open(Path::new(&beside)) {
-            change_mode(&beside, beside.metadata()?.mode() | bits)?;
+    let like = file.metadata()?;
+    // Otherwise somebody has given it others meanwhile.
+    if like.mode() & WRITE_BITS == 0 {
+        for suffix in BESIDE {
+            let mut beside = path.as_os_str().to_owned();
+            beside.push(suffix);
+            let Ok(beside) = open(Path::new(&beside)) else { continue };
+            let metadata = beside.metadata()?;
+            if is_made_like(&metadata, &like) {
+                change_mode(&beside, metadata.mode() | bits)?;
+            }
         }
+        change_mode(&file, like.mode() | bits)?;
     }
-    change_mode(&file, file.metadata()?.mode() | bits)?;
     file.remove_xattr(ATTRIBUTE)
+}
+
+/// Whether SQLite may have made a file beside a database, with that one's permissions, and nobody has brought it: another
+/// user's file, with a name that leads here.
+pub fn is_made_like(beside: &Metadata, database: &Metadata) -> bool {
+    beside.is_file() && beside.nlink() == 1 && beside.mode() & 0o7777 == database.mode() & 0o777
 }
 
 /// Mode of a database file by rights.
@@ -143,6 +155,12 @@ pub fn mode(file: &File, metadata: &Metadata) -> u32 {
     }
     // A file system without attributes has none that were kept.
     mode | kept(file).ok().flatten().unwrap_or(0)
+}
+
+/// The same of the file with this path, or of the directory that it would be in.
+pub fn mode_at(path: &Path, metadata: &Metadata) -> u32 {
+    let file = if metadata.mode() & WRITE_BITS == 0 { open(path).ok() } else { None };
+    file.map_or(metadata.mode(), |file| mode(&file, metadata))
 }
 
 #[cfg(test)]
@@ -175,6 +193,38 @@ mod tests {
             std::fs::remove_file(&path).unwrap();
         }
         restore(&path).unwrap();
+    }
+
+    #[test]
+    fn only_what_sqlite_made_beside_it_gets_them_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let make = |name: &str, mode: u32| {
+            File::create(at(name)).unwrap().set_permissions(std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        make("app.db", 0o664);
+        remove_permissions(&at("app.db")).unwrap();
+        make("app.db-wal", 0o444);
+        // Moved or linked here by somebody who could not have read or written it.
+        make("app.db-shm", 0o400);
+        make("other", 0o444);
+        std::fs::hard_link(at("other"), at("app.db-journal")).unwrap();
+        restore(&at("app.db")).unwrap();
+        let modes = ["app.db", "app.db-wal", "app.db-shm", "app.db-journal"]
+            .map(|name| at(name).metadata().unwrap().mode() & 0o7777);
+        assert_eq!(modes, [0o664, 0o664, 0o400, 0o444]);
+    }
+
+    #[test]
+    fn permissions_that_somebody_gave_meanwhile_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("app.db");
+        File::create(&path).unwrap().set_permissions(std::fs::Permissions::from_mode(0o666)).unwrap();
+        remove_permissions(&path).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        restore(&path).unwrap();
+        assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o600);
+        assert!(File::open(&path).unwrap().get_xattr(ATTRIBUTE).unwrap().is_none());
     }
 
     #[test]

@@ -292,7 +292,7 @@ impl Connection {
         let name = std::str::from_utf8(name).map_err(|_| libc::EINVAL)?;
         let name = DatabaseName::new(name).map_err(|_| libc::EINVAL)?;
         // Whoever may not write the file gets that answer from the kernel.
-        if !self.peer.may_write_at(&self.shared.dirs.files.join(&name)) {
+        if !self.peer.may_write(&self.shared.dirs.files.join(&name)) {
             return Err(libc::EINVAL);
         }
         let db = self.shared.database_or_new(&name);

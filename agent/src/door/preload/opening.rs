@@ -2,14 +2,16 @@
 //! gets a descriptor, with which it can write when the host is primary, if it might write the file by rights.
 
 use super::listener::answer;
-use super::peer::Peer;
+use super::peer::{Peer, SEARCH, WRITE};
 use crate::DatabaseName;
+use crate::database::write_protection;
 use crate::name::BESIDE;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use shim_protocol::OPEN_MAGIC;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Answers one process.
@@ -28,18 +30,24 @@ fn open(files: &Path, peer: &Peer, path: &[u8]) -> Result<File, i32> {
     let files = File::open(files).map_err(|error| error.raw_os_error().unwrap_or(libc::EIO))?;
     for directory in Path::new(database.as_str()).ancestors().skip(1).filter(|d| !d.as_os_str().is_empty()) {
         let directory = open_below(&files, directory, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
-        if !peer.may_search(&directory.metadata().map_err(|_| libc::EACCES)?) {
+        let metadata = directory.metadata().map_err(|_| libc::EACCES)?;
+        if !peer.has(&metadata, metadata.mode(), SEARCH) {
             return Err(libc::EACCES);
         }
     }
     let open = |path: &Path| open_below(&files, path, OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_NOCTTY);
+    let inspect = |file: &File| file.metadata().map_err(|error| error.raw_os_error().unwrap_or(libc::EIO));
     let file = open(database.as_ref())?;
-    if !peer.may_write(&file) {
-        return Err(libc::EACCES);
+    let like = inspect(&file)?;
+    let mode = write_protection::mode(&file, &like);
+    if path == database.as_str() {
+        let granted = like.is_file() && peer.has(&like, mode, WRITE);
+        return if granted { Ok(file) } else { Err(libc::EACCES) };
     }
-    let file = if path == database.as_str() { file } else { open(named(path)?.as_ref())? };
-    let is_plain = file.metadata().is_ok_and(|metadata| metadata.is_file());
-    if is_plain { Ok(file) } else { Err(libc::EACCES) }
+    let file = open(named(path)?.as_ref())?;
+    let beside = inspect(&file)?;
+    let granted = write_protection::is_made_like(&beside, &like) && peer.has(&beside, mode, WRITE);
+    if granted { Ok(file) } else { Err(libc::EACCES) }
 }
 
 /// Links are not followed: they could lead anywhere.

@@ -2,11 +2,16 @@
 
 use crate::database::write_protection;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use std::fs::{File, Metadata};
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+
+/// To write a file.
+pub const WRITE: u32 = 0o2;
+/// To use what is in a directory.
+pub const SEARCH: u32 = 0o1;
 
 /// A process with its user and groups, as the kernel says.
 #[derive(Debug, Clone)]
@@ -49,37 +54,20 @@ impl Peer {
         Ok(Peer { pid: credentials.pid(), uid: credentials.uid(), groups })
     }
 
-    /// Whether it may write the file, or make it where it is missing.
-    pub fn may_write_at(&self, path: &Path) -> bool {
-        if self.uid == 0 {
-            return true;
-        }
-        match File::open(path) {
-            Ok(file) => self.may_write(&file),
-            Err(_) => {
-                path.parent().and_then(|p| p.metadata().ok()).is_some_and(|m| self.has(&m, m.mode(), 0o2))
-            }
-        }
+    /// Whether it may write the file by rights, also where a replica keeps it out, or make it where it is missing.
+    pub fn may_write(&self, path: &Path) -> bool {
+        let place = if path.exists() { Some(path) } else { path.parent() };
+        let Some(metadata) = place.and_then(|place| place.metadata().ok()) else { return false };
+        self.has(&metadata, write_protection::mode_at(path, &metadata), WRITE)
     }
 
-    /// Whether it may write the file by rights, also where a replica keeps it out.
-    pub fn may_write(&self, file: &File) -> bool {
-        file.metadata()
-            .is_ok_and(|metadata| self.has(&metadata, write_protection::mode(file, &metadata), 0o2))
-    }
-
-    /// Whether it may use what is in the directory.
-    pub fn may_search(&self, directory: &Metadata) -> bool {
-        self.has(directory, directory.mode(), 0o1)
-    }
-
-    /// Whether a file with this owner and mode gives it a permission (`0o4`, `0o2`, `0o1`).
-    fn has(&self, owner: &Metadata, mode: u32, permission: u32) -> bool {
+    /// Whether it has a permission on a file with this owner and group, whose mode this is by rights.
+    pub fn has(&self, file: &Metadata, mode: u32, permission: u32) -> bool {
         let bits = if self.uid == 0 {
             0o7
-        } else if owner.uid() == self.uid {
+        } else if file.uid() == self.uid {
             mode >> 6
-        } else if self.groups.contains(&owner.gid()) {
+        } else if self.groups.contains(&file.gid()) {
             mode >> 3
         } else {
             mode
