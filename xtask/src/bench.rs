@@ -172,6 +172,8 @@ impl Quiet {
     }
 
     fn wait(&self) -> Result<()> {
+        // What was written before goes to the disk now, and not during the syncs of what is measured next.
+        nix::unistd::sync();
         self.measured.set(self.measured.get() + 1);
         let deadline = Instant::now() + self.patience;
         while machine::busy(Duration::from_millis(150))? > 0.2 {

@@ -68,7 +68,9 @@ impl Fleet {
         report: &mut Report,
     ) -> Result<Fleet> {
         progress("starting primaries and replicas");
-        let native_dir = dir.join("native");
+        // As deep as a cluster's directory is for applications by default, two levels above its files: each costs
+        // every look for a journal a little.
+        let native_dir = dir.join("native/databases");
         fs::create_dir_all(&native_dir)?;
         let mut sides = Vec::new();
         for door in doors {
