@@ -23,6 +23,10 @@ const FAST: u32 = 16;
 /// While they do it looks so often: what has come together costs little more than one, and the logs' syncs of it take less
 /// from the disk that applications sync to.
 const LONG_NAP: Duration = Duration::from_millis(8);
+/// The same while they come slower than [`VERY_FAST`]: each of them waits for the disk.
+const LONGER_NAP: Duration = Duration::from_millis(16);
+/// So many in a stretch do not wait for the disk.
+const VERY_FAST: u32 = 64;
 /// After so many looks in vain it sleeps until it is woken.
 const NAPS: u32 = 8;
 /// Looks whether it shall end, should a wake-up be lost.
@@ -54,22 +58,27 @@ struct Pace {
     bell: u32,
     /// Stretches, until now, in which they came fast.
     fast: u32,
+    /// In the last one they came very fast.
+    very_fast: bool,
 }
 
 impl Pace {
     fn new() -> Self {
-        Pace { since: Instant::now(), bell: 0, fast: 0 }
+        Pace { since: Instant::now(), bell: 0, fast: 0, very_fast: false }
     }
 
-    fn is_fast(&mut self, bell: u32) -> bool {
+    /// How long to sleep while they come fast.
+    fn nap(&mut self, bell: u32) -> Option<Duration> {
         let elapsed = self.since.elapsed();
         if elapsed >= STRETCH {
             let stretches = elapsed.as_secs_f64() / STRETCH.as_secs_f64();
-            let fast = f64::from(bell.wrapping_sub(self.bell)) >= f64::from(FAST) * stretches;
+            let rings = f64::from(bell.wrapping_sub(self.bell));
+            let fast = rings >= f64::from(FAST) * stretches;
             self.fast = if fast { self.fast.saturating_add(1) } else { 0 };
+            self.very_fast = rings >= f64::from(VERY_FAST) * stretches;
             (self.since, self.bell) = (Instant::now(), bell);
         }
-        self.fast > 1
+        (self.fast > 1).then_some(if self.very_fast { LONG_NAP } else { LONGER_NAP })
     }
 }
 
@@ -144,8 +153,11 @@ impl Connection {
             if ended {
                 break;
             }
-            if changed && !served && pace.is_fast(bell) {
-                self.nap();
+            if changed
+                && !served
+                && let Some(limit) = pace.nap(bell)
+            {
+                self.nap(limit);
                 idle = 0;
                 continue;
             }
@@ -167,13 +179,13 @@ impl Connection {
     }
 
     /// Sleeps while commits come; a request ends it.
-    fn nap(&self) {
+    fn nap(&self, limit: Duration) {
         let page = self.memory.page();
         page.asleep.store(protocol::NAPPING, Ordering::SeqCst);
         let bell = page.doorbell.load(Ordering::SeqCst);
         // A request that was posted before this look is seen here, one after it rings again.
         if page.slots.iter().all(|slot| slot.state.load(Ordering::SeqCst) != protocol::POSTED) {
-            memory::wait(&page.doorbell, bell, LONG_NAP);
+            memory::wait(&page.doorbell, bell, limit);
         }
         page.asleep.store(protocol::AWAKE, Ordering::SeqCst);
     }
