@@ -331,6 +331,7 @@ fn wal_write(
             };
             database.wal_end.store(offset + 1, Ordering::Relaxed);
             database.committed.store(1, Ordering::Relaxed);
+            database.captured.store(0, Ordering::Relaxed);
             if held {
                 match hold(fd, database, data, offset) {
                     Ok(true) => return FRAME_HEADER as isize,
@@ -374,6 +375,7 @@ fn wal_write(
             if let Err(error) = commit_frame(fd, database, &frame) {
                 return fail(error) as isize;
             }
+            database.captured.store(1, Ordering::Relaxed);
             transaction.committed_end = frame.offset + FRAME_HEADER as u64 + frame.page_size;
         }
         drop(transaction);

@@ -87,6 +87,8 @@ pub struct Database {
     pub writing: AtomicU32,
     /// A commit frame was written since the write lock was taken.
     pub committed: AtomicU32,
+    /// The agent has the newest of them: it was held.
+    pub captured: AtomicU32,
     /// Where its commit is counted as under way: see [`agent::begin_commit`].
     pub committing: AtomicPtr<Page>,
     /// The application has synced its WAL or its file.
@@ -182,6 +184,7 @@ impl Database {
             journals: AtomicU32::new(0),
             writing: AtomicU32::new(0),
             committed: AtomicU32::new(0),
+            captured: AtomicU32::new(0),
             committing: AtomicPtr::new(core::ptr::null_mut()),
             synced: AtomicU32::new(0),
             wal_bytes: AtomicU64::new(0),
@@ -346,8 +349,8 @@ pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
     drop(own);
     database.cluster.store(managed.cluster as u32, Ordering::Relaxed);
     database.attached.store(0, Ordering::Relaxed);
-    let Database { wals, shms, journals, writing, committed, synced, touched, holding, .. } = database;
-    for count in [wals, shms, journals, writing, committed, synced, touched, holding] {
+    let Database { wals, shms, journals, writing, committed, captured, synced, touched, .. } = database;
+    for count in [wals, shms, journals, writing, committed, captured, synced, touched, &database.holding] {
         count.store(0, Ordering::Relaxed);
     }
     database.wal_bytes.store(0, Ordering::Relaxed);

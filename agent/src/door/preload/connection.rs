@@ -162,7 +162,8 @@ impl Connection {
                 continue;
             }
             if served || changed {
-                idle = 0;
+                // Who asks wakes it; only who changes something without asking is looked for.
+                idle = if changed { 0 } else { NAPS };
                 continue;
             }
             idle += 1;
