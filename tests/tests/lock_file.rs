@@ -66,8 +66,12 @@ impl Program {
         Program::of(Command::new("python3"), host)
     }
 
-    fn of(mut python: Command, host: &Host) -> Program {
-        python.args(["-c", PROGRAM]).arg(host.path("app.db")).stdin(Stdio::piped()).stdout(Stdio::piped());
+    fn of(python: Command, host: &Host) -> Program {
+        Program::with(python, PROGRAM, host)
+    }
+
+    fn with(mut python: Command, script: &str, host: &Host) -> Program {
+        python.args(["-c", script]).arg(host.path("app.db")).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = python.spawn().expect("python3 runs");
         let (told, says) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
         let mut program = Program { child, told, says: BufReader::new(says) };
@@ -440,4 +444,44 @@ fn hosts_with_different_doors_lend_to_each_other() {
             assert_one_history(&[&primary, &replica]);
         }
     }
+}
+
+/// A connection for each statement: the next one begins a new WAL.
+const CONNECTIONS: &str = r#"
+import os, sqlite3, sys
+lock = os.open(sys.argv[1] + "-lock", os.O_RDWR)
+print("ready", flush=True)
+for line in sys.stdin:
+    connection = sqlite3.connect(sys.argv[1], timeout=5, isolation_level=None)
+    connection.execute(line)
+    print("ok", flush=True)
+    connection.close()
+"#;
+
+#[test]
+fn a_wal_that_begins_anew_under_the_lock_takes_no_commit_back() {
+    let fleet = Fleet::new();
+    let (primary, replica) = (fleet.host("a", Role::Primary), fleet.host("b", Role::Primary));
+    for host in [&primary, &replica] {
+        host.set("replication.timeout=60s").set("lease.ttl=60s");
+    }
+    primary.set("door=fuse").start();
+    replica.set_role(Role::ReplicaOf(&primary)).set("door=preload").start();
+    replica.wait_connected();
+    let mut shell = command(&primary, "fuse", "sqlite3");
+    run(shell.arg(primary.path("app.db")).arg("PRAGMA journal_mode=WAL; CREATE TABLE t(x)"));
+    replica.wait_position_equal(&primary, "app.db");
+    let mut program = Program::with(command(&replica, "preload", "python3"), CONNECTIONS, &replica);
+    let mut rows = String::new();
+    for row in ["one", "two", "three", "four"] {
+        program.run(&format!("INSERT INTO t VALUES ('{row}')"));
+        rows += if rows.is_empty() { "" } else { "," };
+        rows += row;
+        let mut shell = command(&primary, "fuse", "sqlite3");
+        assert_eq!(run(shell.arg(primary.path("app.db")).arg(ROWS)).trim(), rows);
+    }
+    program.finish();
+    assert!(!replica.log().contains("taken back"), "{}", replica.log());
+    primary.wait_for("it has its database again", || holder(&primary).is_none());
+    assert_one_history(&[&primary, &replica]);
 }

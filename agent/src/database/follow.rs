@@ -415,9 +415,17 @@ impl Database {
     pub fn end_wal(&self, st: &mut State) -> Result<(), CaptureError> {
         self.follow_wal(st)?;
         let mut followed = std::mem::take(&mut st.followed);
-        let settled = followed.open(self).and_then(|_| match &followed.wal {
-            Some(wal) => published::take_back_unpublished(self, st, wal),
-            None => Ok(()),
+        let settled = followed.open(self).and_then(|_| {
+            let Some(wal) = &followed.wal else { return Ok(()) };
+            // The WAL of a primary has been followed; of one that this host has borrowed each commit was held, and it is
+            // looked now whether the last was published.
+            if self.lender().is_some()
+                && let Some(index) = &followed.index
+                && let Some(index) = IndexHeader::read(index).map_err(|e| self.shm_error(e))?
+            {
+                published::capture_published(self, st, wal, &index)?;
+            }
+            published::take_back_unpublished(self, st, wal)
         });
         st.followed = followed;
         settled?;
