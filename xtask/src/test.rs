@@ -107,6 +107,9 @@ fn through_the_preload_door() -> Result<String> {
 
 /// Runs tests, passes their output on and counts them.
 fn tests(command: &mut Command) -> Result<String> {
+    // Most tests of the whole system wait: for an agent to start, for the end of a lease.
+    let processors = std::thread::available_parallelism().context("cannot count the processors")?;
+    command.env("RUST_TEST_THREADS", (processors.get() * 2).to_string());
     command.stdout(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("cannot run {}", run::show(command)))?;
     let stdout = child.stdout.take().context("no output of cargo")?;

@@ -242,7 +242,11 @@ pub fn wal_end(db: &Arc<Database>, flags: u32) -> Result<Answer, i32> {
         st.wal.mark_written_from_log();
         return Ok(Answer::Now(0));
     }
-    db.end_wal(&mut st).map_err(|e| errno_of(db, "begin the WAL anew", &e))?;
+    db.end_wal(&mut st).map_err(|e| match e {
+        // A checkpoint that takes long: SQLite goes on with the WAL that it has.
+        CaptureError::InUse => e.errno(),
+        e => errno_of(db, "begin the WAL anew", &e),
+    })?;
     // With `synchronous=OFF` the WAL is no more durable than the log.
     Ok(if flags & FLAG_SYNCED == 0 { Answer::Now(0) } else { Answer::WhenDurable(st.logged_end) })
 }
