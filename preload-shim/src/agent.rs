@@ -785,7 +785,7 @@ pub fn end_commit(database: &Database) {
 /// A commit is visible in the WAL: nobody waits for anything. An agent that is not there now finds it later.
 pub fn committed(database: &Database) {
     if database.captured.swap(0, Ordering::Relaxed) != 0 {
-        // It was held: the agent has it.
+        // It was held: the agent has it, and sees in the wal-index that it counts.
         database.wal_bytes.store(0, Ordering::Relaxed);
     } else if let Some((page, number)) = number_on_page(database) {
         let bytes = database.wal_bytes.swap(0, Ordering::Relaxed);

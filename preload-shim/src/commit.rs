@@ -395,6 +395,8 @@ fn announce_exclusive(database: &Database) {
         && database.transaction.lock().is_some_and(|t| t.held.is_none())
     {
         database.committed.store(0, Ordering::Relaxed);
+        // Also one that was held: no wal-index says to the agent that it counts.
+        database.captured.store(0, Ordering::Relaxed);
         agent::committed(database);
     }
 }

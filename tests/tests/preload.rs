@@ -59,6 +59,37 @@ fn held_commits_are_in_the_log_when_sqlite_reports_them() {
 }
 
 #[test]
+fn held_commits_of_a_process_that_has_the_database_for_itself_are_taken_once() {
+    let fleet = Fleet::new();
+    let primary = fleet.host("a", Role::Primary);
+    primary.set("door=preload").set("preload.hold=always").start();
+    let replica = fleet.replica("b", &primary);
+    sql(&primary, "h.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, v)");
+    let before = primary.txid("h.db");
+    // No wal-index says that a commit counts.
+    let script = r#"
+import sqlite3, sys
+c = sqlite3.connect(sys.argv[1] + "/h.db", isolation_level=None)
+c.execute("PRAGMA locking_mode=EXCLUSIVE")
+for line in sys.stdin:
+    for i in range(20):
+        c.execute("INSERT INTO t(v) VALUES(randomblob(9000))")
+        c.execute("UPDATE t SET v = randomblob(5000) WHERE id = 1 + ?", (i // 2,))
+    print(c.execute("SELECT count(*) FROM t").fetchone()[0], flush=True)
+"#;
+    let mut client = Client::start(&mut python(&primary, script, &[]));
+    assert_eq!(client.tell("go"), "20");
+    assert_eq!(primary.txid("h.db"), before + 40, "each held commit is a transaction of its own");
+    assert_eq!(client.tell("go"), "40");
+    primary.wait_position_equal(&replica, "h.db");
+    assert_eq!(rows(&replica, "h.db"), 40);
+    drop(client);
+    assert_follows(&primary, &replica, "h.db", 40);
+    assert!(!primary.log().contains("taken back"), "{}", primary.log());
+    primary.assert_no_errors();
+}
+
+#[test]
 fn a_replica_refuses_writes_and_the_same_connection_writes_after_a_promotion() {
     let fleet = Fleet::new();
     let (primary, replica) = hosts(&fleet, ("preload", "preload"));
