@@ -17,6 +17,9 @@ lock = None
 def halt_byte(kind):
     fcntl.fcntl(lock, F_OFD_SETLKW, struct.pack("hhqqi4x", kind, 0, HALT, 1, 0))
 
+# Also where tests run in the background of a shell, which has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def fork():
     child = os.fork()
     if child == 0:
