@@ -464,20 +464,31 @@ pub fn special(cluster: usize, name: &[u8]) -> Result<([u64; SPECIAL_WORDS], usi
     }
 }
 
+/// The agent's socket, and the first message of a connection that asks for a file; `None`: a name is too long.
+fn about_file(
+    cluster: usize,
+    magic: u32,
+    name: &[u8],
+) -> Option<(PathBuffer<108>, PathBuffer<{ managed::NAME_MAX + 4 }>)> {
+    let (mut path, mut question) = (PathBuffer::new(), PathBuffer::new());
+    let fits = managed::runtime_path(cluster, protocol::SOCKET, &mut path)
+        && question.push(&magic.to_ne_bytes())
+        && question.push(name);
+    fits.then_some((path, question))
+}
+
+/// A received descriptor, as the application asked for it.
+fn handed_over(fd: i32, close_on_exec: bool) -> Result<i32, i32> {
+    if close_on_exec { Ok(fd) } else { sys::keep_on_exec(fd).map(|()| fd) }
+}
+
 /// Connections on which threads wait for halt locks: a child of a fork has to close them.
 static LOCKING: [AtomicI32; 32] = [const { AtomicI32::new(-1) }; 32];
 
 /// `NAME-lock`, once the agent has the halt lock, which ends when all copies of the descriptor are closed. `ENOENT`: there is no
 /// such lock. `EINTR`: a signal handler has run.
 pub fn lock_file(cluster: usize, name: &[u8], close_on_exec: bool) -> Result<i32, i32> {
-    let mut path = PathBuffer::<108>::new();
-    let mut question = PathBuffer::<{ managed::NAME_MAX + 4 }>::new();
-    let fits = managed::runtime_path(cluster, protocol::SOCKET, &mut path)
-        && question.push(&protocol::LOCK_FILE_MAGIC.to_ne_bytes())
-        && question.push(name);
-    if !fits {
-        return Err(libc::ENAMETOOLONG);
-    }
+    let (path, question) = about_file(cluster, protocol::LOCK_FILE_MAGIC, name).ok_or(libc::ENAMETOOLONG)?;
     let mut deadline = sys::now_ns() + wait_ms() * 1_000_000;
     loop {
         let socket = sys::socket()?;
@@ -490,8 +501,7 @@ pub fn lock_file(cluster: usize, name: &[u8], close_on_exec: bool) -> Result<i32
         }
         sys::close(socket);
         match answer {
-            Ok(fd) if close_on_exec => return Ok(fd),
-            Ok(fd) => return sys::keep_on_exec(fd).map(|()| fd),
+            Ok(fd) => return handed_over(fd, close_on_exec),
             Err(Some(error)) => return Err(error),
             Err(None) if sys::now_ns() >= deadline => {
                 say(&[b"no agent answers at ", path.bytes(), b": start litefs"]);
@@ -537,14 +547,7 @@ fn receive_opened(socket: i32, magic: u32) -> Result<i32, Option<i32>> {
 
 /// A file of a database, opened for writing by the agent; none is waited for. `EACCES`: it may not be written, or nobody helps.
 pub fn open_for_writing(cluster: usize, name: &[u8], close_on_exec: bool) -> Result<i32, i32> {
-    let mut path = PathBuffer::<108>::new();
-    let mut question = PathBuffer::<{ managed::NAME_MAX + 4 }>::new();
-    let fits = managed::runtime_path(cluster, protocol::SOCKET, &mut path)
-        && question.push(&protocol::OPEN_MAGIC.to_ne_bytes())
-        && question.push(name);
-    if !fits {
-        return Err(libc::EACCES);
-    }
+    let (path, question) = about_file(cluster, protocol::OPEN_MAGIC, name).ok_or(libc::EACCES)?;
     let socket = sys::socket()?;
     let asked = sys::connect(socket, path.bytes()).and_then(|()| sys::send(socket, question.bytes()));
     let opened = match asked {
@@ -553,8 +556,7 @@ pub fn open_for_writing(cluster: usize, name: &[u8], close_on_exec: bool) -> Res
     };
     sys::close(socket);
     match opened {
-        Ok(fd) if close_on_exec => Ok(fd),
-        Ok(fd) => sys::keep_on_exec(fd).map(|()| fd),
+        Ok(fd) => handed_over(fd, close_on_exec),
         Err(Some(error @ (libc::EMFILE | libc::EINTR))) => Err(error),
         Err(_) => Err(libc::EACCES),
     }

@@ -3,7 +3,7 @@
 use crate::compare::assert_equal;
 use crate::{Fleet, Host, Role, liblitefs, try_run};
 use std::io::{BufRead, BufReader, Lines, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 
 /// A running primary `a` and a connected replica `b`, with these doors.
 pub fn hosts(fleet: &Fleet, doors: (&str, &str)) -> (Host, Host) {
@@ -12,6 +12,14 @@ pub fn hosts(fleet: &Fleet, doors: (&str, &str)) -> (Host, Host) {
     let replica = fleet.host("b", Role::ReplicaOf(&primary));
     replica.set(&format!("door={}", doors.1)).start();
     replica.wait_connected();
+    (primary, replica)
+}
+
+/// A running primary `a` that holds commits until its log has them, and a connected replica `b`.
+pub fn hosts_that_hold(fleet: &Fleet) -> (Host, Host) {
+    let primary = fleet.host("a", Role::Primary);
+    primary.set("door=preload").set("preload.hold=always").start();
+    let replica = fleet.replica("b", &primary);
     (primary, replica)
 }
 
@@ -85,7 +93,8 @@ for line in sys.stdin:
 #[derive(Debug)]
 pub struct Client {
     child: Child,
-    input: ChildStdin,
+    /// Until it is ended by the end of its input.
+    input: Option<ChildStdin>,
     output: Lines<BufReader<ChildStdout>>,
 }
 
@@ -94,7 +103,7 @@ impl Client {
     pub fn start(command: &mut Command) -> Client {
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the program runs");
-        let input = child.stdin.take().expect("a pipe");
+        let input = child.stdin.take();
         let output = BufReader::new(child.stdout.take().expect("a pipe")).lines();
         Client { child, input, output }
     }
@@ -107,7 +116,8 @@ impl Client {
 
     /// Says something.
     pub fn send(&mut self, line: &str) {
-        writeln!(self.input, "{line}").expect("the program reads");
+        let input = self.input.as_mut().expect("it is open");
+        writeln!(input, "{line}").expect("the program reads");
     }
 
     /// Reads a line.
@@ -119,6 +129,23 @@ impl Client {
     pub fn tell(&mut self, line: &str) -> String {
         self.send(line);
         self.line()
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.child.wait().expect("it is our child")
+    }
+
+    /// Ends its input, and waits until it has ended well.
+    #[track_caller]
+    pub fn finish(mut self) {
+        self.input = None;
+        assert!(self.wait().success());
     }
 
     /// Ends it with SIGKILL.

@@ -1,11 +1,10 @@
 //! `NAME-lock`: programs written for LiteFS open it, lock its byte 72, write on a replica, unlock and close.
 
-use litefs_tests::library::{hosts, with_library};
+use litefs_tests::library::{Client, hosts, with_library};
 use litefs_tests::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::Command;
 
 /// Does what the client libraries of LiteFS do, one step for each line.
 const PROGRAM: &str = r#"
@@ -58,11 +57,7 @@ for line in sys.stdin:
         print("error:", error, flush=True)
 "#;
 
-struct Program {
-    child: Child,
-    told: ChildStdin,
-    says: BufReader<ChildStdout>,
-}
+struct Program(Client);
 
 impl Program {
     fn start(host: &Host) -> Program {
@@ -74,28 +69,22 @@ impl Program {
     }
 
     fn with(mut python: Command, script: &str, host: &Host) -> Program {
-        python.args(["-c", script]).arg(host.path("app.db")).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = python.spawn().expect("python3 runs");
-        let (told, says) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
-        let mut program = Program { child, told, says: BufReader::new(says) };
-        assert_eq!(program.line(), "ready");
-        program
+        let mut client = Client::start(python.args(["-c", script]).arg(host.path("app.db")));
+        assert_eq!(client.line(), "ready");
+        Program(client)
     }
 
     fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.says.read_line(&mut line).expect("it can be read");
-        line.trim_end().to_owned()
+        self.0.line()
     }
 
     fn tell(&mut self, step: &str) {
-        writeln!(self.told, "{step}").expect("it reads");
+        self.0.send(step);
     }
 
     /// What a step said.
     fn ask(&mut self, step: &str) -> String {
-        self.tell(step);
-        self.line()
+        self.0.tell(step)
     }
 
     #[track_caller]
@@ -108,26 +97,22 @@ impl Program {
     }
 
     fn has_child_waiting_in_open(&self) -> bool {
-        let syscall =
-            std::fs::read_to_string(format!("/proc/{}/syscall", self.child.id())).unwrap_or_default();
+        let syscall = std::fs::read_to_string(format!("/proc/{}/syscall", self.0.id())).unwrap_or_default();
         let number: i64 = syscall.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(-1);
         // Behind the preload door it waits for a message.
         [libc::SYS_openat, libc::SYS_open, libc::SYS_recvmsg].contains(&number)
     }
 
     fn pid(&self) -> Pid {
-        Pid::from_raw(i32::try_from(self.child.id()).expect("a process id"))
+        Pid::from_raw(i32::try_from(self.0.id()).expect("a process id"))
     }
 
-    fn kill(mut self) {
-        self.child.kill().expect("it runs");
-        self.child.wait().expect("it is our child");
+    fn kill(self) {
+        self.0.kill();
     }
 
     fn finish(self) {
-        let Program { mut child, told, .. } = self;
-        drop(told);
-        assert!(child.wait().expect("it is our child").success());
+        self.0.finish();
     }
 }
 
@@ -233,25 +218,14 @@ os.open(lock, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
 print("created", flush=True)
 sys.stdin.readline()
 "#;
-    let mut python = Command::new("python3");
-    python.args(["-c", script]).arg(replica.mount()).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = python.spawn().expect("python3 runs");
-    let (mut told, mut says) =
-        (child.stdin.take().expect("piped"), BufReader::new(child.stdout.take().expect("piped")));
-    let mut line = || {
-        let mut line = String::new();
-        says.read_line(&mut line).expect("it can be read");
-        line.trim_end().to_owned()
-    };
-    assert_eq!(line(), "reading");
+    let mut client = Client::start(Command::new("python3").args(["-c", script]).arg(replica.mount()));
+    assert_eq!(client.line(), "reading");
     assert_eq!(holder(&replica), None);
-    told.write_all(b"\n").expect("it reads");
-    let refused = line();
+    let refused = client.tell("");
     assert!(["EIO", "EPERM"].contains(&&*refused), "{refused}");
-    assert_eq!(line(), "created");
+    assert_eq!(client.line(), "created");
     assert_eq!(holder(&replica).as_deref(), Some("b"));
-    drop(told);
-    assert!(child.wait().expect("it is our child").success());
+    client.finish();
     replica.wait_for("its end ends the lock", || holder(&replica).is_none());
 }
 
@@ -307,7 +281,7 @@ fn who_waits_for_the_lock_can_be_interrupted_and_killed() {
         replica.wait_for("it waits", || waiting.has_child_waiting_in_open());
         kill(waiting.pid(), signal).expect("it runs");
         // Python ends with KeyboardInterrupt.
-        assert!(!waiting.child.wait().expect("it is our child").success());
+        assert!(!waiting.0.wait().success());
         waiting = Program::start(&replica);
     }
     assert_eq!(holder(&replica).as_deref(), Some("b"));

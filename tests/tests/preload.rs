@@ -39,14 +39,18 @@ fn every_pair_of_doors_replicates_every_journal_mode() {
     }
 }
 
+/// A primary that holds commits, its replica, and the position of an empty table `t` in `h.db`.
+fn holding(fleet: &Fleet) -> (Host, Host, u64) {
+    let (primary, replica) = hosts_that_hold(fleet);
+    sql(&primary, "h.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, v)");
+    let before = primary.txid("h.db");
+    (primary, replica, before)
+}
+
 #[test]
 fn held_commits_are_in_the_log_when_sqlite_reports_them() {
     let fleet = Fleet::new();
-    let primary = fleet.host("a", Role::Primary);
-    primary.set("door=preload").set("preload.hold=always").start();
-    let replica = fleet.replica("b", &primary);
-    sql(&primary, "h.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, v)");
-    let before = primary.txid("h.db");
+    let (primary, replica, before) = holding(&fleet);
     let mut script = String::from("PRAGMA cache_size=5; PRAGMA cache_spill=5;");
     for _ in 0..50 {
         // Also transactions that spill: their frames' headers are written again after the commit.
@@ -61,11 +65,7 @@ fn held_commits_are_in_the_log_when_sqlite_reports_them() {
 #[test]
 fn held_commits_of_a_process_that_has_the_database_for_itself_are_taken_once() {
     let fleet = Fleet::new();
-    let primary = fleet.host("a", Role::Primary);
-    primary.set("door=preload").set("preload.hold=always").start();
-    let replica = fleet.replica("b", &primary);
-    sql(&primary, "h.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, v)");
-    let before = primary.txid("h.db");
+    let (primary, replica, before) = holding(&fleet);
     // No wal-index says that a commit counts.
     let script = r#"
 import sqlite3, sys

@@ -41,9 +41,7 @@ fn stop_for_now(host: &Host) {
 #[test]
 fn a_held_commit_of_a_process_that_died_meanwhile_is_not_taken() {
     let fleet = Fleet::new();
-    let primary = fleet.host("a", Role::Primary);
-    primary.set("door=preload").set("preload.hold=always").start();
-    let replica = fleet.replica("b", &primary);
+    let (primary, replica) = hosts_that_hold(&fleet);
     for mode in ["WAL", "DELETE"] {
         let name = format!("{mode}.db");
         sql(&primary, &name, &format!("PRAGMA journal_mode={mode}; CREATE TABLE t(v)"));

@@ -32,15 +32,16 @@ fn with_shared_library(host: &Host, mut command: Command) -> Command {
 }
 
 fn shell(host: &Host, database: &str, sql: &str) -> Command {
-    let mut command = Command::new("sqlite3");
-    command.args(["-bail", "-cmd", ".timeout 2000"]).arg(host.path(database)).arg(sql);
-    command
+    asked(Command::new("sqlite3"), host, database, sql)
 }
 
 fn shell_with_library(host: &Host, database: &str, sql: &str) -> Command {
-    let mut command = with_library(host, "sqlite3");
-    command.args(["-bail", "-cmd", ".timeout 2000"]).arg(host.path(database)).arg(sql);
-    with_shared_library(host, command)
+    with_shared_library(host, asked(with_library(host, "sqlite3"), host, database, sql))
+}
+
+fn asked(mut sqlite3: Command, host: &Host, database: &str, sql: &str) -> Command {
+    sqlite3.args(["-bail", "-cmd", ".timeout 2000"]).arg(host.path(database)).arg(sql);
+    sqlite3
 }
 
 fn program(host: &Host, script: &str, arguments: &[&str]) -> Command {

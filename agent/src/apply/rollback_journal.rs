@@ -122,11 +122,7 @@ impl RollbackJournal {
 /// SHARED; a writer at work is somebody else's business only if it holds RESERVED, so the answer counts under
 /// EXCLUSIVE.
 pub(super) fn is_hot(files: &Files) -> Result<bool, ApplyError> {
-    match File::open(&files.journal) {
-        Ok(file) => journal::is_hot(&file).map_err(files.io("read", &files.journal)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(files.io("open", &files.journal)(e)),
-    }
+    hot_header(files).map(|header| header.is_some()).map_err(files.io("read", &files.journal))
 }
 
 /// The header of the journal, which differs from transaction to transaction (by its nonce), if it is hot.
