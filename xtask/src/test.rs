@@ -12,11 +12,12 @@ type Step = (&'static str, fn() -> Result<String>);
 
 /// Whole-system tests that run through the preload door too. Those of recovery, of a mount that is taken over and of plain
 /// files are about what the FUSE door does; `preload` has its counterparts and chooses the doors itself.
-const BOTH_DOORS: [&str; 11] = [
+const BOTH_DOORS: [&str; 12] = [
     "access",
     "elections",
     "failover",
     "halt_lock",
+    "lock_file",
     "operations",
     "replication",
     "sqlite_behaviour",
