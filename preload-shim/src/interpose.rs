@@ -240,13 +240,13 @@ const SPECIAL_MODE: c_uint = libc::S_IFREG | 0o444;
 /// Status of such a file, which has no name of its own.
 ///
 /// # Safety
-/// `to` is writable.
+/// `to` points to memory that a `stat` may be written to; what is there before does not matter.
 unsafe fn status_of_special(fd: c_int, to: *mut libc::stat) -> c_int {
     match sys::fstat(fd) {
         Ok(mut stat) => {
             stat.st_mode = SPECIAL_MODE;
             stat.st_nlink = 1;
-            // SAFETY: as the caller promises.
+            // SAFETY: the caller promises that `to` may be written; nothing is read from it or dropped.
             unsafe { to.write(stat) };
             0
         }
@@ -269,7 +269,7 @@ macro_rules! stats {
         ) -> c_int {
             // SAFETY: the arguments are the caller's.
             let real = || unsafe { real::$name($($dir,)? path, to $(, $flags)?) };
-            // SAFETY: the application gives room for the answer.
+            // SAFETY: the application gives room for a `stat`: on these architectures that of the functions with 64 is the same.
             status_of(path, &real, &|fd| unsafe { status_of_special(fd, to) })
         }
     )*};
@@ -375,12 +375,13 @@ fcntls! { fcntl fcntl64 }
 /// The application's buffer.
 ///
 /// # Safety
-/// As for `write`.
+/// As for `write`: `data` is null or points to `len` bytes, which stay as they are for `'a`: until the call that gave them
+/// returns.
 unsafe fn buffer<'a>(data: *const c_void, len: usize) -> &'a [u8] {
     if data.is_null() {
         return &[];
     }
-    // SAFETY: as the caller promises.
+    // SAFETY: it is not null, and the caller promises `len` bytes that nobody changes meanwhile.
     unsafe { core::slice::from_raw_parts(data.cast(), len) }
 }
 
@@ -574,7 +575,10 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: usize, arg: usize) -> c_int {
 /// As in the C library, without `RTLD_DEEPBIND`: with it a library would find the C library's functions before these.
 /// Jumps, so that the dynamic linker sees who called.
 #[cfg(target_arch = "x86_64")]
+// SAFETY: it keeps the two arguments and the stack's alignment over the call, and leaves them to `dlopen`, to which it jumps
+// with the return address on top of the stack.
 #[unsafe(naked)]
+// SAFETY: the symbol takes the C library's place, and does what that one promises.
 #[unsafe(no_mangle)]
 pub extern "C" fn dlopen() {
     core::arch::naked_asm!(
@@ -594,7 +598,10 @@ pub extern "C" fn dlopen() {
 /// As in the C library, without `RTLD_DEEPBIND`: with it a library would find the C library's functions before these.
 /// Jumps, so that the dynamic linker sees who called.
 #[cfg(target_arch = "aarch64")]
+// SAFETY: it keeps the two arguments and the return address over the call, and the stack's alignment; then it jumps to
+// `dlopen` with all of them as they came.
 #[unsafe(naked)]
+// SAFETY: the symbol takes the C library's place, and does what that one promises.
 #[unsafe(no_mangle)]
 pub extern "C" fn dlopen() {
     core::arch::naked_asm!(

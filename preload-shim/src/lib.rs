@@ -34,6 +34,7 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
 
 /// Runs when the library is loaded, before the application's own code.
 #[used]
+// SAFETY: the section is a list of function pointers that the dynamic linker calls once, when it has relocated the library.
 #[unsafe(link_section = ".init_array")]
 static CONSTRUCTOR: extern "C" fn() = {
     extern "C" fn construct() {

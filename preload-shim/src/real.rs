@@ -23,7 +23,7 @@ impl Symbol {
 
     #[cold]
     fn find(&self) -> *mut c_void {
-        // SAFETY: the name ends with a zero.
+        // SAFETY: the name ends with a zero, and the call only reads it.
         let found = unsafe { libc::dlsym(libc::RTLD_NEXT, self.name.as_ptr()) };
         self.address.store(found, Ordering::Relaxed);
         found
@@ -52,7 +52,7 @@ macro_rules! functions {
 
         $(
             /// # Safety
-            /// As for the function of this name.
+            /// As for the C library's function of this name: pointers are what that one asks for.
             #[inline]
             pub unsafe fn $name($($arg: $type),*) -> $result {
                 let address = symbols::$name.get();
@@ -60,7 +60,7 @@ macro_rules! functions {
                     crate::sys::set_errno(libc::ENOSYS);
                     return -1;
                 }
-                // SAFETY: the symbol of this name has this type; the caller keeps its rules.
+                // SAFETY: it is not null, and the function of this name has this type in every C library; the caller keeps its rules.
                 unsafe { transmute::<*mut c_void, unsafe extern "C" fn($($type),*) -> $result>(address)($($arg),*) }
             }
         )*
@@ -117,7 +117,7 @@ functions! {
 macro_rules! stream_functions {
     ($($name:ident = $symbol:literal;)*) => {$(
         /// # Safety
-        /// As for the function of this name.
+        /// As for the C library's function of this name: both are strings that end with a zero.
         pub unsafe fn $name(path: *const c_char, mode: *const c_char) -> *mut libc::FILE {
             static SYMBOL: Symbol = Symbol::new($symbol);
             let address = SYMBOL.get();
@@ -126,7 +126,7 @@ macro_rules! stream_functions {
                 return core::ptr::null_mut();
             }
             type Function = unsafe extern "C" fn(*const c_char, *const c_char) -> *mut libc::FILE;
-            // SAFETY: the symbol of this name has this type; the caller keeps its rules.
+            // SAFETY: it is not null, and the function of this name has this type in every C library; the caller keeps its rules.
             unsafe { transmute::<*mut c_void, Function>(address)(path, mode) }
         }
     )*};

@@ -8,11 +8,13 @@ pub type Result<T> = core::result::Result<T, i32>;
 /// Six arguments, whatever the call takes of them.
 ///
 /// # Safety
-/// As the call itself.
+/// What the call asks for: addresses among the arguments are memory that it may read or write as it does, for as long as
+/// it takes, and it takes nothing away that is in use (a mapping, somebody's descriptor).
 #[cfg(target_arch = "x86_64")]
 pub unsafe fn syscall(number: libc::c_long, args: [usize; 6]) -> isize {
     let result: isize;
-    // SAFETY: the x86-64 system call convention; the kernel changes rcx and r11.
+    // SAFETY: the x86-64 system call convention: the kernel changes rax, rcx and r11 and what the caller has allowed, no
+    // stack is used, and memory counts as changed.
     unsafe {
         core::arch::asm!(
             "syscall",
@@ -29,11 +31,13 @@ pub unsafe fn syscall(number: libc::c_long, args: [usize; 6]) -> isize {
 /// Six arguments, whatever the call takes of them.
 ///
 /// # Safety
-/// As the call itself.
+/// What the call asks for: addresses among the arguments are memory that it may read or write as it does, for as long as
+/// it takes, and it takes nothing away that is in use (a mapping, somebody's descriptor).
 #[cfg(target_arch = "aarch64")]
 pub unsafe fn syscall(number: libc::c_long, args: [usize; 6]) -> isize {
     let result: isize;
-    // SAFETY: the AArch64 system call convention.
+    // SAFETY: the AArch64 system call convention: the kernel changes x0 and what the caller has allowed, no stack is used,
+    // and memory counts as changed.
     unsafe {
         core::arch::asm!(
             "svc 0",
