@@ -5,11 +5,25 @@ use serde_json::Value;
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 
 /// The repository.
 pub fn root() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.parent().unwrap_or(here).to_path_buf()
+}
+
+/// Names the program that cargo gives what it compiles of the workspace.
+pub const WRAPPER: &str = "RUSTC_WORKSPACE_WRAPPER";
+
+static LINTER: OnceLock<PathBuf> = OnceLock::new();
+
+/// From here on `cargo` compiles the workspace with clippy's compiler, which makes the same programs and says more: tests and
+/// `cargo clippy` would each have all dependencies compiled. A warning is an error.
+pub fn lint_builds() -> Result<()> {
+    let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]).current_dir(root()))?;
+    LINTER.get_or_init(|| Path::new(sysroot.trim_end()).join("bin/clippy-driver"));
+    Ok(())
 }
 
 /// `cargo` with these arguments, in the repository.
@@ -24,6 +38,9 @@ pub fn cargo(args: &[&str]) -> Command {
         if about_us {
             command.env_remove(name);
         }
+    }
+    if let Some(linter) = LINTER.get() {
+        command.env(WRAPPER, linter).env("CLIPPY_ARGS", "-Dwarnings");
     }
     command
 }

@@ -27,14 +27,10 @@ const BOTH_DOORS: [&str; 12] = [
     "workload",
 ];
 
-const STEPS: [Step; 11] = [
+const STEPS: [Step; 10] = [
     // The tests of the whole system mount.
     ("mounting", || setup::can_mount().map(|()| String::new())),
     ("format", || quiet(&mut cargo(&["fmt", "--all", "--check"]))),
-    ("lints", || {
-        let lints = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
-        quiet(&mut cargo(&lints))
-    }),
     ("dependencies", || {
         // Advisories need a download of their database on every run; they are a task for a schedule, not for a change.
         let mut command = Command::new(setup::cargo_deny()?);
@@ -44,7 +40,7 @@ const STEPS: [Step; 11] = [
         quiet(&mut command)
     }),
     // With the features that the tests are built with, so that nothing is built twice.
-    ("build", || quiet(&mut cargo(&["build", "--quiet", "--workspace", "--all-targets"]))),
+    ("build and lints", || quiet(&mut cargo(&["build", "--quiet", "--workspace", "--all-targets"]))),
     ("generated files", || generated::check().map(|()| String::new())),
     // The root was begun with the first step; making it mostly waits for the disk.
     ("fleet root", || fleet::prepare().map(|root| root.display().to_string())),
@@ -58,6 +54,7 @@ const STEPS: [Step; 11] = [
 pub fn run() -> Result<()> {
     setup::packages()?;
     setup::rust_components()?;
+    run::lint_builds()?;
     // Its result is asked for in the step of that name.
     std::thread::spawn(fleet::prepare);
     let mut summary = String::new();
@@ -91,7 +88,9 @@ fn quiet(command: &mut Command) -> Result<String> {
 
 /// Runs tests of the whole system again, as applications with the library.
 fn through_the_preload_door() -> Result<String> {
-    run::run(&mut cargo(&["build", "--quiet", "--profile", "shim", "--package", "preload-shim"]))?;
+    // As it is shipped.
+    let mut build = cargo(&["build", "--quiet", "--profile", "shim", "--package", "preload-shim"]);
+    run::run(build.env_remove(run::WRAPPER))?;
     let library = run::target_directory()?.join("shim/liblitefs.so");
     let agents = tempfile::tempdir()?;
     let mut command = cargo(&["test", "--workspace", "--no-fail-fast"]);
