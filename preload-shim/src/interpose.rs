@@ -5,7 +5,7 @@
 
 use crate::managed::{self, Managed};
 use crate::table::{self, DESCRIPTORS};
-use crate::{agent, commit, real, sys};
+use crate::{agent, opening, real, removing, rename, special, sqlite_locks, sys, writing};
 use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
 /// F2FS's question what it can do: its atomic writes have no journal.
@@ -23,7 +23,7 @@ fn find(path: *const c_char) -> Option<Managed> {
 #[inline]
 fn opened(path: *const c_char, flags: c_int, real: &dyn Fn(c_int) -> c_int) -> c_int {
     if let Some(managed) = find(path) {
-        return commit::open(&managed, flags, real);
+        return opening::open(&managed, flags, real);
     }
     let fd = real(flags);
     // Its number may have been closed in a way that was not seen.
@@ -82,11 +82,10 @@ creators! { creat creat64 }
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn access(path: *const c_char, mode: c_int) -> c_int {
     if mode == libc::F_OK
-        && commit::was_refused()
-        && find(path).is_some_and(|managed| commit::take_refusal(&managed))
+        && opening::was_refused()
+        && find(path).is_some_and(|managed| opening::take_refusal(&managed))
     {
-        sys::set_errno(libc::ENOENT);
-        return -1;
+        return sys::fail(libc::ENOENT);
     }
     // SAFETY: the arguments are the caller's.
     unsafe { real::access(path, mode) }
@@ -100,11 +99,10 @@ pub unsafe extern "C" fn access(path: *const c_char, mode: c_int) -> c_int {
 pub unsafe extern "C" fn close(fd: c_int) -> c_int {
     if agent::owns(fd) {
         // Some programs close all that they did not open.
-        sys::set_errno(libc::EBADF);
-        return -1;
+        return sys::fail(libc::EBADF);
     }
     if let Some(file) = table::file(fd) {
-        commit::closing(file);
+        writing::closing(file);
         // Before the number can be another thread's.
         table::closed(fd);
     }
@@ -121,7 +119,7 @@ pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) 
     if flags as c_uint & libc::CLOSE_RANGE_CLOEXEC == 0 {
         for fd in first..=last.min(DESCRIPTORS as c_uint - 1) {
             if let Some(file) = table::file(fd as c_int) {
-                commit::closing(file);
+                writing::closing(file);
                 table::closed(fd as c_int);
             }
         }
@@ -169,13 +167,13 @@ pub unsafe extern "C" fn dup(fd: c_int) -> c_int {
 /// A file that the agent makes up and that this path names, at its beginning.
 #[cold]
 fn special(path: *const c_char, flags: c_int) -> Result<c_int, c_int> {
-    find(path).map_or(Err(libc::ENOENT), |managed| commit::special(&managed, flags))
+    find(path).map_or(Err(libc::ENOENT), |managed| special::find(&managed, flags))
 }
 
 /// Whether a path may name such a file: costs nothing to ask.
 fn may_be_special(path: *const c_char) -> bool {
     // SAFETY: the application gives a string that ends with a zero.
-    !path.is_null() && commit::ends_like_special(unsafe { CStr::from_ptr(path) }.to_bytes())
+    !path.is_null() && special::ends_like_special(unsafe { CStr::from_ptr(path) }.to_bytes())
 }
 
 macro_rules! streams {
@@ -193,7 +191,7 @@ macro_rules! streams {
                 let flags = if letters.contains(&b'e') { libc::O_CLOEXEC } else { 0 }
                     | if reads { libc::O_RDONLY } else { libc::O_RDWR };
                 // SAFETY: as above.
-                let is_lock = commit::ends_like_lock(unsafe { CStr::from_ptr(path) }.to_bytes());
+                let is_lock = special::is_lock(unsafe { CStr::from_ptr(path) }.to_bytes());
                 let fd = if reads || is_lock { special(path, flags) } else { Err(libc::ENOENT) };
                 match fd {
                     Ok(fd) => {
@@ -250,10 +248,7 @@ unsafe fn status_of_special(fd: c_int, to: *mut libc::stat) -> c_int {
             unsafe { to.write(stat) };
             0
         }
-        Err(error) => {
-            sys::set_errno(error);
-            -1
-        }
+        Err(error) => sys::fail(error),
     }
 }
 
@@ -356,7 +351,7 @@ macro_rules! fcntls {
             match command {
                 libc::F_SETLK | libc::F_SETLKW => match table::file(fd) {
                     // SAFETY: these commands take a lock.
-                    Some(file) if arg != 0 => commit::lock(fd, file, unsafe { &*(arg as *const libc::flock) }, &real),
+                    Some(file) if arg != 0 => sqlite_locks::lock(fd, file, unsafe { &*(arg as *const libc::flock) }, &real),
                     _ => real(),
                 },
                 libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => {
@@ -398,7 +393,7 @@ pub unsafe extern "C" fn write(fd: c_int, data: *const c_void, len: usize) -> is
         && let Ok(offset) = sys::position(fd)
     {
         // SAFETY: the arguments are the caller's.
-        return commit::write(fd, file, unsafe { buffer(data, len) }, offset, &real);
+        return writing::write(fd, file, unsafe { buffer(data, len) }, offset, &real);
     }
     real()
 }
@@ -417,7 +412,7 @@ macro_rules! pwrites {
                 Some(file) if offset >= 0 => {
                     // SAFETY: the arguments are the caller's.
                     let bytes = unsafe { buffer(data, len) };
-                    commit::write(fd, file, bytes, offset as u64, &real)
+                    writing::write(fd, file, bytes, offset as u64, &real)
                 }
                 _ => real(),
             }
@@ -438,7 +433,7 @@ macro_rules! syncs {
             // SAFETY: the arguments are the caller's.
             let real = || unsafe { real::$name(fd) };
             match table::file(fd) {
-                Some(file) => commit::sync(file, &real),
+                Some(file) => writing::sync(file, &real),
                 None => real(),
             }
         }
@@ -458,7 +453,7 @@ macro_rules! truncates {
             // SAFETY: the arguments are the caller's.
             let real = || unsafe { real::$name(fd, len) };
             match table::file(fd) {
-                Some(file) if file.is_still(fd) => commit::truncate(file, len, &real),
+                Some(file) if file.is_still(fd) => writing::truncate(file, len, &real),
                 _ => real(),
             }
         }
@@ -476,8 +471,7 @@ macro_rules! truncates_by_path {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(path: *const c_char, len: i64) -> c_int {
             if find(path).is_some_and(|managed| table::Kind::of(managed.name.bytes()).is_some()) {
-                sys::set_errno(libc::EPERM);
-                return -1;
+                return sys::fail(libc::EPERM);
             }
             // SAFETY: the arguments are the caller's.
             unsafe { real::$name(path, len) }
@@ -496,7 +490,7 @@ pub unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
     // SAFETY: the arguments are the caller's.
     let real = || unsafe { real::unlink(path) };
     match find(path) {
-        Some(managed) => commit::unlink(&managed, &real),
+        Some(managed) => removing::unlink(&managed, &real),
         None => real(),
     }
 }
@@ -510,7 +504,7 @@ pub unsafe extern "C" fn unlinkat(dir: c_int, path: *const c_char, flags: c_int)
     // SAFETY: the arguments are the caller's.
     let real = || unsafe { real::unlinkat(dir, path, flags) };
     match find(path) {
-        Some(managed) if flags & libc::AT_REMOVEDIR == 0 => commit::unlink(&managed, &real),
+        Some(managed) if flags & libc::AT_REMOVEDIR == 0 => removing::unlink(&managed, &real),
         _ => real(),
     }
 }
@@ -524,7 +518,7 @@ pub unsafe extern "C" fn remove(path: *const c_char) -> c_int {
     // SAFETY: the arguments are the caller's.
     let real = || unsafe { real::remove(path) };
     match find(path) {
-        Some(managed) => commit::unlink(&managed, &real),
+        Some(managed) => removing::unlink(&managed, &real),
         None => real(),
     }
 }
@@ -532,7 +526,7 @@ pub unsafe extern "C" fn remove(path: *const c_char) -> c_int {
 fn renamed(from: *const c_char, to: *const c_char, real: &dyn Fn() -> c_int) -> c_int {
     match (find(from), find(to)) {
         (None, None) => real(),
-        (from, to) => commit::rename(from, to, real),
+        (from, to) => rename::rename(from, to, real),
     }
 }
 
@@ -565,8 +559,7 @@ renamers! {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ioctl(fd: c_int, request: usize, arg: usize) -> c_int {
     if request == F2FS_IOC_GET_FEATURES && table::file(fd).is_some() {
-        sys::set_errno(libc::ENOTTY);
-        return -1;
+        return sys::fail(libc::ENOTTY);
     }
     // SAFETY: the arguments are the caller's.
     unsafe { real::ioctl(fd, request, arg) }

@@ -1,15 +1,24 @@
 //! `liblitefs.so`, the preload door: it meets the agent at the commits of the SQLite that runs in this process, and is
 //! out of the way of everything else.
 //!
-//! | module        | what it does                                                             |
-//! |---------------|--------------------------------------------------------------------------|
-//! | [`interpose`] | the functions of the C library that are taken over                        |
-//! | [`managed`]   | which paths are below a directory of an agent                             |
-//! | [`table`]     | what is known of open descriptors and databases                           |
-//! | [`commit`]    | what each write, lock and removal of a database's file means              |
-//! | [`agent`]     | the connection to the agent: handshake, doorbell, requests                |
-//! | [`real`]      | the functions that were taken over                                        |
-//! | [`sys`]       | system calls that leave `errno` alone                                     |
+//! | module           | what it does                                                             |
+//! |------------------|--------------------------------------------------------------------------|
+//! | [`interpose`]    | the functions of the C library that are taken over                       |
+//! | [`managed`]      | which paths are below a directory of an agent                            |
+//! | [`table`]        | what is known of open descriptors and databases                          |
+//! | [`opening`]      | who may open a file of a database                                        |
+//! | [`writing`]      | what its writes, syncs, cuts and its close mean                          |
+//! | [`removing`]     | what it means that it goes; [`rename`]: that it moves                    |
+//! | [`sqlite_locks`] | what SQLite's own locks mean                                             |
+//! | [`rollback`]     | transactions with a rollback journal, or without                         |
+//! | [`wal`]          | commits in a WAL, held or not, and its end                               |
+//! | [`transaction`]  | what the running transaction has written                                 |
+//! | [`special`]      | files that the agent makes up                                            |
+//! | [`agent`]        | the agent: connection, requests, what it allows                          |
+//! | [`process`]      | the process itself, and its standard error                               |
+//! | [`lock`]         | the lock of this library's own data                                      |
+//! | [`real`]         | the functions that were taken over                                       |
+//! | [`sys`]          | system calls that leave `errno` alone                                    |
 //!
 //! Rules for all of it: no allocation, no standard library, no thread-local with a destructor, no panic. A descriptor that
 //! is not a database's costs one load from a table. A file of a database is never opened, duplicated or closed here: the
@@ -18,13 +27,22 @@
 #![cfg_attr(panic = "abort", no_std)]
 
 mod agent;
-mod commit;
 mod interpose;
 mod lock;
 mod managed;
+mod opening;
+mod process;
 mod real;
+mod removing;
+mod rename;
+mod rollback;
+mod special;
+mod sqlite_locks;
 mod sys;
 mod table;
+mod transaction;
+mod wal;
+mod writing;
 
 #[cfg(panic = "abort")]
 #[panic_handler]
@@ -39,9 +57,17 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
 static CONSTRUCTOR: extern "C" fn() = {
     extern "C" fn construct() {
         real::resolve();
-        agent::remember_process();
+        process::remember();
         // SAFETY: the function has the right type and lives as long as the process.
-        unsafe { libc::pthread_atfork(None, None, Some(agent::forked)) };
+        unsafe { libc::pthread_atfork(None, None, Some(forked)) };
     }
     construct
 };
+
+/// Runs in the child of a fork.
+extern "C" fn forked() {
+    process::forked();
+    managed::forked();
+    agent::forked();
+    table::forked();
+}

@@ -5,7 +5,7 @@
 //! second, in a table that is read without a lock.
 
 use crate::lock::Lock;
-use crate::{agent, sys, table};
+use crate::{process, sys, table};
 use core::ffi::CStr;
 use core::sync::atomic::{AtomicU64, Ordering};
 use shim_protocol::{REGISTRATION, RUNTIME_DIR, RUNTIME_DIR_VARIABLE, Registration};
@@ -161,7 +161,7 @@ fn look(dir: &[u8], file: &[u8]) -> Option<Managed> {
         Some(found) => found,
         None if is_known => return None,
         None => {
-            agent::say(&[
+            process::say(&[
                 dir,
                 b": this process uses 64 clusters already, databases of another cannot be opened",
             ]);

@@ -371,3 +371,9 @@ pub fn set_errno(error: i32) {
     // SAFETY: the address is this thread's.
     unsafe { *libc::__errno_location() = error }
 }
+
+/// What a function of the C library answers that fails.
+pub fn fail(error: i32) -> i32 {
+    set_errno(error);
+    -1
+}

@@ -5,19 +5,16 @@
 
 use crate::lock::{Guard, Lock};
 use crate::managed::{self, CLUSTERS, Managed, NAME_MAX, PathBuffer};
-use crate::{agent, sys};
+use crate::transaction::Transaction;
+use crate::{agent, process, sys};
 use core::sync::atomic::{AtomicPtr, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use shim_protocol::{Page, write_word};
+use shim_protocol::Page;
 
 /// Descriptors from here on cannot be databases.
 pub const DESCRIPTORS: usize = 1 << 16;
 const FILES: usize = 16384;
 /// Databases of all clusters together.
 pub const DATABASES: usize = 2048;
-/// Bytes of the first memory for a transaction's writes.
-const WRITES_BYTES: usize = 4096;
-/// A transaction of more writes is compared page by page.
-const WRITES_BYTES_MAX: usize = 64 << 20;
 
 /// What a file of a database is.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -103,38 +100,6 @@ pub struct Database {
     /// There may be something in `transaction`; can be asked without its lock.
     pub touched: AtomicU32,
 }
-
-/// The running transaction, or what came of the last.
-pub struct Transaction {
-    writes: *mut u64,
-    len: usize,
-    bytes: usize,
-    /// There may have been others.
-    pub unknown: bool,
-    /// It is the one of a process that died, and is taken back.
-    pub playback: bool,
-    /// The application synced a file of it.
-    pub synced: bool,
-    /// Its newest write was made with a journal: refused, that takes it back.
-    pub journaled: bool,
-    /// A commit frame's header that is not in the WAL yet.
-    pub held: Option<HeldFrame>,
-    /// End of the newest commit frame of this write lock.
-    pub committed_end: u64,
-}
-
-/// A commit frame that arrives.
-#[derive(Clone, Copy)]
-pub struct HeldFrame {
-    pub offset: u64,
-    pub header: [u8; 24],
-    pub page_size: u64,
-    /// Bytes of its page that are written.
-    pub written: u64,
-}
-
-// SAFETY: the memory behind `writes` belongs to the value.
-unsafe impl Send for Transaction {}
 
 static TABLE: [AtomicU16; DESCRIPTORS] = [const { AtomicU16::new(0) }; DESCRIPTORS];
 static FILE: [File; FILES] = [const { File::new() }; FILES];
@@ -226,80 +191,6 @@ impl Database {
     /// Neither a WAL nor a journal is open: nothing takes a write back.
     pub fn is_unjournaled(&self) -> bool {
         self.wals.load(Ordering::Relaxed) == 0 && self.journals.load(Ordering::Relaxed) == 0
-    }
-}
-
-impl Transaction {
-    const fn new() -> Self {
-        Transaction {
-            writes: core::ptr::null_mut(),
-            len: 0,
-            bytes: 0,
-            unknown: false,
-            playback: false,
-            synced: false,
-            journaled: false,
-            held: None,
-            committed_end: 0,
-        }
-    }
-
-    /// Whether the database file was written.
-    pub fn is_dirty(&self) -> bool {
-        self.len > 0 || self.unknown
-    }
-
-    /// Writes to the database file, as [`write_word`]s.
-    pub fn writes(&self) -> &[u64] {
-        if self.len == 0 {
-            return &[];
-        }
-        // SAFETY: the first `len` words were written.
-        unsafe { core::slice::from_raw_parts(self.writes, self.len) }
-    }
-
-    /// The database file was written.
-    pub fn add(&mut self, offset: u64, len: u64) {
-        if self.unknown {
-            return;
-        }
-        let Some(word) = write_word(offset, len) else {
-            self.unknown = true;
-            return;
-        };
-        if self.len * 8 == self.bytes && !self.grow() {
-            self.unknown = true;
-            return;
-        }
-        // SAFETY: there is room for one more.
-        unsafe { self.writes.add(self.len).write(word) };
-        self.len += 1;
-    }
-
-    fn grow(&mut self) -> bool {
-        let bytes = if self.bytes == 0 { WRITES_BYTES } else { self.bytes * 2 };
-        if bytes > WRITES_BYTES_MAX {
-            return false;
-        }
-        let mapped = if self.bytes == 0 {
-            sys::map(-1, bytes)
-        } else {
-            // SAFETY: the mapping is this transaction's, and no slice of it is in use.
-            unsafe { sys::grow(self.writes.cast(), self.bytes, bytes) }
-        };
-        let Ok(at) = mapped else { return false };
-        self.writes = at.cast();
-        self.bytes = bytes;
-        true
-    }
-
-    /// The transaction is over.
-    pub fn clear(&mut self) {
-        self.len = 0;
-        self.unknown = false;
-        self.playback = false;
-        self.synced = false;
-        self.journaled = false;
     }
 }
 
@@ -427,7 +318,7 @@ pub fn duplicated(fd: i32, copy: i32) {
         return;
     }
     closed(copy);
-    if file(fd).is_none() || !agent::is_own_process() {
+    if file(fd).is_none() || !process::is_own() {
         return;
     }
     let (Some(from), Some(to)) = (TABLE.get(fd as usize), TABLE.get(copy as usize)) else { return };
@@ -450,7 +341,7 @@ pub fn closed(fd: i32) {
 #[cold]
 fn forget(fd: i32) {
     // The child of a vfork closes its own descriptors, but these are the parent's tables.
-    if !agent::is_own_process() {
+    if !process::is_own() {
         return;
     }
     let Some(_changes) = CHANGES.lock() else { return };
