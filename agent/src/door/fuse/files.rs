@@ -1,40 +1,24 @@
 //! Open files of the mount, and what each kind does with a read, a write, a sync and a close.
 
-use super::inodes::{Inode, Special};
+use super::answering::Answer;
+use super::handles::flags;
+use super::inodes::Inode;
 use super::journal_sync::{self, SparedSyncs};
+use super::kernel_cache::Invalidator;
 use super::names::Kind;
 use super::rename;
-use super::staged::StagedWrite;
-use super::workers::Workers;
 use crate::capture::{CaptureError, Logged, rollback, wal};
 use crate::database::{Database, State};
-use crate::log::Lsn;
 use crate::status::messages;
 use crate::sync::Hold;
 use crate::write_out;
 use fuse_session::HandleTable;
-use fuse_session::fuse::{Errno, INodeNo, Notifier, ReplyEmpty};
-use parking_lot::{Mutex, RwLock};
-use std::collections::HashMap;
-use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
-use std::sync::{Arc, OnceLock};
-use tokio_util::sync::DropGuard;
 
-/// The kernel's page size at most platforms; a larger one only makes the cache less effective.
-const CACHE_PAGE_BYTES: u64 = 4096;
-/// A WAL that was never longer than this has its exact length for whoever looks: what is cached ahead of the end
-/// counts as length for the kernel.
-const CACHE_AHEAD_FROM_BYTES: u64 = 256 * 1024;
-/// The cache ahead of the WAL's end is filled up when less than this is left (a 64 KiB page and its header)...
-const CACHE_AHEAD_MIN_BYTES: u64 = 128 * 1024;
-/// ... to this much.
-pub(crate) const CACHE_AHEAD_BYTES: u64 = 512 * 1024;
 /// Length of the zeros that end a journal in PERSIST mode: its header's fields (file format, section 3).
 const JOURNAL_HEADER_BYTES: usize = 28;
 
@@ -61,101 +45,6 @@ pub struct OpenFile {
     pub number: u64,
     /// See `number`.
     pub table: Arc<HandleTable>,
-}
-
-/// An open handle.
-#[derive(Debug)]
-pub enum Handle {
-    /// A backing file.
-    File(OpenFile),
-    /// A plain copy on its way over a database.
-    Staged(Arc<StagedWrite>),
-    /// A made-up file.
-    Special(Special),
-    /// `NAME-lock`, opened for writing: the halt lock ends with this.
-    Lock {
-        /// Ends the lock.
-        _release: DropGuard,
-    },
-    /// A directory.
-    Directory {
-        /// Its inode.
-        inode: u64,
-        /// Inode, is a directory, name; listed at the first read.
-        entries: OnceLock<Vec<(u64, bool, OsString)>>,
-    },
-}
-
-/// Set in the numbers of handles of which the next server of the mount needs to know nothing.
-pub const PLAIN_BIT: u64 = 1 << 62;
-
-/// How a file is open, for the next server of the mount.
-pub mod flags {
-    /// Always set.
-    pub const OPEN: u32 = 1;
-    /// Opened by the agent.
-    pub const INTERNAL: u32 = 1 << 1;
-    /// Looked at when it is closed.
-    pub const ADOPT: u32 = 1 << 2;
-    /// Something was written.
-    pub const WRITTEN: u32 = 1 << 3;
-    /// A copy on its way over a database.
-    pub const STAGED: u32 = 1 << 4;
-}
-
-/// Open handles by number.
-#[derive(Debug)]
-pub struct Handles {
-    /// What outlives this process.
-    pub table: Arc<HandleTable>,
-    open: RwLock<HashMap<u64, Arc<Handle>>>,
-}
-
-impl Handles {
-    /// No open handles in this process yet.
-    pub fn new(table: Arc<HandleTable>) -> Self {
-        Handles { table, open: RwLock::default() }
-    }
-
-    /// Keeps a handle under the number that the table gave.
-    pub fn insert(&self, number: u64, handle: Handle) {
-        self.open.write().insert(number, Arc::new(handle));
-    }
-
-    /// Keeps a handle that has no place in the table; returns its number.
-    pub fn add_plain(&self, handle: Handle) -> u64 {
-        let number = PLAIN_BIT | self.table.next_number();
-        self.insert(number, handle);
-        number
-    }
-
-    /// A handle by number.
-    pub fn get(&self, number: u64) -> Option<Arc<Handle>> {
-        self.open.read().get(&number).cloned()
-    }
-
-    /// Forgets a handle.
-    pub fn remove(&self, number: u64) -> Option<Arc<Handle>> {
-        if number & PLAIN_BIT == 0 {
-            self.table.remove(number);
-        }
-        self.open.write().remove(&number)
-    }
-}
-
-/// When a request may be answered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
-    /// Now.
-    Now,
-    /// When the log is durable up to here.
-    WhenDurable(Lsn),
-    /// When followers have the commit.
-    WhenAcknowledged(Hold),
-    /// When the file is synced.
-    WhenSynced,
-    /// When the file is synced, and the directory that it is in.
-    WhenEntrySynced,
 }
 
 /// Turns a failure into the error number the application gets, and says it once in the log where it is not an
@@ -269,27 +158,6 @@ impl OpenFile {
             return published.map_err(|e| errno_of(db, "commit", &e));
         }
         self.file.write_all_at(data, offset).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
-    }
-
-    /// Keeps the pages after `end` in the kernel's cache, in advance. The kernel ends a write at a page that it only
-    /// knows in part, so a frame would take one request more; a page that was given to it whole is known.
-    pub fn keep_ahead_cached(&self, invalidator: &Invalidator, end: u64) {
-        let Some(db) = self.db.as_ref().filter(|_| self.kind == Kind::Wal && !self.passthrough) else {
-            return;
-        };
-        let mut st = db.state();
-        let too_small = st.wal_cached_end == 0 && end < CACHE_AHEAD_FROM_BYTES;
-        if too_small || end + CACHE_AHEAD_MIN_BYTES <= st.wal_cached_end {
-            return;
-        }
-        let next_page = end.next_multiple_of(CACHE_PAGE_BYTES);
-        let from = st.wal_cached_end.max(next_page);
-        let mut data = vec![0; (next_page + CACHE_AHEAD_BYTES - from) as usize];
-        if db.read_at_or_zero(&self.file, &mut data, from).is_ok()
-            && invalidator.store(self.inode.number, from, &data).is_ok()
-        {
-            st.wal_cached_end = next_page + CACHE_AHEAD_BYTES;
-        }
     }
 
     /// Makes the file durable, as far as the log does not do it already. `thread` asks for it.
@@ -513,119 +381,6 @@ pub fn wal_is_removed(db: &Database, invalidator: &Invalidator) -> Result<(), Ca
         invalidator.forget_content(meta.ino());
     }
     wal_ends(db, &mut st)
-}
-
-/// Tells the kernel to forget; from a thread of its own, since the kernel may wait for a request that is being served.
-#[derive(Debug)]
-pub struct Invalidator {
-    notifier: Mutex<Option<Notifier>>,
-    resolve: mpsc::Sender<OsString>,
-    queue: Mutex<Option<mpsc::Receiver<OsString>>>,
-}
-
-impl Default for Invalidator {
-    fn default() -> Self {
-        let (resolve, queue) = mpsc::channel();
-        Invalidator { notifier: Mutex::default(), resolve, queue: Mutex::new(Some(queue)) }
-    }
-}
-
-impl Invalidator {
-    /// The session is running.
-    pub fn set_notifier(&self, notifier: Notifier) {
-        *self.notifier.lock() = Some(notifier);
-    }
-
-    /// Forgets the entry of a path below the mount, wherever its directory is known.
-    pub fn forget_name(&self, path: &Path) {
-        let _ = self.resolve.send(path.as_os_str().to_owned());
-    }
-
-    /// Gives the kernel's cache `data` of a file. Not for pages of a write that is being served.
-    pub fn store(&self, inode: u64, offset: u64, data: &[u8]) -> io::Result<()> {
-        match &*self.notifier.lock() {
-            Some(notifier) => notifier.store(INodeNo(inode), offset, data),
-            None => Ok(()),
-        }
-    }
-
-    /// Forgets the content of a file that nobody has open.
-    fn forget_content(&self, inode: u64) {
-        if let Some(notifier) = &*self.notifier.lock() {
-            // ENOENT: the kernel did not know it.
-            let _ = notifier.inval_inode(INodeNo(inode), 0, 0);
-        }
-    }
-
-    /// Runs the queue on a thread; `directory` finds the inode of a directory the kernel knows.
-    pub fn run(
-        self: &Arc<Self>,
-        directory: impl Fn(&Path) -> Option<u64> + Send + 'static,
-    ) -> io::Result<()> {
-        let Some(queue) = self.queue.lock().take() else { return Ok(()) };
-        let this = Arc::downgrade(self);
-        std::thread::Builder::new().name("fuse-invalidate".into()).spawn(move || {
-            while let Ok(path) = queue.recv() {
-                let Some(this) = this.upgrade() else { return };
-                let path = Path::new(&path);
-                let Some(name) = path.file_name() else { continue };
-                let parent = directory(path.parent().unwrap_or(Path::new("")));
-                if let (Some(notifier), Some(parent)) = (&*this.notifier.lock(), parent) {
-                    // ENOENT: the kernel did not know the entry.
-                    let _ = notifier.inval_entry(INodeNo(parent), name);
-                }
-            }
-        })?;
-        Ok(())
-    }
-}
-
-/// Answers an empty reply.
-pub fn finish(result: Result<(), Errno>, reply: ReplyEmpty) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(e),
-    }
-}
-
-/// Answers an empty reply at its time.
-pub fn answer_empty(workers: &Workers, file: &OpenFile, answer: Result<Answer, i32>, reply: ReplyEmpty) {
-    match (answer, &file.db) {
-        (Ok(answer @ (Answer::WhenSynced | Answer::WhenEntrySynced)), db) => {
-            let file = file.file.clone();
-            let directory = db.as_ref().filter(|_| answer == Answer::WhenEntrySynced);
-            let directory = directory.and_then(|db| db.paths().journal.parent()).map(Path::to_owned);
-            workers.sync(move || {
-                let synced = write_out::whole(&file).and_then(|()| file.sync_data());
-                let synced = synced.and_then(|()| match directory {
-                    Some(directory) => File::open(directory)?.sync_all(),
-                    None => Ok(()),
-                });
-                match synced {
-                    Ok(()) => reply.ok(),
-                    Err(e) => reply.error(Errno::from_i32(e.raw_os_error().unwrap_or(libc::EIO))),
-                }
-            });
-        }
-        (Ok(Answer::WhenDurable(end)), Some(db)) if db.shared().log.durable() < end => {
-            db.shared().log.on_durable(
-                end,
-                Box::new(move |result| match result {
-                    Ok(()) => reply.ok(),
-                    Err(_) => reply.error(Errno::from_i32(libc::EIO)),
-                }),
-            );
-        }
-        (Ok(Answer::WhenAcknowledged(hold)), Some(db)) => {
-            db.when_acknowledged(
-                hold,
-                |_| Ok(()),
-                move |result| finish(result.map_err(Errno::from_i32), reply),
-            );
-        }
-        (Ok(_), _) => reply.ok(),
-        (Err(errno), _) => reply.error(Errno::from_i32(errno)),
-    }
 }
 
 /// Device and inode of a file, to tell whether two paths are one file.

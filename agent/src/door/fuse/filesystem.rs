@@ -1,36 +1,33 @@
-//! The requests of the kernel: finds what a request is about and hands it on. What a commit is, is decided in
+//! The requests of the kernel: hands each on to what it is about, and answers. What a commit is, is decided in
 //! [`super::files`].
 
-use super::Threads;
-use super::attributes::{attr_of, set_ownership, set_times, special_attr, special_number};
-use super::files::{Answer, Handle, Handles, Invalidator, PLAIN_BIT, answer_empty, finish};
-use super::inodes::{Inode, Inodes, Node, ROOT, SPECIAL_BIT, Special};
+use super::answering::{Answer, answer_empty, finish};
+use super::attributes::{attr_of, set_ownership, set_times, special_attr};
+use super::handles::{Handle, Handles};
+use super::inodes::{Inodes, Node, ROOT, Special};
 use super::journal_sync::SparedSyncs;
+use super::kernel_cache::Invalidator;
 use super::names::{Kind, POSITION_SUFFIX};
 use super::opening::fopen_flags;
 use super::page_count;
 use super::predecessor::Predecessor;
 use super::removing::truncate_by_path;
 use super::rename::{Tree, errno};
+use super::serving_threads::Threads;
 use super::special::RoleView;
 use super::workers::Workers;
-use crate::DatabaseName;
 use crate::database::{Database, Shared};
-use crate::door::lock_file::{self, HaltLocks, LOCK_SUFFIX, Opener};
+use crate::door::lock_file::{HaltLocks, LOCK_SUFFIX};
 use fuse_session::fuse::*;
 use fuse_session::{Backings, Connection, RESENT};
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
-use std::cell::Cell;
-use std::ffi::{OsStr, OsString};
-use std::fs::{File, Metadata};
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
-use tokio_util::sync::CancellationToken;
 
 /// Every change of a backing file goes through the mount, or is followed by an invalidation; so the kernel may keep
 /// what it knows. Without this a read in rollback mode costs an upcall to see that there is no journal.
@@ -44,9 +41,9 @@ const WRITE_BYTES_MAX: u32 = 1024 * 1024;
 #[derive(Debug)]
 pub struct LitefsFilesystem {
     pub(super) shared: Arc<Shared>,
-    view: ViewDebug,
+    pub(super) view: Arc<dyn RoleView>,
     pub(super) tree: Tree,
-    locks: Arc<dyn HaltLocks>,
+    pub(super) locks: Arc<dyn HaltLocks>,
     pub(super) handles: Arc<Handles>,
     pub(super) backings: Backings,
     /// What another process knew that served this mount before.
@@ -57,17 +54,6 @@ pub struct LitefsFilesystem {
     pub(super) workers: Workers,
     spared: SparedSyncs,
     threads: Threads,
-    /// Threads that have found their CPU.
-    settled: AtomicUsize,
-}
-
-/// A role view, without its content in debug output.
-struct ViewDebug(Arc<dyn RoleView>);
-
-impl std::fmt::Debug for ViewDebug {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("RoleView")
-    }
 }
 
 impl LitefsFilesystem {
@@ -98,7 +84,7 @@ impl LitefsFilesystem {
         let fs = LitefsFilesystem {
             tree: Tree { shared: shared.clone(), inodes, root },
             shared,
-            view: ViewDebug(view),
+            view,
             locks,
             handles: Arc::new(Handles::new(connection.handles.clone())),
             backings: connection.backings(),
@@ -109,34 +95,9 @@ impl LitefsFilesystem {
             workers: Workers::start()?,
             spared: SparedSyncs::default(),
             threads,
-            settled: AtomicUsize::new(0),
         };
         fs.go_on();
         Ok(fs)
-    }
-
-    /// An open handle. Of directories and special files another server of the mount has left none, and needs to leave none.
-    fn plain_handle(&self, inode: INodeNo, handle: FileHandle) -> Option<Arc<Handle>> {
-        let known = self.handles.get(handle.0);
-        if known.is_some() || self.predecessor.is_none() || handle.0 & PLAIN_BIT == 0 {
-            return known;
-        }
-        let made = match self.inode(inode.0).ok()?.node() {
-            Node::Directory => Handle::Directory { inode: inode.0, entries: OnceLock::new() },
-            Node::Special(special) => Handle::Special(special),
-            Node::File(..) => return None,
-        };
-        self.handles.insert(handle.0, made);
-        self.handles.get(handle.0)
-    }
-
-    /// An inode the kernel knows.
-    fn inode(&self, number: u64) -> Result<Arc<Inode>, Errno> {
-        if let Some(inode) = self.tree.inodes.get(number) {
-            return Ok(inode);
-        }
-        let known = self.predecessor.as_ref().and_then(|predecessor| predecessor.find(&self.tree, number));
-        known.ok_or(Errno::ENOENT)
     }
 
     /// What makes the kernel forget names.
@@ -144,122 +105,11 @@ impl LitefsFilesystem {
         self.invalidator.clone()
     }
 
-    /// Puts a serving thread on its CPU at its first request.
-    fn settle_thread(&self) {
-        thread_local!(static SETTLED: Cell<bool> = const { Cell::new(false) });
-        if !self.threads.pinned || SETTLED.replace(true) {
-            return;
-        }
-        let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
-        let cpus: Vec<usize> =
-            (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false)).collect();
-        let mut own = CpuSet::new();
-        if let Some(cpu) = cpus.get(self.settled.fetch_add(1, Ordering::Relaxed) % cpus.len().max(1))
-            && own.set(*cpu).is_ok()
-            && let Err(error) = sched_setaffinity(Pid::from_raw(0), &own)
-        {
-            tracing::debug!(%error, cpu, "a thread of the mount stays unpinned");
-        }
-    }
-
     pub(super) fn backing(&self, path: &Path) -> PathBuf {
         self.tree.backing(path)
     }
 
-    /// A directory's entries: inode, is a directory, name.
-    fn list(&self, number: u64) -> Result<Vec<(u64, bool, OsString)>, Errno> {
-        let inode = self.inode(number)?;
-        let dir = inode.path();
-        let mut entries = vec![(number, true, OsString::from(".")), (ROOT, true, OsString::from(".."))];
-        for entry in std::fs::read_dir(self.backing(&dir)).map_err(errno)? {
-            let entry = entry.map_err(errno)?;
-            let meta = entry.metadata().map_err(errno)?;
-            let name = entry.file_name();
-            if let Node::File(Kind::Main, Some(db)) = self.tree.node_for(&dir.join(&name), meta.is_dir())
-                && db.state().page_count > 0
-            {
-                let mut position = name.clone();
-                position.push(POSITION_SUFFIX);
-                entries.push((SPECIAL_BIT | meta.ino(), false, position));
-            }
-            entries.push((meta.ino(), meta.is_dir(), name));
-        }
-        if number == ROOT {
-            entries.push((SPECIAL_BIT, false, OsString::from(".lag")));
-            if self.view.0.primary_hostname().is_some() {
-                entries.push((SPECIAL_BIT | 1, false, OsString::from(".primary")));
-            }
-        }
-        Ok(entries)
-    }
-
-    pub(super) fn child(&self, parent: INodeNo, name: &OsStr) -> Result<PathBuf, Errno> {
-        let dir = self.inode(parent.0)?;
-        match dir.node() {
-            Node::Directory => Ok(dir.path().join(name)),
-            _ => Err(Errno::ENOTDIR),
-        }
-    }
-
-    /// The special file at a path, where there is one now.
-    pub(super) fn special_at(&self, path: &Path) -> Option<Special> {
-        match path.to_str()? {
-            ".primary" => Some(Special::Primary),
-            ".lag" => Some(Special::Lag),
-            text if text.ends_with(LOCK_SUFFIX) => {
-                lock_file::database_of(&self.shared, text).map(Special::Lock)
-            }
-            text => {
-                let name = DatabaseName::new(text.strip_suffix(POSITION_SUFFIX)?).ok()?;
-                self.shared.database(&name).filter(|db| db.is_tracked()).map(Special::Position)
-            }
-        }
-    }
-
-    pub(super) fn find(&self, path: &Path) -> Result<(Arc<Inode>, FileAttr), Errno> {
-        if let Some(special) = self.special_at(path) {
-            let content = special.content(&*self.view.0).ok_or(Errno::ENOENT)?;
-            let number = special_number(path);
-            let attr = special_attr(number, &special, content.len() as u64);
-            return Ok((self.tree.inodes.looked_up(number, path, || Node::Special(special)), attr));
-        }
-        let meta = self.backing(path).symlink_metadata().map_err(errno)?;
-        let inode = self.tree.inodes.looked_up(meta.ino(), path, || self.tree.node_for(path, meta.is_dir()));
-        let attr = self.attr(&inode, &meta);
-        Ok((inode, attr))
-    }
-
-    fn attr(&self, inode: &Inode, meta: &Metadata) -> FileAttr {
-        let mut attr = attr_of(inode.number, meta);
-        if inode.open.lock().orphan {
-            attr.nlink = attr.nlink.saturating_sub(1);
-        }
-        if let Node::File(Kind::Wal, Some(db)) = inode.node() {
-            // Never less than the kernel has: it would drop pages that a writer has filled and is about to send.
-            let st = db.state();
-            attr.size = st.wal.visible_len(attr.size.max(st.wal_cached_end));
-        }
-        attr
-    }
-
-    /// Opens `NAME-lock` for writing, when the halt lock is had: until then whoever opens it waits, and nobody else.
-    fn open_lock_file(&self, thread: u32, db: Arc<Database>, reply: ReplyOpen) {
-        let closed = CancellationToken::new();
-        let (release, handles) = (closed.clone().drop_guard(), self.handles.clone());
-        let opener =
-            Opener { pid: thread, closed, has_given_up: Box::new(move || lock_file::is_interrupted(thread)) };
-        let told = move |got: Result<(), i32>| match got {
-            Ok(()) => {
-                let handle = Handle::Lock { _release: release };
-                let fopen = fopen_flags(&handle, false);
-                reply.opened(FileHandle(handles.add_plain(handle)), fopen);
-            }
-            Err(error) => reply.error(Errno::from_i32(error)),
-        };
-        self.locks.acquire(db, opener, Box::new(told));
-    }
-
-    fn may_write(&self, internal: bool) -> bool {
+    pub(super) fn may_write(&self, internal: bool) -> bool {
         internal || self.shared.is_writable()
     }
 
@@ -304,7 +154,7 @@ impl Filesystem for LitefsFilesystem {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.settle_thread();
+        self.threads.settle();
         let path = match self.child(parent, name) {
             Ok(path) => path,
             Err(e) => return reply.error(e),
@@ -333,7 +183,7 @@ impl Filesystem for LitefsFilesystem {
     fn getattr(&self, req: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
         let Ok(inode) = self.inode(ino.0) else { return reply.error(Errno::ENOENT) };
         if let Node::Special(special) = inode.node() {
-            return match special.content(&*self.view.0) {
+            return match special.content(&*self.view) {
                 Some(content) => reply.attr(&FORGET, &special_attr(ino.0, &special, content.len() as u64)),
                 None => reply.error(Errno::ENOENT),
             };
@@ -394,12 +244,11 @@ impl Filesystem for LitefsFilesystem {
             let handle = fh.and_then(|fh| self.handles.get(fh.0));
             let result = match handle.as_deref() {
                 Some(Handle::File(file)) => match file.set_len(size) {
-                    Ok(Answer::WhenAcknowledged(hold)) => {
+                    Ok(Answer::Now) => Ok(()),
+                    Ok(held) => {
                         let Some(db) = &file.db else { return reply.error(Errno::EIO) };
                         let (cut, shown) = (file.file.clone(), file.file.clone());
-                        let publish = move |_: &Database| {
-                            cut.set_len(size).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
-                        };
+                        let publish = move |_: &Database| cut.set_len(size).map_err(|e| errno(e).code());
                         let answer = move |result: Result<(), i32>| {
                             let cut = result
                                 .map_err(Errno::from_i32)
@@ -409,22 +258,9 @@ impl Filesystem for LitefsFilesystem {
                                 Err(e) => reply.error(e),
                             }
                         };
-                        return db.when_acknowledged(hold, publish, answer);
+                        return held.then(db, publish, answer);
                     }
-                    Ok(Answer::WhenDurable(end)) => {
-                        let file = file.file.clone();
-                        let done = move |durable: Result<(), _>| {
-                            let cut = durable.map_err(|_| Errno::EIO).and_then(|()| {
-                                file.set_len(size).and_then(|()| file.metadata()).map_err(errno)
-                            });
-                            match cut {
-                                Ok(meta) => reply.attr(&KEEP, &attr_of(ino.0, &meta)),
-                                Err(e) => reply.error(e),
-                            }
-                        };
-                        return self.shared.log.on_durable(end, Box::new(done));
-                    }
-                    other => other.map(|_| ()),
+                    Err(e) => Err(e),
                 },
                 Some(Handle::Staged(copy)) => {
                     copy.set_len(size).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
@@ -443,42 +279,14 @@ impl Filesystem for LitefsFilesystem {
     }
 
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
-        let made = (|| {
-            let path = self.child(parent, name)?;
-            if !self.may_write(is_internal(req)) {
-                return Err(Errno::EROFS);
-            }
-            if self.special_at(&path).is_some() {
-                return Err(Errno::EEXIST);
-            }
-            let backing = self.backing(&path);
-            match std::fs::DirBuilder::new().mode(mode).create(&backing) {
-                Err(e) if again(req) && e.kind() == io::ErrorKind::AlreadyExists => {}
-                other => other.map_err(errno)?,
-            }
-            std::os::unix::fs::chown(&backing, Some(req.uid()), Some(req.gid())).map_err(errno)?;
-            // The agent's own umask is not the application's, which the kernel has applied.
-            let mode = std::fs::Permissions::from_mode(mode & 0o7777);
-            std::fs::set_permissions(&backing, mode).map_err(errno)?;
-            self.find(&path)
-        })();
-        match made {
-            Ok((_, attr)) => reply.entry(&KEEP, &attr, Generation(0)),
+        match self.make_directory(req, parent, name, mode) {
+            Ok(attr) => reply.entry(&KEEP, &attr, Generation(0)),
             Err(e) => reply.error(e),
         }
     }
 
     fn rmdir(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let removed = self.child(parent, name).and_then(|path| {
-            if !self.may_write(is_internal(req)) {
-                return Err(Errno::EROFS);
-            }
-            match std::fs::remove_dir(self.backing(&path)) {
-                Err(e) if again(req) && e.kind() == io::ErrorKind::NotFound => Ok(()),
-                other => other.map_err(errno),
-            }
-        });
-        finish(removed, reply);
+        finish(self.remove_directory(req, parent, name), reply);
     }
 
     fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -596,7 +404,7 @@ impl Filesystem for LitefsFilesystem {
                 Err(e) => reply.error(errno(e)),
             },
             Some(Handle::Special(special)) => {
-                let content = special.content(&*self.view.0).unwrap_or_default();
+                let content = special.content(&*self.view).unwrap_or_default();
                 let from = (offset as usize).min(content.len());
                 reply.data(&content[from..(from + size as usize).min(content.len())]);
             }
@@ -617,24 +425,16 @@ impl Filesystem for LitefsFilesystem {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.settle_thread();
+        self.threads.settle();
         let handle = self.handles.get(fh.0);
         let written = match handle.as_deref() {
             Some(Handle::File(file)) => match file.write(offset, data, again(req)) {
-                Ok(Answer::WhenDurable(end)) => {
-                    let (file, data) = (file.file.clone(), data.to_vec());
-                    let done =
-                        move |durable: Result<(), _>| match durable.map_err(|_| libc::EIO).and_then(|()| {
-                            file.write_all_at(&data, offset)
-                                .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
-                        }) {
-                            Ok(()) => reply.written(data.len() as u32),
-                            Err(e) => reply.error(Errno::from_i32(e)),
-                        };
-                    return self.shared.log.on_durable(end, Box::new(done));
+                Ok(Answer::Now) => {
+                    self.invalidator.keep_ahead(file, offset + data.len() as u64);
+                    Ok(())
                 }
-                Ok(Answer::WhenAcknowledged(hold)) => {
-                    file.keep_ahead_cached(&self.invalidator, offset + data.len() as u64);
+                Ok(held) => {
+                    self.invalidator.keep_ahead(file, offset + data.len() as u64);
                     let Some(db) = &file.db else { return reply.error(Errno::EIO) };
                     let (handle, written) = (handle.clone(), data.len() as u32);
                     // What a WAL lacks is a header that the database's state keeps.
@@ -647,12 +447,9 @@ impl Filesystem for LitefsFilesystem {
                         Ok(()) => reply.written(written),
                         Err(e) => reply.error(Errno::from_i32(e)),
                     };
-                    return db.when_acknowledged(hold, publish, answer);
+                    return held.then(db, publish, answer);
                 }
-                other => {
-                    file.keep_ahead_cached(&self.invalidator, offset + data.len() as u64);
-                    other.map(|_| ())
-                }
+                Err(e) => Err(e),
             },
             Some(Handle::Staged(copy)) => {
                 copy.write(offset, data).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))

@@ -11,28 +11,35 @@
 //! POSIX locks stay in the kernel, on the inodes of the mount. Whoever in this process must lock or write like an
 //! SQLite connection opens the file through the mount and is told from an application by its thread.
 
+mod answering;
 mod attributes;
+mod directories;
 mod files;
 mod filesystem;
+mod handles;
 mod inodes;
 mod journal_sync;
+mod kernel_cache;
+mod lookup;
 mod names;
 mod opening;
 mod page_count;
 mod predecessor;
 mod removing;
 mod rename;
+mod serving_threads;
 mod special;
 mod staged;
 mod workers;
 
-pub(crate) use files::CACHE_AHEAD_BYTES;
 pub use inodes::Special;
+pub(crate) use kernel_cache::CACHE_AHEAD_BYTES;
 pub use special::RoleView;
 
 use crate::database::{Database, Shared};
 use crate::door::lock_file::HaltLocks;
 use fuse_session::{Connection, MountError, MountState, Mounter, Session, mount_state};
+use serving_threads::Threads;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -47,25 +54,6 @@ pub struct Options {
     pub passthrough: bool,
     /// Threads that serve requests; `None`: as many as suit the CPUs.
     pub threads: Option<usize>,
-}
-
-/// How many threads serve the mount, and where.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Threads {
-    /// How many.
-    pub count: usize,
-    /// Each stays on a CPU of its own. The kernel wakes them in turn; one that runs where the application does takes
-    /// the request without waking another CPU, which in a virtual machine costs more than the request itself.
-    pub pinned: bool,
-}
-
-impl Threads {
-    /// On one or two CPUs a pinned thread for each; otherwise four, wherever the scheduler puts them.
-    fn choose(wanted: Option<usize>) -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let count = wanted.unwrap_or(if cpus <= 2 { cpus } else { 4 });
-        Threads { count, pinned: count == cpus && cpus <= 2 }
-    }
 }
 
 /// Why the door could not be opened.
@@ -110,7 +98,7 @@ pub enum DoorError {
 #[derive(Debug)]
 pub struct Door {
     session: Session,
-    invalidator: Arc<files::Invalidator>,
+    invalidator: Arc<kernel_cache::Invalidator>,
     passthrough: Arc<std::sync::atomic::AtomicBool>,
 }
 
@@ -131,6 +119,7 @@ impl Door {
         let directory = |source| DoorError::Directory { dir: dir.clone(), source };
         let passthrough = Arc::new(std::sync::atomic::AtomicBool::new(false));
         let threads = Threads::choose(options.threads);
+        let count = threads.count;
         let fs = filesystem::LitefsFilesystem::new(
             shared,
             view,
@@ -142,7 +131,7 @@ impl Door {
         )
         .map_err(directory)?;
         let invalidator = fs.invalidator();
-        let session = Session::start(fs, connection, dir, &options.source, threads.count)?;
+        let session = Session::start(fs, connection, dir, &options.source, count)?;
         invalidator.set_notifier(session.notifier());
         Ok(Door { session, invalidator, passthrough })
     }
@@ -206,7 +195,7 @@ pub trait NameInvalidator: Send + Sync {
     fn forget(&self, db: &Database);
 }
 
-impl NameInvalidator for files::Invalidator {
+impl NameInvalidator for kernel_cache::Invalidator {
     fn forget(&self, db: &Database) {
         for suffix in ["", "-journal", "-wal", "-shm"] {
             self.forget_name(Path::new(&format!("{}{suffix}", db.name())));

@@ -1,13 +1,16 @@
-//! Opening and closing regular files: who may, whether the kernel passes their reads and writes through, and what the
+//! Opening and closing regular files and `NAME-lock`: who may, whether the kernel passes their reads and writes through, and what the
 //! database's state counts.
 
-use super::files::{self, Handle, OpenFile, flags};
+use super::files::OpenFile;
 use super::filesystem::{LitefsFilesystem, again, is_internal};
+use super::handles::{Handle, flags};
 use super::inodes::{Inode, Node, OpenState};
 use super::names::{Kind, classify};
 use super::rename::errno;
 use super::staged::StagedWrite;
 use crate::DatabaseName;
+use crate::database::Database;
+use crate::door::lock_file::{self, Opener};
 use fuse_session::fuse::*;
 use fuse_session::{Backing, OpenHandle, RESENT};
 use std::ffi::OsStr;
@@ -17,6 +20,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use tokio_util::sync::CancellationToken;
 
 /// Number of a handle, how the kernel shall treat it, and its backing file.
 pub(super) type Opened = (u64, FopenFlags, Option<Arc<Backing>>);
@@ -146,7 +150,7 @@ impl LitefsFilesystem {
             Kind::Journal | Kind::Shm | Kind::SuperJournal => false,
         };
         let truncated = flags & libc::O_TRUNC != 0;
-        let mut table_flags = files::flags::OPEN;
+        let mut table_flags = flags::OPEN;
         for (set, flag) in [
             (internal, flags::INTERNAL),
             (adopts, flags::ADOPT),
@@ -199,6 +203,23 @@ impl LitefsFilesystem {
         }
         self.handles.insert(number, handle);
         Ok((number, fopen, backing))
+    }
+
+    /// Opens `NAME-lock` for writing, when the halt lock is had: until then whoever opens it waits, and nobody else.
+    pub(super) fn open_lock_file(&self, thread: u32, db: Arc<Database>, reply: ReplyOpen) {
+        let closed = CancellationToken::new();
+        let (release, handles) = (closed.clone().drop_guard(), self.handles.clone());
+        let opener =
+            Opener { pid: thread, closed, has_given_up: Box::new(move || lock_file::is_interrupted(thread)) };
+        let told = move |got: Result<(), i32>| match got {
+            Ok(()) => {
+                let handle = Handle::Lock { _release: release };
+                let fopen = fopen_flags(&handle, false);
+                reply.opened(FileHandle(handles.add_plain(handle)), fopen);
+            }
+            Err(error) => reply.error(Errno::from_i32(error)),
+        };
+        self.locks.acquire(db, opener, Box::new(told));
     }
 
     /// Counts an open handle in its database's state.

@@ -2,8 +2,9 @@
 //! the backing files, and its open files by the table that it left.
 
 use super::attributes::special_number;
-use super::files::{Handle, OpenFile, flags};
+use super::files::OpenFile;
 use super::filesystem::LitefsFilesystem;
+use super::handles::{Handle, flags};
 use super::inodes::{Inode, Node, ROOT, SPECIAL_BIT, Special};
 use super::names::{Kind, POSITION_SUFFIX};
 use super::rename::Tree;

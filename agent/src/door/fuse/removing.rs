@@ -1,7 +1,8 @@
 //! Removing files, and cutting them by name: of a database's journal that is a commit, of a super-journal one of several
 //! databases, of a WAL its end, of a database a drop.
 
-use super::files::{self, Answer, finish};
+use super::answering::{Answer, finish};
+use super::files;
 use super::filesystem::LitefsFilesystem;
 use super::inodes::Node;
 use super::names::{Kind, classify};
@@ -43,21 +44,14 @@ impl LitefsFilesystem {
         let mut st = db.state();
         let result = match kind {
             Kind::Journal => match files::journal_ends(&db, &mut st) {
-                Ok(Answer::WhenAcknowledged(hold)) => {
+                Ok(Answer::Now) => Ok(()),
+                Ok(held) => {
                     drop(st);
                     let publish = move |_: &Database| remove().map_err(|e| e.code());
                     let answer = |result: Result<(), i32>| finish(result.map_err(Errno::from_i32), reply);
-                    return db.when_acknowledged(hold, publish, answer);
+                    return held.then(&db, publish, answer);
                 }
-                Ok(Answer::WhenDurable(end)) => {
-                    drop(st);
-                    let done = Box::new(move |result: Result<(), _>| match result {
-                        Ok(()) => finish(remove(), reply),
-                        Err(_) => reply.error(Errno::EIO),
-                    });
-                    return self.shared.log.on_durable(end, done);
-                }
-                other => other.map(|_| ()),
+                Err(e) => Err(e),
             },
             Kind::Wal => match files::wal_ends(&db, &mut st) {
                 Err(CaptureError::WalIsNeeded) => {
@@ -168,15 +162,7 @@ fn when_all(
         }
     };
     for (db, answer) in waits {
-        let one_is_so = one_is_so.clone();
-        match answer {
-            Answer::WhenAcknowledged(hold) => db.when_acknowledged(hold, |_| Ok(()), one_is_so),
-            Answer::WhenDurable(end) => {
-                let durable = move |result: Result<(), _>| one_is_so(result.map_err(|_| libc::EIO));
-                db.shared().log.on_durable(end, Box::new(durable));
-            }
-            _ => one_is_so(Ok(())),
-        }
+        answer.then(&db, |_| Ok(()), one_is_so.clone());
     }
     one_is_so(Ok(()));
 }

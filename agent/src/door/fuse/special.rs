@@ -11,6 +11,12 @@ pub trait RoleView: Send + Sync + 'static {
     fn lag_ms(&self) -> Option<i64>;
 }
 
+impl std::fmt::Debug for dyn RoleView {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("RoleView")
+    }
+}
+
 /// Shown when the lag is not known yet.
 const LAG_UNKNOWN_MS: i64 = i32::MAX as i64;
 
