@@ -39,6 +39,15 @@ pub fn assert_equal(primary: &Host, replica: &Host, database: &str) -> String {
     position
 }
 
+/// Proves that no host had a transaction that the others do not have.
+#[track_caller]
+pub fn assert_nothing_diverged(hosts: &[&Host]) {
+    for host in hosts {
+        let kept = std::fs::read_dir(host.data().join("diverged")).expect("it is there").count();
+        assert_eq!(kept, 0, "{} had transactions of its own", host.name());
+    }
+}
+
 /// Proves that what SQLite reads through a host's mount is what the host exports, and is sound.
 #[track_caller]
 pub fn assert_sane(host: &Host, database: &str) -> String {

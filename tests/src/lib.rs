@@ -25,15 +25,18 @@
 mod binary;
 mod bus;
 mod certificates;
+mod client;
 mod clocks;
 mod compare;
 mod connection;
 mod consul;
 mod door;
+pub mod halt_locks;
 mod host;
 pub mod library;
 mod network;
 mod ports;
+mod random;
 mod roles;
 mod shell;
 mod system_calls;
@@ -42,14 +45,18 @@ mod wait;
 pub use binary::{liblitefs, litefs};
 pub use bus::Bus;
 pub use certificates::{Authority, Identity};
+pub use client::Client;
 pub use clocks::Clocks;
-pub use compare::{assert_equal, assert_sane, checksum_of, compare_files, integrity_check};
+pub use compare::{
+    assert_equal, assert_nothing_diverged, assert_sane, checksum_of, compare_files, integrity_check,
+};
 pub use connection::{FILL, JOURNAL_MODES, ask, exec, set_journal_mode, try_exec, wait_seen};
 pub use consul::Consul;
 pub use door::{is_about_fuse, is_preload};
 pub use host::{Fleet, Host, Role};
 pub use network::Network;
 pub use ports::Port;
+pub use random::Random;
 pub use shell::{Shell, run, sqlite3, try_run, try_sqlite3};
 pub use system_calls::{SystemCall, replace_system_calls};
 pub use wait::{PATIENCE, wait_for};

@@ -5,8 +5,8 @@
 //! `LITEFS_CRASH_SEED` (1) try more of them.
 
 use litefs_tests::{
-    Fleet, Host, Role, Shell, SystemCall, assert_equal, assert_sane, is_about_fuse, replace_system_calls,
-    run, sqlite3,
+    Fleet, Host, Random, Role, Shell, SystemCall, assert_equal, assert_nothing_diverged, assert_sane,
+    is_about_fuse, replace_system_calls, run, sqlite3,
 };
 use sqlite_file::journal::{JournalHeader, record_checksum};
 use std::collections::BTreeSet;
@@ -17,23 +17,6 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
-
-/// A small random number generator (SplitMix64): the same seed gives the same images.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-}
 
 fn sidecar(host: &Host, database: &str) -> PathBuf {
     host.data().join("checksums").join(format!("{database}.sum"))
@@ -326,10 +309,7 @@ fn page_checksums_that_are_lost_or_damaged_are_made_anew() {
             assert_equal(&primary, &replica, name);
         }
     }
-    for host in [&primary, &replica] {
-        let kept = fs::read_dir(host.data().join("diverged")).unwrap().count();
-        assert_eq!(kept, 0, "{} had something alone", host.name());
-    }
+    assert_nothing_diverged(&[&primary, &replica]);
 }
 
 #[test]

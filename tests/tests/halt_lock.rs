@@ -1,10 +1,10 @@
 //! Halt locks: a program on a replica writes a database of the primary, and nobody else does meanwhile.
 
+use litefs_tests::halt_locks::{ROWS, assert_one_history, create, insert, pair};
 use litefs_tests::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::Duration;
 
 /// `litefs run` on a host.
@@ -29,96 +29,36 @@ fn halt_sql(host: &Host, database: &str, sql: &str) -> Result<String, String> {
     if output.status.success() { Ok(said(&output.stdout)) } else { Err(said(&output.stderr)) }
 }
 
-/// A program that has a halt lock, and runs what it is told.
-struct Holder {
-    run: Child,
-    told: ChildStdin,
-    says: BufReader<ChildStdout>,
+/// A program that has a halt lock, and runs what it is told. Each line is run by a connection of its own; see [`tell`].
+fn holder(host: &Host) -> Client {
+    let script =
+        r#"echo ready; while read -r sql; do sqlite3 -cmd ".timeout 5000" "$0" "$sql" 2>&1; echo done; done"#;
+    run_under_lock(host, script)
 }
 
-impl Holder {
-    /// Each line is run by a connection of its own.
-    fn start(host: &Host, database: &str) -> Holder {
-        let script = r#"echo ready; while read -r sql; do sqlite3 -cmd ".timeout 5000" "$0" "$sql" 2>&1; echo done; done"#;
-        Holder::program(host, database, &["sh", "-c", script])
-    }
-
-    /// One connection for all.
-    fn connection(host: &Host, database: &str) -> Holder {
-        Holder::program(host, database, &["sh", "-c", r#"echo ready; exec sqlite3 -batch "$0" 2>&1"#])
-    }
-
-    fn program(host: &Host, database: &str, program: &[&str]) -> Holder {
-        let path = host.path(database);
-        let mut command = run_command(host, &["--with-halt-lock-on", path.to_str().expect("a path"), "--"]);
-        command.args(program).arg(&path).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut run = command.spawn().expect("litefs runs");
-        let (told, says) = (run.stdin.take().expect("piped"), run.stdout.take().expect("piped"));
-        let mut holder = Holder { run, told, says: BufReader::new(says) };
-        assert_eq!(holder.line(), "ready");
-        holder
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.says.read_line(&mut line).expect("it can be read");
-        line.trim_end().to_owned()
-    }
-
-    fn tell(&mut self, text: &str) {
-        writeln!(self.told, "{text}").expect("it reads");
-    }
-
-    /// What a statement said.
-    fn sql(&mut self, sql: &str) -> String {
-        self.tell(sql);
-        let mut said = Vec::new();
-        loop {
-            let line = self.line();
-            if line == "done" {
-                return said.join(" ");
-            }
-            said.push(line);
-        }
-    }
-
-    /// Lets it end by itself.
-    fn finish(self) {
-        let Holder { mut run, told, .. } = self;
-        drop(told);
-        assert!(run.wait().expect("it can be waited for").success());
-    }
+/// One connection for all that it is told.
+fn holding_connection(host: &Host) -> Client {
+    run_under_lock(host, r#"echo ready; exec sqlite3 -batch "$0" 2>&1"#)
 }
 
-fn create(host: &Host, mode: &str) {
-    host.sql(
-        "app.db",
-        &format!("PRAGMA journal_mode={mode}; CREATE TABLE t(x); INSERT INTO t VALUES ('first')"),
-    );
+fn run_under_lock(host: &Host, script: &str) -> Client {
+    let path = host.path("app.db");
+    let mut command = run_command(host, &["--with-halt-lock-on", path.to_str().expect("a path"), "--"]);
+    let mut client = Client::start(command.args(["sh", "-c", script]).arg(&path));
+    assert_eq!(client.line(), "ready");
+    client
 }
 
-const ROWS: &str = "SELECT group_concat(x) FROM t";
-
-fn insert(host: &Host, value: &str) -> Result<String, String> {
-    host.try_sql("app.db", &format!("INSERT INTO t VALUES ('{value}')"))
-}
-
-/// Nobody had anything alone.
-fn assert_one_history(hosts: &[&Host]) {
-    for host in hosts {
-        assert_equal(hosts[0], host, "app.db");
-        let kept = std::fs::read_dir(host.data().join("diverged")).expect("it is there").count();
-        assert_eq!(kept, 0, "{} had transactions of its own", host.name());
-    }
+/// What a statement of a [`holder`] said.
+fn tell(holder: &mut Client, sql: &str) -> String {
+    holder.tell_until(sql, "done").join(" ")
 }
 
 #[test]
 fn a_program_on_a_replica_commits_on_the_primary() {
     for mode in ["WAL", "DELETE", "TRUNCATE", "MEMORY"] {
         let fleet = Fleet::new();
-        let (primary, replica) = fleet.pair();
-        create(&primary, mode);
-        primary.wait_position_equal(&replica, "app.db");
+        let (primary, replica) = pair(&fleet, mode);
         assert!(insert(&replica, "no").is_err(), "a replica takes no writes");
         let sql = "INSERT INTO t VALUES ('lent'); INSERT INTO t VALUES ('again'); SELECT count(*) FROM t";
         assert_eq!(halt_sql(&replica, "app.db", sql).expect("it may write"), "3", "{mode}");
@@ -145,12 +85,9 @@ fn writers_on_the_primary_wait_while_somebody_else_has_the_lock() {
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();
     let other = fleet.replica("c", &primary);
-    create(&primary, "WAL");
-    for host in [&replica, &other] {
-        primary.wait_position_equal(host, "app.db");
-    }
+    create(&primary, &[&replica, &other], "WAL");
     let waiting = primary.open("app.db");
-    let mut holder = Holder::start(&replica, "app.db");
+    let mut holder = holder(&replica);
     assert_eq!(primary.database("app.db").expect("it is there")["halt_lock"], "b");
     waiting.busy_timeout(Duration::ZERO).expect("it can be set");
     let error = waiting.execute("INSERT INTO t VALUES ('early')", []).expect_err("the database is lent");
@@ -159,7 +96,7 @@ fn writers_on_the_primary_wait_while_somebody_else_has_the_lock() {
     primary.sql("other.db", "CREATE TABLE t(x)");
     let refused = output(&other, &["--timeout", "200ms", "--with-halt-lock-on", "app.db", "--", "true"]);
     assert_eq!(refused.status.code(), Some(75));
-    assert_eq!(holder.sql("INSERT INTO t VALUES ('lent')"), "");
+    assert_eq!(tell(&mut holder, "INSERT INTO t VALUES ('lent')"), "");
     assert_eq!(ask(&waiting, ROWS), "first,lent", "readers on the primary go on");
     other.wait_sql("app.db", ROWS, "first,lent");
     waiting.busy_timeout(Duration::from_secs(20)).expect("it can be set");
@@ -202,9 +139,7 @@ fn hosts_that_take_turns_lose_nothing() {
 #[test]
 fn large_transactions_go_the_same_way() {
     let fleet = Fleet::new();
-    let (primary, replica) = fleet.pair();
-    create(&primary, "WAL");
-    primary.wait_position_equal(&replica, "app.db");
+    let (primary, replica) = pair(&fleet, "WAL");
     let fill = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < 3000) \
                 INSERT INTO t SELECT randomblob(2000) FROM n";
     halt_sql(&replica, "app.db", fill).expect("it may write");
@@ -218,24 +153,22 @@ fn large_transactions_go_the_same_way() {
 fn a_holder_that_is_killed_lets_go() {
     for mode in ["WAL", "DELETE"] {
         let fleet = Fleet::new();
-        let (primary, replica) = fleet.pair();
-        create(&primary, mode);
-        primary.wait_position_equal(&replica, "app.db");
-        let mut holder = Holder::connection(&replica, "app.db");
-        holder.tell(
+        let (primary, replica) = pair(&fleet, mode);
+        let mut holder = holding_connection(&replica);
+        holder.send(
             "INSERT INTO t VALUES ('lent'); BEGIN IMMEDIATE; INSERT INTO t VALUES ('open'); SELECT 'begun';",
         );
         assert_eq!(holder.line(), "begun");
         // The program lives on, with a transaction under way.
-        let pid = i32::try_from(holder.run.id()).expect("a process id");
+        let pid = i32::try_from(holder.id()).expect("a process id");
         kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
         // It waits longer than the transaction has to end.
         primary.sql("app.db", ".timeout 20000\nINSERT INTO t VALUES ('own')");
-        holder.tell("COMMIT;");
+        holder.send("COMMIT;");
         let said = holder.line();
         assert!(said.to_lowercase().contains("error"), "{mode}: {said}");
         assert_eq!(primary.sql("app.db", ROWS), "first,lent,own", "{mode}");
-        drop(holder.told);
+        drop(holder);
         assert_one_history(&[&primary, &replica]);
     }
 }
@@ -243,18 +176,16 @@ fn a_holder_that_is_killed_lets_go() {
 #[test]
 fn a_primary_that_dies_ends_the_lock_and_keeps_what_it_acknowledged() {
     let fleet = Fleet::new();
-    let (primary, replica) = fleet.pair();
-    create(&primary, "WAL");
-    primary.wait_position_equal(&replica, "app.db");
-    let mut holder = Holder::start(&replica, "app.db");
-    assert_eq!(holder.sql("INSERT INTO t VALUES ('acknowledged')"), "");
+    let (primary, replica) = pair(&fleet, "WAL");
+    let mut holder = holder(&replica);
+    assert_eq!(tell(&mut holder, "INSERT INTO t VALUES ('acknowledged')"), "");
     primary.kill();
-    let said = holder.sql("INSERT INTO t VALUES ('not')");
+    let said = tell(&mut holder, "INSERT INTO t VALUES ('not')");
     assert!(said.contains("rror"), "{said}");
     primary.start();
     // It leads in another term, and knows of no lock.
     replica.wait_for("it follows again", || replica.follows(&primary));
-    let said = holder.sql("INSERT INTO t VALUES ('of an earlier term')");
+    let said = tell(&mut holder, "INSERT INTO t VALUES ('of an earlier term')");
     assert!(said.contains("rror"), "{said}");
     insert(&primary, "own").expect("the primary writes");
     assert_eq!(primary.sql("app.db", ROWS), "first,acknowledged,own");
@@ -270,14 +201,13 @@ fn a_lock_that_is_not_renewed_runs_out_on_both_sides() {
     let (primary, replica) = (fleet.host("a", Role::Primary), fleet.host("b", Role::Primary));
     primary.set("lease.ttl=2s").set("replication.timeout=60s").start();
     replica.set_role(Role::ReplicaOf(&primary)).set("replication.timeout=60s").start();
-    create(&primary, "WAL");
-    primary.wait_position_equal(&replica, "app.db");
-    let mut holder = Holder::start(&replica, "app.db");
-    assert_eq!(holder.sql("INSERT INTO t VALUES ('lent')"), "");
+    create(&primary, &[&replica], "WAL");
+    let mut holder = holder(&replica);
+    assert_eq!(tell(&mut holder, "INSERT INTO t VALUES ('lent')"), "");
     replica.signal(Signal::SIGSTOP);
     insert(&primary, "own").expect("the primary takes the database back");
     // Whoever writes now waits for the agent, which finds that its lock has run out.
-    holder.tell("INSERT INTO t VALUES ('late')");
+    holder.send("INSERT INTO t VALUES ('late')");
     replica.signal(Signal::SIGCONT);
     let said = holder.line();
     assert!(said.contains("rror"), "{said}");
@@ -288,7 +218,7 @@ fn a_lock_that_is_not_renewed_runs_out_on_both_sides() {
 }
 
 /// Starts three candidates, of which the first leads and the second then has a halt lock and has committed once.
-fn begin_and_lend(hosts: &[Host; 3]) -> Holder {
+fn begin_and_lend(hosts: &[Host; 3]) -> Client {
     let [a, b, c] = hosts;
     a.start();
     a.wait_for("the first host is primary", || a.is_primary());
@@ -296,12 +226,9 @@ fn begin_and_lend(hosts: &[Host; 3]) -> Holder {
         host.start();
         host.wait_for("it follows", || host.follows(a));
     }
-    create(a, "WAL");
-    for host in [b, c] {
-        a.wait_position_equal(host, "app.db");
-    }
-    let mut holder = Holder::start(b, "app.db");
-    assert_eq!(holder.sql("INSERT INTO t VALUES ('lent')"), "");
+    create(a, &[b, c], "WAL");
+    let mut holder = holder(b);
+    assert_eq!(tell(&mut holder, "INSERT INTO t VALUES ('lent')"), "");
     holder
 }
 
@@ -327,7 +254,7 @@ fn a_lock_of_an_earlier_term_is_worth_nothing() {
     a.signal(Signal::SIGSTOP);
     c.wait_for("another host leads", || c.is_primary());
     b.wait_for("the host with the lock follows it", || b.follows(c));
-    let said = holder.sql("INSERT INTO t VALUES ('of an earlier term')");
+    let said = tell(&mut holder, "INSERT INTO t VALUES ('of an earlier term')");
     assert!(said.contains("rror"), "{said}");
     insert(c, "own").expect("the new primary writes");
     a.signal(Signal::SIGCONT);
@@ -363,17 +290,14 @@ fn a_commit_under_a_halt_lock_waits_for_a_third_host_and_is_not_seen_before() {
     for mode in ["WAL", "DELETE"] {
         let fleet = Fleet::new();
         let [a, b, c] = synchronous(&fleet, &["lease.ttl=2s"]);
-        create(&a, mode);
-        for host in [&b, &c] {
-            a.wait_position_equal(host, "app.db");
-        }
-        let mut holder = Holder::start(&b, "app.db");
-        assert_eq!(holder.sql("INSERT INTO t VALUES ('lent')"), "");
+        create(&a, &[&b, &c], mode);
+        let mut holder = holder(&b);
+        assert_eq!(tell(&mut holder, "INSERT INTO t VALUES ('lent')"), "");
         // Not because the one who writes has it.
         a.wait_position_equal(&c, "app.db");
         c.signal(Signal::SIGSTOP);
         let visible = a.txid("app.db");
-        holder.tell("INSERT INTO t VALUES ('waits')");
+        holder.send("INSERT INTO t VALUES ('waits')");
         a.wait_for("the commit waits", || waiting(&a) == 1);
         assert_eq!(a.txid("app.db"), visible, "{mode}: the position is that of what is visible");
         assert_eq!(a.sql("app.db", ROWS), "first,lent", "{mode}");
@@ -395,7 +319,7 @@ fn a_commit_under_a_halt_lock_waits_for_a_third_host_and_is_not_seen_before() {
         assert_eq!(waiting(&a), 1, "{mode}: all this while it waits");
         c.signal(Signal::SIGCONT);
         assert_eq!(holder.line(), "done", "{mode}");
-        assert_eq!(holder.sql("INSERT INTO t VALUES ('goes on')"), "", "{mode}");
+        assert_eq!(tell(&mut holder, "INSERT INTO t VALUES ('goes on')"), "", "{mode}");
         assert_eq!(a.sql("app.db", ROWS), "first,lent,waits,goes on", "{mode}");
         for host in [&b, &c] {
             a.wait_position_equal(host, "app.db");
@@ -407,8 +331,8 @@ fn a_commit_under_a_halt_lock_waits_for_a_third_host_and_is_not_seen_before() {
 }
 
 /// The program that `litefs run` runs.
-fn program_of(holder: &Holder) -> Pid {
-    let run = holder.run.id();
+fn program_of(holder: &Client) -> Pid {
+    let run = holder.id();
     let children = std::fs::read_to_string(format!("/proc/{run}/task/{run}/children")).expect("it runs");
     Pid::from_raw(children.trim().parse().expect("it has one"))
 }
@@ -418,20 +342,17 @@ fn a_program_that_dies_while_its_commit_waits_leaves_its_host_like_the_others() 
     for mode in ["WAL", "DELETE", "TRUNCATE"] {
         let fleet = Fleet::new();
         let [a, b, c] = synchronous(&fleet, &[]);
-        create(&a, mode);
-        for host in [&b, &c] {
-            a.wait_position_equal(host, "app.db");
-        }
-        let mut holder = Holder::connection(&b, "app.db");
-        holder.tell("INSERT INTO t VALUES ('lent'); SELECT 'done';");
+        create(&a, &[&b, &c], mode);
+        let mut holder = holding_connection(&b);
+        holder.send("INSERT INTO t VALUES ('lent'); SELECT 'done';");
         assert_eq!(holder.line(), "done", "{mode}");
         a.wait_position_equal(&c, "app.db");
         c.signal(Signal::SIGSTOP);
-        holder.tell("INSERT INTO t VALUES ('open');");
+        holder.send("INSERT INTO t VALUES ('open');");
         a.wait_for("the commit waits", || waiting(&a) == 1);
         kill(program_of(&holder), Signal::SIGKILL).expect("it runs");
         c.signal(Signal::SIGCONT);
-        let _ = holder.run.wait();
+        let _ = holder.wait();
         a.wait_for("the primary writes again", || insert(&a, "own").is_ok());
         let rows = a.sql("app.db", ROWS);
         assert!(["first,lent,own", "first,lent,open,own"].contains(&&*rows), "{mode}: {rows}");
@@ -446,8 +367,7 @@ fn a_program_that_dies_while_its_commit_waits_leaves_its_host_like_the_others() 
 fn where_too_few_members_are_connected_besides_the_borrower_a_lock_is_waited_for() {
     let fleet = Fleet::new();
     let [a, b, c] = synchronous(&fleet, &[]);
-    create(&a, "WAL");
-    a.wait_position_equal(&b, "app.db");
+    create(&a, &[&b], "WAL");
     c.stop();
     std::thread::scope(|scope| {
         let holder = scope.spawn(|| halt_sql(&b, "app.db", "INSERT INTO t VALUES ('lent')"));
@@ -476,7 +396,7 @@ fn a_primary_that_dies_while_a_commit_under_a_halt_lock_waits_answers_nothing() 
     let mut holder = begin_and_lend(&hosts);
     a.wait_position_equal(c, "app.db");
     c.signal(Signal::SIGSTOP);
-    holder.tell("INSERT INTO t VALUES ('open')");
+    holder.send("INSERT INTO t VALUES ('open')");
     a.wait_for("the commit waits", || waiting(a) == 1);
     a.kill();
     let said = holder.line();
@@ -505,8 +425,7 @@ fn where_a_halt_lock_would_break_a_promise_there_is_none() {
     primary.set("sync.acks=1").set("sync.members=a,b");
     primary.start();
     let replica = fleet.replica("b", &primary);
-    create(&primary, "WAL");
-    primary.wait_position_equal(&replica, "app.db");
+    create(&primary, &[&replica], "WAL");
     let error =
         halt_sql(&replica, "app.db", "INSERT INTO t VALUES ('no')").expect_err("commits wait for replicas");
     assert!(error.contains("[sync]"), "{error}");
@@ -526,8 +445,7 @@ fn a_program_is_run_once_its_host_leads() {
     a.wait_for("the first host is primary", || a.is_primary());
     b.start();
     b.wait_for("the other one follows", || b.follows(&a));
-    create(&a, "WAL");
-    a.wait_position_equal(&b, "app.db");
+    create(&a, &[&b], "WAL");
     let path = b.path("app.db");
     // Like all applications it waits for others: an agent that begins to lead lets go of databases.
     let program = [

@@ -1,6 +1,7 @@
 //! `NAME-lock`: programs written for LiteFS open it, lock its byte 72, write on a replica, unlock and close.
 
-use litefs_tests::library::{Client, hosts, with_library};
+use litefs_tests::halt_locks::{ROWS, assert_one_history, create, holder, insert, pair};
+use litefs_tests::library::{hosts, with_library};
 use litefs_tests::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -74,70 +75,45 @@ impl Program {
         Program(client)
     }
 
-    fn line(&mut self) -> String {
-        self.0.line()
-    }
-
-    fn tell(&mut self, step: &str) {
-        self.0.send(step);
-    }
-
-    /// What a step said.
-    fn ask(&mut self, step: &str) -> String {
-        self.0.tell(step)
-    }
-
     #[track_caller]
     fn run(&mut self, step: &str) {
-        assert_eq!(self.ask(step), "ok", "{step}");
+        assert_eq!(self.tell(step), "ok", "{step}");
     }
 
     fn insert(&mut self, value: &str) -> String {
-        self.ask(&format!("sql INSERT INTO t VALUES ('{value}')"))
+        self.tell(&format!("sql INSERT INTO t VALUES ('{value}')"))
     }
 
     fn has_child_waiting_in_open(&self) -> bool {
-        let syscall = std::fs::read_to_string(format!("/proc/{}/syscall", self.0.id())).unwrap_or_default();
+        let syscall = std::fs::read_to_string(format!("/proc/{}/syscall", self.id())).unwrap_or_default();
         let number: i64 = syscall.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(-1);
         // Behind the preload door it waits for a message.
         [libc::SYS_openat, libc::SYS_open, libc::SYS_recvmsg].contains(&number)
     }
 
     fn pid(&self) -> Pid {
-        Pid::from_raw(i32::try_from(self.0.id()).expect("a process id"))
-    }
-
-    fn kill(self) {
-        self.0.kill();
+        Pid::from_raw(i32::try_from(self.id()).expect("a process id"))
     }
 
     fn finish(self) {
         self.0.finish();
     }
+
+    fn kill(self) {
+        self.0.kill();
+    }
 }
 
-const ROWS: &str = "SELECT group_concat(x) FROM t";
-
-fn create(primary: &Host, replica: &Host, mode: &str) {
-    let sql = format!("PRAGMA journal_mode={mode}; CREATE TABLE t(x); INSERT INTO t VALUES ('first')");
-    primary.sql("app.db", &sql);
-    primary.wait_position_equal(replica, "app.db");
+impl std::ops::Deref for Program {
+    type Target = Client;
+    fn deref(&self) -> &Client {
+        &self.0
+    }
 }
 
-fn insert(host: &Host, value: &str) -> Result<String, String> {
-    host.try_sql("app.db", &format!("INSERT INTO t VALUES ('{value}')"))
-}
-
-/// Who has the halt lock, by the status of a host.
-fn holder(host: &Host) -> Option<String> {
-    host.database("app.db").expect("it is there")["halt_lock"].as_str().map(str::to_owned)
-}
-
-fn assert_one_history(hosts: &[&Host]) {
-    for host in hosts {
-        assert_equal(hosts[0], host, "app.db");
-        let kept = std::fs::read_dir(host.data().join("diverged")).expect("it is there").count();
-        assert_eq!(kept, 0, "{} had transactions of its own", host.name());
+impl std::ops::DerefMut for Program {
+    fn deref_mut(&mut self) -> &mut Client {
+        &mut self.0
     }
 }
 
@@ -145,8 +121,7 @@ fn assert_one_history(hosts: &[&Host]) {
 fn who_has_the_file_open_for_writing_writes_on_a_replica() {
     for mode in ["WAL", "DELETE"] {
         let fleet = Fleet::new();
-        let (primary, replica) = fleet.pair();
-        create(&primary, &replica, mode);
+        let (primary, replica) = pair(&fleet, mode);
         let mut program = Program::start(&replica);
         assert!(program.insert("no").starts_with("error"), "{mode}");
         for value in ["lent", "again"] {
@@ -170,8 +145,7 @@ fn who_has_the_file_open_for_writing_writes_on_a_replica() {
 #[test]
 fn on_the_primary_there_is_nothing_to_get() {
     let fleet = Fleet::new();
-    let (primary, replica) = fleet.pair();
-    create(&primary, &replica, "WAL");
+    let (primary, replica) = pair(&fleet, "WAL");
     let (mut one, mut other) = (Program::start(&primary), Program::start(&primary));
     for program in [&mut one, &mut other] {
         program.run("open");
@@ -192,8 +166,7 @@ fn on_the_primary_there_is_nothing_to_get() {
 #[test]
 fn the_file_is_empty_and_not_listed_and_reading_it_takes_no_lock() {
     let fleet = Fleet::new();
-    let (primary, replica) = fleet.pair();
-    create(&primary, &replica, "WAL");
+    let (_primary, replica) = pair(&fleet, "WAL");
     let script = r#"
 import errno, os, sys
 lock = sys.argv[1] + "/app.db-lock"
@@ -243,17 +216,16 @@ fn a_real_file_of_that_name_stays_what_it_is() {
 #[test]
 fn the_lock_ends_when_the_last_process_that_has_the_file_open_dies() {
     let fleet = Fleet::new();
-    let (primary, replica) = fleet.pair();
-    create(&primary, &replica, "WAL");
+    let (primary, replica) = pair(&fleet, "WAL");
     let mut program = Program::start(&replica);
     program.run("open");
     program.run("halt");
     assert_eq!(program.insert("lent"), "ok");
-    let child: i32 = program.ask("fork").parse().expect("a process id");
+    let child: i32 = program.tell("fork").parse().expect("a process id");
     program.kill();
     // Its child has it still: another program gets nothing.
     let mut other = Program::start(&replica);
-    other.tell("open");
+    other.send("open");
     replica.wait_for("the other program waits", || other.has_child_waiting_in_open());
     assert_eq!(holder(&primary).as_deref(), Some("b"));
     // Who waits is not in the way of anybody.
@@ -271,17 +243,16 @@ fn the_lock_ends_when_the_last_process_that_has_the_file_open_dies() {
 #[test]
 fn who_waits_for_the_lock_can_be_interrupted_and_killed() {
     let fleet = Fleet::new();
-    let (primary, replica) = fleet.pair();
-    create(&primary, &replica, "WAL");
+    let (primary, replica) = pair(&fleet, "WAL");
     let mut holding = Program::start(&replica);
     holding.run("open");
     let mut waiting = Program::start(&replica);
     for signal in [Signal::SIGINT, Signal::SIGKILL] {
-        waiting.tell("open");
+        waiting.send("open");
         replica.wait_for("it waits", || waiting.has_child_waiting_in_open());
         kill(waiting.pid(), signal).expect("it runs");
         // Python ends with KeyboardInterrupt.
-        assert!(!waiting.0.wait().success());
+        assert!(!waiting.wait().success());
         waiting = Program::start(&replica);
     }
     assert_eq!(holder(&replica).as_deref(), Some("b"));
@@ -296,8 +267,7 @@ fn who_waits_for_the_lock_can_be_interrupted_and_killed() {
 #[test]
 fn a_primary_that_goes_away_ends_the_lock() {
     let fleet = Fleet::new();
-    let (primary, replica) = fleet.pair();
-    create(&primary, &replica, "WAL");
+    let (primary, replica) = pair(&fleet, "WAL");
     let mut program = Program::start(&replica);
     program.run("open");
     program.run("halt");
@@ -330,12 +300,12 @@ fn an_agent_that_comes_after_another_knows_of_no_lock_and_serves_who_waits() {
     let (primary, replica) = (fleet.host("a", Role::Primary), fleet.host("b", Role::Primary));
     primary.set("lease.ttl=2s").start();
     replica.set_role(Role::ReplicaOf(&primary)).start();
-    create(&primary, &replica, "WAL");
+    create(&primary, &[&replica], "WAL");
     let mut program = Program::start(&replica);
     program.run("open");
     assert_eq!(program.insert("lent"), "ok");
     let mut waiting = Program::start(&replica);
-    waiting.tell("open");
+    waiting.send("open");
     replica.wait_for("it waits", || waiting.has_child_waiting_in_open());
     replica.kill();
     replica.start();
@@ -363,9 +333,9 @@ fn a_refused_lock_is_an_error_with_a_number_and_a_line_in_the_log() {
     primary.configure("[sync]\nacks = 1\nmembers = [\"b\"]\n").start();
     replica.set_role(Role::ReplicaOf(&primary)).start();
     replica.wait_connected();
-    create(&primary, &replica, "WAL");
+    create(&primary, &[&replica], "WAL");
     let mut program = Program::start(&replica);
-    assert_eq!(program.ask("open"), "ENOLCK");
+    assert_eq!(program.tell("open"), "ENOLCK");
     let log = replica.log();
     assert!(log.contains("gets no halt lock") && log.contains("it is written on the primary only"), "{log}");
     program.finish();

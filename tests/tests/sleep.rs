@@ -1,6 +1,6 @@
 //! A host that slept: its lease has run out meanwhile, whatever its agent has noticed. `CLOCK_BOOTTIME` says so.
 
-use litefs_tests::library::{Client, with_library};
+use litefs_tests::library::with_library;
 use litefs_tests::*;
 use nix::sys::signal::Signal;
 use std::time::Duration;

@@ -5,7 +5,7 @@
 //!
 //! `LITEFS_TORTURE_ROUNDS` (1) lengthens the test, `LITEFS_TORTURE_SEED` (1) changes what is killed when.
 
-use litefs_tests::{Fleet, Host, PATIENCE, Shell, assert_equal};
+use litefs_tests::{Fleet, Host, PATIENCE, Random, Shell, assert_equal};
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,25 +23,8 @@ const DATABASES: [(&str, &str, &str); 4] = [
 ];
 const WRITERS_PER_DATABASE: u64 = 2;
 
-/// A small random number generator (SplitMix64): the same seed gives the same kills.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    fn pause(&mut self, from_ms: u64, to_ms: u64) {
-        std::thread::sleep(Duration::from_millis(from_ms + self.below(to_ms - from_ms)));
-    }
+fn pause(random: &mut Random, from_ms: u64, to_ms: u64) {
+    std::thread::sleep(Duration::from_millis(from_ms + random.below(to_ms - from_ms)));
 }
 
 /// A host whose agent is killed: an application's error is excused only when the agent was killed meanwhile.
@@ -61,7 +44,7 @@ impl Victim {
         self.host.kill();
         // Sometimes applications meet the dead mount for a while.
         if random.below(2) == 0 {
-            random.pause(0, 150);
+            pause(random, 0, 150);
         }
         self.host.start();
         self.kills.fetch_add(1, Ordering::SeqCst);
@@ -138,7 +121,7 @@ fn write(primary: &Victim, database: &str, synchronous: &str, id: u64, seed: u64
                 tries_since = Instant::now();
             } else {
                 assert!(tries_since.elapsed() < PATIENCE, "writer {id} of {database} cannot connect");
-                random.pause(1, 10);
+                pause(&mut random, 1, 10);
             }
             continue;
         };
@@ -169,7 +152,7 @@ fn write(primary: &Victim, database: &str, synchronous: &str, id: u64, seed: u64
         if random.below(60) == 0 {
             application.shell.send(&sql);
             if random.below(3) > 0 {
-                random.pause(0, 4);
+                pause(&mut random, 0, 4);
             }
             if let Some(application) = connected.take() {
                 application.shell.kill();
@@ -252,7 +235,7 @@ fn round(seed: u64) {
             .collect();
         let end = Instant::now() + ROUND;
         while Instant::now() < end {
-            random.pause(100, 900);
+            pause(&mut random, 100, 900);
             if writers.iter().chain(&readers).any(|thread| thread.is_finished()) {
                 break;
             }

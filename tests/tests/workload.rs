@@ -2,37 +2,14 @@
 //!
 //! `LITEFS_WORKLOAD_SEED` repeats a run (its seed is printed), `LITEFS_WORKLOAD_SECONDS` makes it longer.
 
-use litefs_tests::{Fleet, Host, JOURNAL_MODES, PATIENCE, Role, Shell, assert_equal, sqlite3, try_exec};
+use litefs_tests::{
+    Fleet, Host, JOURNAL_MODES, PATIENCE, Random, Role, Shell, assert_equal, sqlite3, try_exec,
+};
 use rusqlite::{Connection, ErrorCode};
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-
-/// SplitMix64: small, and the same everywhere.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-
-    fn of<'a, T: ?Sized>(&mut self, choices: &[&'a T]) -> &'a T {
-        choices[self.below(choices.len() as u64) as usize]
-    }
-}
 
 fn seed() -> u64 {
     let given =
