@@ -8,12 +8,23 @@ use std::time::{Duration, Instant};
 
 /// A primary `a`, and a candidate `b` that follows it.
 fn pair(fleet: &Fleet, consul: &Consul) -> (Host, Host) {
+    pair_with(fleet, consul, &[])
+}
+
+/// The same, with these settings.
+fn pair_with(fleet: &Fleet, consul: &Consul, settings: &[&str]) -> (Host, Host) {
     let address = consul.address();
-    let a = fleet.host("a", Role::Candidate(&address));
-    a.start();
+    let host = |name| {
+        let host = fleet.host(name, Role::Candidate(&address));
+        for setting in settings {
+            host.set(setting);
+        }
+        host.start();
+        host
+    };
+    let a = host("a");
     a.wait_for("the first host is primary", || a.is_primary());
-    let b = fleet.host("b", Role::Candidate(&address));
-    b.start();
+    let b = host("b");
     b.wait_for("the second host follows", || b.follows(&a));
     (a, b)
 }
@@ -75,7 +86,8 @@ fn when_the_primary_dies_the_other_host_leads_and_the_old_one_follows_it() {
 fn a_primary_that_comes_back_within_the_ttl_goes_on() {
     let consul = Consul::start();
     let fleet = Fleet::new();
-    let (a, b) = pair(&fleet, &consul);
+    // Also on a machine that is busy, where an agent needs seconds to start; longer than the test waits for it to lead.
+    let (a, b) = pair_with(&fleet, &consul, &["lease.ttl=60s"]);
     create(&a, "WAL");
     let before = a.epoch();
     a.kill();

@@ -30,6 +30,12 @@ pub fn lint_builds() -> Result<()> {
 pub fn cargo(args: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(args).current_dir(root());
+    build_alike(&mut command);
+    command
+}
+
+/// Sees to it that cargo, which this is or which this runs, finds built what others have built for this program.
+pub fn build_alike(command: &mut Command) {
     // What cargo says about this program: build scripts of dependencies would take it for a change, and be run again.
     for (name, _) in std::env::vars_os() {
         let about_us = ["CARGO_PKG_", "CARGO_MANIFEST_"]
@@ -42,7 +48,6 @@ pub fn cargo(args: &[&str]) -> Command {
     if let Some(linter) = LINTER.get() {
         command.env(WRAPPER, linter).env("CLIPPY_ARGS", "-Dwarnings");
     }
-    command
 }
 
 /// The path of a program or library of the workspace, built as the tests build it: for a part of the workspace, or without

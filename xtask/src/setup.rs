@@ -123,7 +123,9 @@ pub fn cargo_deny() -> Result<PathBuf> {
         );
         let version = format!("cargo-deny@{CARGO_DENY_VERSION}");
         // Building it takes longer than all its runs.
-        run::run(cargo(&["install", "--quiet", "--debug", "--locked", "--root"]).arg(&tools).arg(version))?;
+        let mut install = cargo(&["install", "--quiet", "--debug", "--locked", "--root"]);
+        install.env("CARGO_PROFILE_DEV_DEBUG", "0").env_remove(run::WRAPPER);
+        run::run(install.arg(&tools).arg(version))?;
     }
     Ok(path)
 }
