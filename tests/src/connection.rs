@@ -14,6 +14,14 @@ pub const FILL: &str =
     "INSERT INTO t(v) WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300)
     SELECT randomblob(i * 37 % 9000) FROM n;";
 
+/// A table with one row, in WAL mode.
+pub const CREATE_WAL: &str =
+    "PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, v); INSERT INTO t(v) VALUES (1);";
+/// The same in a rollback mode.
+pub const CREATE_DELETE: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, v); INSERT INTO t(v) VALUES (1);";
+/// Rows of the table.
+pub const COUNT: &str = "SELECT count(*) FROM t";
+
 /// Runs statements to their ends, also those that give rows.
 ///
 /// # Errors

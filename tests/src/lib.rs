@@ -30,10 +30,12 @@ mod clocks;
 mod compare;
 mod connection;
 mod consul;
+pub mod data_files;
 mod door;
 pub mod halt_locks;
 mod host;
 pub mod library;
+mod mounted;
 mod network;
 mod ports;
 mod random;
@@ -50,13 +52,16 @@ pub use clocks::Clocks;
 pub use compare::{
     assert_equal, assert_nothing_diverged, assert_sane, checksum_of, compare_files, integrity_check,
 };
-pub use connection::{FILL, JOURNAL_MODES, ask, exec, set_journal_mode, try_exec, wait_seen};
+pub use connection::{
+    COUNT, CREATE_DELETE, CREATE_WAL, FILL, JOURNAL_MODES, ask, exec, set_journal_mode, try_exec, wait_seen,
+};
 pub use consul::Consul;
 pub use door::{is_about_fuse, is_preload};
 pub use host::{Fleet, Host, Role};
+pub use mounted::Mounted;
 pub use network::Network;
 pub use ports::Port;
 pub use random::Random;
-pub use shell::{Shell, run, sqlite3, try_run, try_sqlite3};
+pub use shell::{Shell, insert_until_it_fails, run, sqlite3, try_run, try_sqlite3};
 pub use system_calls::{SystemCall, replace_system_calls};
 pub use wait::{PATIENCE, wait_for};

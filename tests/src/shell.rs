@@ -4,6 +4,7 @@ use crate::door::is_preload;
 use std::io::{BufRead, BufReader, PipeReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Runs a program; returns what it printed, or what it printed on stderr when it failed.
 pub fn try_run(command: &mut Command) -> Result<String, String> {
@@ -140,4 +141,25 @@ impl Drop for Shell {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Inserts 1, 2, 3, ... into `t` until the connection fails; gives the last number that was acknowledged.
+pub fn insert_until_it_fails(
+    database: &Path,
+    synchronous: &str,
+    acknowledged: &AtomicU64,
+    done: &AtomicBool,
+) -> u64 {
+    let mut shell = Shell::open(database);
+    shell.run(&format!("PRAGMA synchronous={synchronous};"));
+    let mut last = 0;
+    while !done.load(Ordering::Relaxed) {
+        let answer = shell.ask(&format!("INSERT INTO t VALUES ({});", last + 1));
+        if !answer.is_empty() {
+            break;
+        }
+        last += 1;
+        acknowledged.fetch_add(1, Ordering::Relaxed);
+    }
+    last
 }

@@ -1,8 +1,8 @@
-//! What an operator does: looking at a node, copying databases out and in, changing roles, stopping.
+//! What an operator does: looking at a node, copying databases out and in, stopping.
 
 use litefs_tests::{
-    Fleet, Host, PATIENCE, Role, Shell, assert_equal, integrity_check, is_preload, litefs, run, sqlite3,
-    wait_for,
+    Fleet, Host, PATIENCE, Role, Shell, assert_equal, insert_until_it_fails, integrity_check, is_preload,
+    litefs, run, sqlite3, wait_for,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -354,162 +354,6 @@ fn agent_file(host: &Host) -> PathBuf {
 }
 
 #[test]
-fn two_hosts_swap_roles_and_back_without_a_restart() {
-    let fleet = Fleet::new();
-    let (a, b) = fleet.pair();
-    for mode in ["WAL", "DELETE"] {
-        a.sql(&format!("{mode}.db"), &format!("PRAGMA journal_mode={mode}; CREATE TABLE t(x);"));
-        a.wait_position_equal(&b, &format!("{mode}.db"));
-    }
-    // A connection on each host that lives through everything.
-    let mut wal = [&a, &b].map(|host| Shell::open(&host.path("WAL.db")));
-    let mut delete = [&a, &b].map(|host| Shell::open(&host.path("DELETE.db")));
-    let mut rows = 0;
-    for (epoch, primary, replica, p) in [(1, &a, &b, 0), (2, &b, &a, 1), (3, &a, &b, 0)] {
-        if epoch > 1 {
-            // First the old primary gives up, then the new one begins.
-            replica.set_role(Role::ReplicaOf(primary)).reload();
-            replica.wait_role("replica");
-            primary.set_role(Role::Primary).reload();
-            primary.wait_role("primary");
-            replica.wait_connected();
-        }
-        assert_eq!(primary.status()["role"]["epoch"], epoch);
-        for (name, shells) in [("WAL.db", &mut wal), ("DELETE.db", &mut delete)] {
-            primary.sql(name, "INSERT INTO t VALUES (1);");
-            assert_equal(primary, replica, name);
-            for shell in shells.iter_mut() {
-                assert_eq!(shell.run("SELECT count(*) FROM t;"), (rows + 1).to_string(), "{name}");
-            }
-            // In WAL mode SQLite knows no such error for a connection that it has opened for writing: it finds a lock.
-            // Without a handoff it takes the agent a moment to have that lock, and the WAL's write is refused until then.
-            let shell = &mut shells[1 - p];
-            replica.wait_for("a write is refused", || {
-                let refused = shell.ask("INSERT INTO t VALUES (0);");
-                let fine = refused.contains("readonly") || name == "WAL.db" && refused.contains("locked");
-                let not_yet = name == "WAL.db" && !is_preload() && refused.contains("disk I/O error");
-                assert!(fine || not_yet, "{name} on a replica: {refused:?}");
-                fine
-            });
-        }
-        rows += 1;
-    }
-    // The connection of the old and new primary, opened when it was one, writes again.
-    for (name, shells) in [("WAL.db", &mut wal), ("DELETE.db", &mut delete)] {
-        assert_eq!(shells[0].run("INSERT INTO t VALUES (2);"), "", "{name}");
-    }
-    drop((wal, delete));
-    for name in ["WAL.db", "DELETE.db"] {
-        assert_equal(&a, &b, name);
-        assert_eq!(b.sql(name, "SELECT count(*) FROM t"), (rows + 1).to_string());
-    }
-    for host in [&a, &b] {
-        let kept = fs::read_dir(host.data().join("diverged")).unwrap().count();
-        assert_eq!(kept, 0, "{} had transactions of its own after an orderly change", host.name());
-    }
-}
-
-#[test]
-fn a_transaction_in_progress_at_a_role_change_is_refused_as_a_whole() {
-    let fleet = Fleet::new();
-    let (a, b) = fleet.pair();
-    for mode in ["WAL", "DELETE"] {
-        let name = format!("{mode}.db");
-        a.sql(
-            &name,
-            &format!(
-                "PRAGMA journal_mode={mode};\nCREATE TABLE t(id INTEGER PRIMARY KEY, x);\n\
-                 WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300) \
-                 INSERT INTO t SELECT i, zeroblob(1000) FROM n;"
-            ),
-        );
-        a.wait_position_equal(&b, &name);
-    }
-    // Both have more in the file, or in the WAL, than fits into the cache.
-    let mut shells = ["WAL.db", "DELETE.db"].map(|name| Shell::open(&a.path(name)));
-    for shell in &mut shells {
-        shell.run("PRAGMA cache_size=5; BEGIN; UPDATE t SET x = randomblob(1000);");
-    }
-    a.set_role(Role::ReplicaOf(&b)).reload();
-    a.wait_role("replica");
-    for shell in &mut shells {
-        let answer = shell.ask("COMMIT;");
-        assert!(answer.contains("rror"), "committed on a replica: {answer:?}");
-    }
-    b.set_role(Role::Primary).reload();
-    b.wait_role("primary");
-    a.wait_connected();
-    for name in ["WAL.db", "DELETE.db"] {
-        assert_eq!(b.sql(name, "SELECT count(*) FROM t WHERE x = zeroblob(1000)"), "300", "{name}");
-        b.sql(name, "UPDATE t SET x = 'of b' WHERE id = 7;");
-    }
-    drop(shells);
-    for name in ["WAL.db", "DELETE.db"] {
-        assert_equal(&b, &a, name);
-        assert_eq!(a.sql(name, "SELECT count(*) FROM t WHERE x = zeroblob(1000)"), "299", "{name}");
-    }
-}
-
-/// SQLite writes pages that it takes from the free list without a copy in the journal.
-#[test]
-fn what_a_refused_transaction_left_in_free_pages_does_not_stay() {
-    let fleet = Fleet::new();
-    let (a, b) = fleet.pair();
-    let name = "free.db";
-    a.sql(
-        name,
-        "CREATE TABLE t(v); CREATE TABLE u(v);
-         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300) \
-         INSERT INTO u SELECT randomblob(1000) FROM n;
-         DELETE FROM u;",
-    );
-    a.wait_position_equal(&b, name);
-    let mut shell = Shell::open(&a.path(name));
-    shell.run(
-        "PRAGMA cache_size=5; BEGIN; WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100) \
-         INSERT INTO u SELECT randomblob(1000) FROM n;",
-    );
-    a.set_role(Role::ReplicaOf(&b)).reload();
-    a.wait_role("replica");
-    let set_aside = "has left its content in pages from the free list";
-    a.expect_error(set_aside);
-    let answer = shell.ask("COMMIT;");
-    assert!(answer.contains("rror"), "committed on a replica: {answer:?}");
-    drop(shell);
-    b.set_role(Role::Primary).reload();
-    b.wait_role("primary");
-    a.wait_connected();
-    b.sql(name, "INSERT INTO t VALUES (1)");
-    a.wait_for("it is compared and set aside", || a.log().contains(set_aside));
-    // A snapshot heals it.
-    a.wait_database(name, "ok");
-    assert_equal(&b, &a, name);
-    assert_eq!(a.sql(name, "SELECT count(*) FROM u"), "0");
-    assert_eq!(a.sql(name, "PRAGMA integrity_check"), "ok");
-}
-
-/// Inserts 1, 2, 3, ... until the connection fails; gives the last number that was acknowledged.
-fn insert_until_it_fails(
-    database: &Path,
-    synchronous: &str,
-    acknowledged: &AtomicU64,
-    done: &AtomicBool,
-) -> u64 {
-    let mut shell = Shell::open(database);
-    shell.run(&format!("PRAGMA synchronous={synchronous};"));
-    let mut last = 0;
-    while !done.load(Ordering::Relaxed) {
-        let answer = shell.ask(&format!("INSERT INTO t VALUES ({});", last + 1));
-        if !answer.is_empty() {
-            break;
-        }
-        last += 1;
-        acknowledged.fetch_add(1, Ordering::Relaxed);
-    }
-    last
-}
-
-#[test]
 fn stopping_under_load_loses_nothing_and_leaves_nothing_to_replay() {
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();
@@ -576,49 +420,6 @@ fn a_stop_waits_for_a_follower_that_has_not_begun_with_a_new_database() {
     primary.start();
     replica.wait_connected();
     assert_equal(&primary, &replica, "new.db");
-}
-
-#[test]
-fn a_role_change_under_load_loses_nothing_that_was_acknowledged() {
-    let fleet = Fleet::new();
-    let (a, b) = fleet.pair();
-    let databases = ["wal.db", "delete.db"];
-    for (name, mode) in databases.iter().zip(["WAL", "DELETE"]) {
-        a.sql(name, &format!("PRAGMA journal_mode={mode}; CREATE TABLE t(x INTEGER PRIMARY KEY);"));
-    }
-    let (acknowledged, done) = (AtomicU64::new(0), AtomicBool::new(false));
-    let last = std::thread::scope(|scope| {
-        let writers = databases.map(|name| {
-            let (path, acknowledged, done) = (a.path(name), &acknowledged, &done);
-            scope.spawn(move || insert_until_it_fails(&path, "FULL", acknowledged, done))
-        });
-        a.wait_for("the writers are at work", || {
-            writers.iter().any(|writer| writer.is_finished()) || acknowledged.load(Ordering::Relaxed) > 300
-        });
-        a.set_role(Role::ReplicaOf(&b)).reload();
-        // Each is refused at its next transaction.
-        writers.map(|writer| writer.join().expect("a writer"))
-    });
-    a.wait_role("replica");
-    for name in databases {
-        a.wait_position_equal(&b, name);
-    }
-    b.set_role(Role::Primary).reload();
-    b.wait_role("primary");
-    a.wait_connected();
-    for (name, last) in databases.iter().zip(last) {
-        assert!(last > 0, "nothing was written to {name}");
-        b.sql(name, "INSERT INTO t VALUES (1000000);");
-        assert_equal(&b, &a, name);
-        let rows = b.sql(name, "SELECT count(*) - 1 FROM t");
-        let rows: u64 = rows.parse().unwrap();
-        // A transaction that was refused in the middle of its commit may not be there; one that was granted must be.
-        assert!((last..=last + 1).contains(&rows), "{name}: {last} were acknowledged, {rows} are there");
-    }
-    for host in [&a, &b] {
-        let kept = fs::read_dir(host.data().join("diverged")).unwrap().count();
-        assert_eq!(kept, 0, "{} had transactions of its own after an orderly change", host.name());
-    }
 }
 
 #[test]

@@ -1,11 +1,10 @@
 //! One primary, replicas, and what happens between them.
 
 use litefs_tests::{
-    FILL, Fleet, Host, PATIENCE, Role, Shell, ask, assert_equal, assert_sane, checksum_of, exec,
-    integrity_check, is_preload, run, set_journal_mode, sqlite3, try_run, wait_for, wait_seen,
+    COUNT, CREATE_DELETE, CREATE_WAL, FILL, Fleet, Host, PATIENCE, Role, Shell, ask, assert_equal,
+    assert_sane, checksum_of, exec, integrity_check, set_journal_mode, sqlite3, try_run, wait_for, wait_seen,
 };
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -17,11 +16,6 @@ impl Drop for StopAtEnd<'_> {
         self.0.store(true, Ordering::Relaxed);
     }
 }
-
-const CREATE_WAL: &str =
-    "PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, v); INSERT INTO t(v) VALUES (1);";
-const CREATE_DELETE: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, v); INSERT INTO t(v) VALUES (1);";
-const COUNT: &str = "SELECT count(*) FROM t";
 
 #[test]
 fn an_open_connection_on_the_replica_sees_the_next_transaction() {
@@ -386,221 +380,6 @@ fn many_databases_at_once() {
     for i in [0, 1, 98, 99] {
         assert_equal(&primary, &replica, &name(i));
     }
-}
-
-/// What a host keeps of the transactions that it had alone.
-#[track_caller]
-fn kept(host: &Host, database: &str) -> PathBuf {
-    let dir = host.data().join("diverged").join(database);
-    let mut kept = list(&dir);
-    assert_eq!(kept.len(), 1, "{} has {kept:?}", dir.display());
-    kept.remove(0)
-}
-
-fn list(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
-    entries.map(|entry| entry.expect("the directory can be read").path()).collect()
-}
-
-/// The kept records can be read with the tool for it; says how many there are.
-#[track_caller]
-fn verify_ltx(dir: &Path) -> usize {
-    let files: Vec<_> = list(dir).into_iter().filter(|p| p.extension().is_some_and(|e| e == "ltx")).collect();
-    for file in &files {
-        run(Command::new(litefs_tests::litefs()).args(["ltx", "verify"]).arg(file));
-    }
-    files.len()
-}
-
-#[test]
-fn a_primary_restored_from_an_old_copy_wins_and_what_the_replica_had_alone_is_kept() {
-    let fleet = Fleet::new();
-    let (primary, replica) = fleet.pair();
-    let names = [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)];
-    for (name, create) in names {
-        primary.sql(name, create);
-    }
-    primary.stop();
-    let copy = fleet.scratch().join("data");
-    run(Command::new("cp").arg("-a").arg(primary.data()).arg(&copy));
-    primary.start();
-    for (name, _) in names {
-        for i in 0..3 {
-            primary.sql(name, &format!("INSERT INTO t(v) VALUES ('lost {i}')"));
-        }
-        primary.wait_position_equal(&replica, name);
-    }
-    let lost = replica.position("wal.db").unwrap();
-    primary.stop();
-    fs::remove_dir_all(primary.data()).unwrap();
-    fs::rename(&copy, primary.data()).unwrap();
-    primary.start();
-    // As many transactions, one fewer, one more: the number alone says nothing.
-    primary.sql("wal.db", "INSERT INTO t(v) VALUES ('new')");
-    primary.sql("delete.db", "INSERT INTO t(v) VALUES ('new')");
-    primary.sql("delete.db", "INSERT INTO t(v) VALUES ('new')");
-    primary.sql("delete.db", "INSERT INTO t(v) VALUES ('new')");
-    for (name, _) in names {
-        assert_equal(&primary, &replica, name);
-        assert_eq!(replica.sql(name, "SELECT count(*) FROM t WHERE v LIKE 'lost%'"), "0");
-        let dir = kept(&replica, name);
-        assert_eq!(
-            sqlite3(&dir.join("database.db"), "SELECT v FROM t WHERE v LIKE 'lost%'"),
-            "lost 0\nlost 1\nlost 2"
-        );
-        integrity_check(&dir.join("database.db"), "what is kept");
-        assert_eq!(verify_ltx(&dir), 3, "{name}");
-    }
-    assert!(kept(&replica, "wal.db").ends_with(lost.replace('/', "-")));
-    assert!(replica.log().contains("this node had transactions of its own; they are kept as files"));
-    // An open connection on the replica goes on, and so does everything else.
-    let reader = replica.open("wal.db");
-    primary.sql("wal.db", "INSERT INTO t(v) VALUES ('newer')");
-    wait_seen(&reader, COUNT, "3");
-}
-
-#[test]
-fn an_open_connection_survives_that_its_database_is_replaced_by_another_history() {
-    let fleet = Fleet::new();
-    let (primary, replica) = fleet.pair();
-    let names = [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)];
-    for (name, create) in names {
-        primary.sql(name, create);
-    }
-    primary.stop();
-    let copy = fleet.scratch().join("data");
-    run(Command::new("cp").arg("-a").arg(primary.data()).arg(&copy));
-    primary.start();
-    for (name, _) in names {
-        primary.sql(name, FILL);
-        primary.wait_position_equal(&replica, name);
-    }
-    let readers = names.map(|(name, _)| replica.open(name));
-    readers.iter().for_each(|reader| assert_eq!(ask(reader, COUNT), "301"));
-    primary.stop();
-    fs::remove_dir_all(primary.data()).unwrap();
-    fs::rename(&copy, primary.data()).unwrap();
-    primary.start();
-    for ((name, _), reader) in names.iter().zip(&readers) {
-        primary.sql(name, "INSERT INTO t(v) VALUES ('new')");
-        wait_seen(reader, COUNT, "2");
-        assert_eq!(ask(reader, "PRAGMA integrity_check"), "ok");
-        primary.sql(name, "INSERT INTO t(v) VALUES ('new')");
-        wait_seen(reader, COUNT, "3");
-    }
-    drop(readers);
-    for (name, _) in names {
-        assert_equal(&primary, &replica, name);
-    }
-}
-
-#[test]
-fn a_promoted_replica_takes_writes_and_the_old_primary_follows_it() {
-    let fleet = Fleet::new();
-    let (old, new) = fleet.pair();
-    let names = [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)];
-    for (name, create) in names {
-        old.sql(name, create);
-        old.wait_position_equal(&new, name);
-    }
-    // A connection that was there before stays usable, now for writing: SQLite keeps a connection read-only that was
-    // opened so, therefore a new one.
-    let reader = new.open("wal.db");
-    assert_eq!(ask(&reader, COUNT), "1");
-    new.set_role(Role::Primary).reload();
-    new.wait_for("the role is taken", || new.status()["role"]["name"] == "primary");
-    assert_eq!(new.status()["role"]["epoch"], 2);
-    for (name, _) in names {
-        new.sql(name, "INSERT INTO t(v) VALUES ('new primary')");
-        // Meanwhile the old one does not know yet: this is what must not be lost without a trace.
-        old.sql(name, "INSERT INTO t(v) VALUES ('alone 1')");
-        old.sql(name, "INSERT INTO t(v) VALUES ('alone 2')");
-    }
-    wait_seen(&reader, COUNT, "2");
-
-    old.set_role(Role::ReplicaOf(&new)).reload();
-    old.wait_connected();
-    for (name, _) in names {
-        assert_equal(&new, &old, name);
-        assert_eq!(old.sql(name, "SELECT group_concat(v) FROM t"), "1,new primary");
-        let dir = kept(&old, name);
-        assert_eq!(sqlite3(&dir.join("database.db"), "SELECT group_concat(v) FROM t"), "1,alone 1,alone 2");
-        assert_eq!(verify_ltx(&dir), 2, "{name}");
-        let error = old.try_sql(name, "INSERT INTO t(v) VALUES (1)").unwrap_err();
-        let refusal = if is_preload() && name == "wal.db" { "locked" } else { "readonly" };
-        assert!(error.contains(refusal), "{error}");
-        new.sql(name, "INSERT INTO t(v) VALUES (3)");
-        assert_equal(&new, &old, name);
-    }
-    assert_eq!(old.status()["role"]["epoch"], 2);
-
-    // And back again.
-    new.set_role(Role::ReplicaOf(&old));
-    old.set_role(Role::Primary).reload();
-    old.wait_for("the role is taken", || old.status()["role"]["name"] == "primary");
-    assert_eq!(old.status()["role"]["epoch"], 3);
-    new.reload();
-    new.wait_connected();
-    old.sql("wal.db", "INSERT INTO t(v) VALUES (4)");
-    assert_equal(&old, &new, "wal.db");
-}
-
-#[test]
-fn a_writer_that_is_open_when_the_role_is_lost_is_refused_at_its_commit() {
-    let fleet = Fleet::new();
-    let (old, new) = fleet.pair();
-    for (name, create) in [("wal.db", CREATE_WAL), ("delete.db", CREATE_DELETE)] {
-        old.sql(name, create);
-        old.wait_position_equal(&new, name);
-    }
-    let writers = ["wal.db", "delete.db"].map(|name| old.open(name));
-    for writer in &writers {
-        exec(writer, "BEGIN; INSERT INTO t(v) VALUES ('refused');");
-    }
-    new.set_role(Role::Primary).reload();
-    new.wait_for("the role is taken", || new.status()["role"]["name"] == "primary");
-    old.set_role(Role::ReplicaOf(&new)).reload();
-    old.wait_for("the role is lost", || old.status()["role"]["name"] == "replica");
-    for writer in writers {
-        let error = litefs_tests::try_exec(&writer, "COMMIT").unwrap_err();
-        assert!(error.sqlite_error_code().is_some(), "{error}");
-    }
-    old.wait_connected();
-    for name in ["wal.db", "delete.db"] {
-        new.sql(name, "INSERT INTO t(v) VALUES ('kept')");
-        assert_equal(&new, &old, name);
-        assert_eq!(old.sql(name, "SELECT group_concat(v) FROM t"), "1,kept");
-    }
-}
-
-#[test]
-fn an_upstream_of_an_older_epoch_is_refused() {
-    let fleet = Fleet::new();
-    let (old, new) = fleet.pair();
-    old.sql("x.db", CREATE_WAL);
-    old.wait_position_equal(&new, "x.db");
-    new.set_role(Role::Primary).reload();
-    new.wait_for("the role is taken", || new.status()["role"]["name"] == "primary");
-    let replica = fleet.replica("c", &new);
-    new.sql("x.db", "INSERT INTO t(v) VALUES ('epoch 2')");
-    assert_equal(&new, &replica, "x.db");
-    assert_eq!(replica.status()["role"]["epoch"], 2);
-
-    // Whoever has seen epoch 2 does not go back to a primary of epoch 1, whatever it offers.
-    for _ in 0..5 {
-        old.sql("x.db", "INSERT INTO t(v) VALUES ('epoch 1')");
-    }
-    replica.set_role(Role::ReplicaOf(&old)).reload();
-    replica.wait_for("it says why", || replica.log().contains("epoch 1"));
-    let status = replica.status();
-    assert_eq!(status["role"]["upstream"]["connected"], false, "{status}");
-    assert_eq!(replica.sql("x.db", "SELECT group_concat(v) FROM t"), "1,epoch 2");
-    assert_eq!(replica.status()["role"]["epoch"], 2);
-
-    replica.set_role(Role::ReplicaOf(&new)).reload();
-    replica.wait_connected();
-    new.sql("x.db", "INSERT INTO t(v) VALUES ('more')");
-    assert_equal(&new, &replica, "x.db");
 }
 
 #[test]

@@ -14,14 +14,16 @@ use std::time::Instant;
 
 /// Whole-system tests that run through the preload door too. Those of recovery, of a mount that is taken over and of plain
 /// files are about what the FUSE door does; `preload` has its counterparts and chooses the doors itself.
-const BOTH_DOORS: [&str; 12] = [
+const BOTH_DOORS: [&str; 14] = [
     "access",
     "elections",
     "failover",
+    "file_names",
     "halt_lock",
     "lock_file",
     "operations",
     "replication",
+    "role_changes",
     "sqlite_behaviour",
     "sync",
     "torture",
@@ -30,7 +32,7 @@ const BOTH_DOORS: [&str; 12] = [
 ];
 
 /// What takes longest, begun first, so that nothing long is left for the end.
-const LONGEST: [&str; 13] = [
+const LONGEST: [&str; 14] = [
     "operator",
     "faults",
     "sqlite_behaviour",
@@ -41,7 +43,8 @@ const LONGEST: [&str; 13] = [
     "preload_bystanders",
     "preload",
     "clients",
-    "bad_input",
+    "full_disk",
+    "role_changes",
     "operations",
     "torture",
 ];
@@ -50,7 +53,7 @@ const LONGEST: [&str; 13] = [
 const LANES: usize = 3;
 
 /// Runs before all others: some of its tests have to be done before an agent syncs databases, as it does every few seconds.
-const ALONE: &str = "crash_recovery";
+const ALONE: &str = "power_failure";
 
 /// Where the hosts with systemd are tested, which are many processes each: one such program at a time.
 const FLEET: &str = "tests/fleet";
