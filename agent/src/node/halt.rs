@@ -171,7 +171,7 @@ impl Node {
     }
 
     fn primary_name(&self) -> Option<String> {
-        self.role.borrow().upstream.as_ref().and_then(|upstream| upstream.hostname.clone())
+        self.role().upstream.and_then(|upstream| upstream.hostname)
     }
 
     /// Whether a lock counts: in its own term only, and until it runs out.
@@ -533,7 +533,7 @@ impl Node {
                 return Err("nobody waits for it any more".into());
             }
             let url = {
-                let role = self.role.borrow();
+                let role = self.role();
                 let upstream = role.upstream.as_ref().filter(|_| role.name == RoleName::Replica);
                 upstream.map(|upstream| upstream.url.clone())
             };

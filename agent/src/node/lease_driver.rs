@@ -427,6 +427,7 @@ impl Driver {
                 }
             }
             Action::Waits(choice) => self.waits(&choice),
+            Action::WaitsNoMore => self.node.change_role(|role| role.waits = None),
             Action::Stopped => {
                 if let Some(reply) = self.stopping.take() {
                     let _ = reply.send(());

@@ -98,10 +98,7 @@ pub struct Node {
 
 impl std::fmt::Debug for Node {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Node")
-            .field("id", &self.identity.node_id)
-            .field("role", &*self.role.borrow())
-            .finish()
+        f.debug_struct("Node").field("id", &self.identity.node_id).field("role", &self.role()).finish()
     }
 }
 

@@ -75,7 +75,8 @@ pub(super) enum Transition {
 pub(super) struct WriteGate(parking_lot::Mutex<u64>);
 
 impl Node {
-    /// What this node is now.
+    /// What this node is now. A copy: who has it borrowed and borrows again, or waits for who does, waits for a change that
+    /// waits for the first one.
     pub fn role(&self) -> Role {
         self.role.borrow().clone()
     }
@@ -208,7 +209,7 @@ pub(super) async fn transitions(
                 let led = tokio::task::spawn_blocking(move || leading.lead(epoch, number)).await;
                 match led.map_err(anyhow::Error::from).and_then(|led| led) {
                     Ok(true) => {
-                        let goes_on = node.role.borrow().name == RoleName::Primary;
+                        let goes_on = node.role().name == RoleName::Primary;
                         node.change_role(|role| {
                             (role.name, role.epoch) = (RoleName::Primary, epoch);
                             (role.upstream, role.waits) = (None, None);
@@ -255,7 +256,7 @@ pub(super) async fn transitions(
                 });
                 tracing::info!(
                     MESSAGE_ID = messages::ROLE_CHANGED,
-                    role = node.role.borrow().name.as_str(),
+                    role = node.role().name.as_str(),
                     upstream = peer.as_ref().map(|p| p.url.as_str()),
                     epoch = epoch.0,
                     "role changed"

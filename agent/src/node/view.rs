@@ -45,12 +45,11 @@ impl Handler for HttpHandler {
 
 impl RoleView for Node {
     fn primary_hostname(&self) -> Option<String> {
-        let role = self.role.borrow();
-        role.upstream.as_ref().filter(|u| u.connected).and_then(|u| u.hostname.clone())
+        self.role().upstream.filter(|u| u.connected).and_then(|u| u.hostname)
     }
 
     fn lag_ms(&self) -> Option<i64> {
-        match self.role.borrow().name {
+        match self.role().name {
             RoleName::Primary => Some(0),
             _ if self.last_heard_unix_ms.load(Ordering::Relaxed) == 0 => None,
             _ => Some(self.lag().as_millis() as i64),
@@ -61,9 +60,10 @@ impl RoleView for Node {
 impl Node {
     /// How long some database has been behind, or how long the upstream has been silent.
     fn lag(&self) -> Duration {
+        let connected = self.role().upstream.is_some_and(|u| u.connected);
         let heard = self.heard.lock();
         let behind = heard.values().filter_map(|h| h.behind_since).map(|since| since.elapsed()).max();
-        let connected = self.role.borrow().upstream.as_ref().is_some_and(|u| u.connected);
+        drop(heard);
         let silence = if connected {
             Duration::ZERO
         } else {
@@ -75,7 +75,7 @@ impl Node {
 
     /// The role for status and events.
     pub(super) fn role_status(&self) -> RoleStatus {
-        let role = self.role.borrow();
+        let role = self.role();
         let heard = self.last_heard_unix_ms.load(Ordering::Relaxed);
         RoleStatus {
             name: role.name,
@@ -94,7 +94,7 @@ impl Node {
     /// Whether applications here can see all that the upstream has told of; a primary is.
     fn is_caught_up(&self) -> bool {
         let connected = {
-            let role = self.role.borrow();
+            let role = self.role();
             if role.name == RoleName::Primary {
                 return true;
             }
@@ -142,7 +142,7 @@ impl Node {
 
     /// How commits fare that wait for followers.
     pub(super) fn sync_statuses(&self) -> Vec<SyncStatus> {
-        if self.role.borrow().name != RoleName::Primary {
+        if self.role().name != RoleName::Primary {
             return Vec::new();
         }
         let status = |rule: RuleView| SyncStatus {
@@ -160,7 +160,7 @@ impl Node {
     }
 
     pub(super) fn database_status(&self, db: &Database) -> DatabaseStatus {
-        let is_primary = self.role.borrow().name == RoleName::Primary;
+        let is_primary = self.role().name == RoleName::Primary;
         let heard = self.heard.lock().get(db.name()).copied();
         let halt_lock = self.halt_lock_of(db.name());
         let st = db.glance();

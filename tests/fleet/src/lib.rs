@@ -103,11 +103,23 @@ impl std::ops::Index<usize> for Fleet {
 impl Drop for Fleet {
     fn drop(&mut self) {
         for host in &self.hosts {
+            if std::thread::panicking() {
+                tell(host);
+            }
             host.power_off();
         }
         if let Err(error) = remove_tree(&self.dir) {
             eprintln!("{error:#}");
         }
+    }
+}
+
+/// What somebody needs who asks why the test failed.
+fn tell(host: &Host) {
+    let ask = "litefs status --json; journalctl -n 100 -o short-precise -p info --no-hostname";
+    match host.try_run(ask) {
+        Ok(outcome) => eprintln!("---- {}\n{}{}", host.name(), outcome.stdout, outcome.stderr),
+        Err(error) => eprintln!("---- {}: {error:#}", host.name()),
     }
 }
 

@@ -130,14 +130,14 @@ impl Site {
     /// Waits until there is a primary that all others follow, and appends succeed. Returns its number.
     #[track_caller]
     fn wait_whole(&self) -> usize {
-        let mut last = Vec::new();
         let primary = fleet::wait_for("there is a primary that all others follow", || {
-            last = (0..3).map(|number| self.role(number)).collect::<Option<Vec<_>>>()?;
-            let primary = last.iter().position(|role| role["name"] == "primary")?;
+            let roles = (0..3).map(|number| self.role(number)).collect::<Option<Vec<_>>>()?;
+            let primary = roles.iter().position(|role| role["name"] == "primary")?;
             let name = self.host(primary).name();
             let follows =
                 |role: &Value| role["upstream"]["hostname"] == name && role["upstream"]["connected"] == true;
-            last.iter()
+            roles
+                .iter()
                 .enumerate()
                 .all(|(number, role)| number == primary || follows(role))
                 .then_some(primary)

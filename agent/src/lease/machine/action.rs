@@ -77,6 +77,8 @@ pub enum Action {
     HandedOver(Result<(), String>),
     /// Why this candidate does not stand.
     Waits(Choice),
+    /// It need not: the node goes on following whom it followed.
+    WaitsNoMore,
     /// This node has let go of the lease.
     Stopped,
 }

@@ -45,12 +45,14 @@ impl RoleMachine {
     }
 
     pub(super) fn follow(&mut self, peer: Option<Peer>, out: &mut Vec<Action>) {
-        self.waits = None;
+        let waited = self.waits.take().is_some();
         // A node does not follow itself: what is in its name but not held by it is nobody's.
         let peer = peer.filter(|p| p.node_id != self.own.node_id);
         if self.following != peer || self.catching_up.take().is_some() {
             self.following.clone_from(&peer);
             out.push(Action::Follow(peer));
+        } else if waited {
+            out.push(Action::WaitsNoMore);
         }
     }
 

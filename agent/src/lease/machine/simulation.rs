@@ -614,7 +614,7 @@ impl World {
                     Write::Give { version, session: to.session, to: to.peer.node_id as usize - 1, term };
                 self.write(i, give);
             }
-            Action::HandedOver(_) | Action::Waits(_) | Action::Stopped => {}
+            Action::HandedOver(_) | Action::Waits(_) | Action::WaitsNoMore | Action::Stopped => {}
         }
     }
 

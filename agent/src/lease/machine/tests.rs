@@ -88,6 +88,18 @@ fn a_holder_that_renews_is_followed_and_a_silent_one_is_robbed_after_the_ttl() {
 }
 
 #[test]
+fn one_that_waited_says_so_no_more_when_whom_it_follows_goes_on() {
+    let mut m = machine(true);
+    m.handle(at(0), Event::Seen(view(7, Some((2, Epoch(3))), false)));
+    assert!(matches!(m.handle(at(10_000), Event::Tick)[..], [Action::Ask { .. }]));
+    let further =
+        Answer { peer: peer(2), can_stand: true, epoch: Epoch(3), standing: standing(6), databases: None };
+    let goes_first = Choice::LetGoFirst(peer(2));
+    assert_eq!(m.handle(at(10_001), heard(1, standing(5), vec![further])), [Action::Waits(goes_first)]);
+    assert_eq!(m.handle(at(10_002), Event::Seen(view(8, Some((2, Epoch(4))), false))), [Action::WaitsNoMore]);
+}
+
+#[test]
 fn one_that_is_no_candidate_never_stands() {
     let mut m = machine(false);
     m.handle(at(0), Event::Seen(view(7, Some((2, Epoch(3))), false)));
