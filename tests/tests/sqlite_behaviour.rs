@@ -64,6 +64,26 @@ fn journal_modes_switch_while_the_replica_reads() {
 }
 
 #[test]
+fn a_reader_that_still_has_the_wal_may_move_it_to_the_file_after_the_mode_was_switched() {
+    let fleet = Fleet::new();
+    let (primary, replica) = fleet.pair();
+    let db = primary.open("x.db");
+    set_journal_mode(&db, "wal");
+    exec(&db, "CREATE TABLE t(id INTEGER PRIMARY KEY, v);");
+    primary.wait_position_equal(&replica, "x.db");
+    let reader = replica.open("x.db");
+    wait_seen(&reader, "SELECT count(*) FROM t", "0");
+    set_journal_mode(&db, "delete");
+    for rows in 1..=5 {
+        exec(&db, "INSERT INTO t(v) VALUES (randomblob(5000))");
+        wait_seen(&reader, "SELECT count(*) FROM t", &rows.to_string());
+        // Behind FUSE it may be told that it may not write.
+        let _ = reader.execute_batch("PRAGMA wal_checkpoint");
+    }
+    assert_equal(&primary, &replica, "x.db");
+}
+
+#[test]
 fn journal_modes_switch_between_processes_on_the_primary() {
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();

@@ -342,7 +342,8 @@ impl Database {
             return;
         }
         if let Some(suspicion) = st.suspect.filter(|_| st.applied.position == st.position) {
-            let as_logged = if st.wal_mode {
+            // Readers from before a change of the mode have the WAL still, and get what comes through it.
+            let as_logged = if st.wal_mode || followed && self.has_wal() {
                 self.is_wal_as_logged(st)
             } else {
                 if followed {
@@ -371,6 +372,11 @@ impl Database {
     pub fn is_suspect_in_wal_mode(&self) -> bool {
         let st = self.state();
         st.wal_mode && st.suspect.is_some()
+    }
+
+    /// Whether there is a WAL that may have something.
+    pub(crate) fn has_wal(&self) -> bool {
+        std::fs::metadata(&self.paths.wal).is_ok_and(|wal| wal.len() > 0)
     }
 
     /// Whether there is the journal of a rollback-mode transaction that has not ended.

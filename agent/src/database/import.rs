@@ -153,8 +153,7 @@ impl Database {
     pub fn is_in_use(&self) -> bool {
         let hot =
             |path: &Path| File::open(path).and_then(|f| sqlite_file::journal::is_hot(&f)).unwrap_or(false);
-        let wal = self.paths.wal.metadata().is_ok_and(|m| m.len() > 0);
-        self.state().handles > 0 || wal || hot(&self.paths.journal)
+        self.state().handles > 0 || self.has_wal() || hot(&self.paths.journal)
     }
 
     /// What rename(2) of `source` to this database means: its content becomes this database's next transaction, and

@@ -154,7 +154,7 @@ impl Database {
         let mut first = [0; sqlite_file::header::HEADER_BYTES];
         let rollback = file.read_exact_at(&mut first, 0).is_ok()
             && DatabaseHeader::parse(&first).is_ok_and(|header| !header.is_wal());
-        if !rollback || std::fs::metadata(&self.paths.wal).is_ok_and(|m| m.len() > 0) {
+        if !rollback || self.has_wal() {
             return Ok(false);
         }
         let Some(journal) = open_if_there(&self.paths.journal)? else { return Ok(true) };

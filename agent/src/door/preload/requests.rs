@@ -429,8 +429,7 @@ fn capture_checkpointed(db: &Arc<Database>, st: &mut State) -> Result<(), Captur
     let begun = stamp()?;
     // Somebody may come, commit, and checkpoint into the file that is being read.
     let is_checkpointed = || {
-        let has_wal = std::fs::metadata(&db.paths().wal).is_ok_and(|wal| wal.len() > 0);
-        if has_wal || stamp()? != begun { Err(CaptureError::InUse) } else { Ok(()) }
+        if db.has_wal() || stamp()? != begun { Err(CaptureError::InUse) } else { Ok(()) }
     };
     if is_checkpointed().is_err() {
         st.rollback = Default::default();
