@@ -95,11 +95,6 @@ impl Connection {
         }
     }
 
-    /// Whether the process has gone, or the door is closed.
-    pub fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::Acquire)
-    }
-
     /// The memory it shares with the process.
     pub fn memory(&self) -> &SharedPage {
         &self.memory

@@ -15,15 +15,16 @@ use nix::sys::socket::{
     recv, sendmsg, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
-use shim_protocol::{Hello, LOCK_FILE_MAGIC, MAGIC, OPEN_MAGIC, VERSION, Welcome};
+use shim_protocol::{Hello, LOCK_FILE_MAGIC, MAGIC, OPEN_MAGIC, VERSION};
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 
 /// Between looks at what is done without the library.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -46,11 +47,25 @@ pub struct Listener {
     looking: JoinHandle<()>,
 }
 
-/// A process and the thread that serves it.
+/// A process that has connected, and the thread that serves it.
 struct Served {
     socket: OwnedFd,
-    connection: Arc<Connection>,
+    /// The process has gone, or the door is closed.
+    gone: CancellationToken,
+    /// Once it has said hello: who asks for a file has none.
+    connection: Arc<OnceLock<Arc<Connection>>>,
     thread: JoinHandle<()>,
+}
+
+impl Served {
+    /// Makes the thread end.
+    fn end(&self) {
+        // Before the look: a connection that is made now looks at this afterwards.
+        self.gone.cancel();
+        if let Some(connection) = self.connection.get() {
+            connection.end();
+        }
+    }
 }
 
 impl Listener {
@@ -103,7 +118,7 @@ impl Listener {
     }
 }
 
-fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections) {
+fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Arc<Connections>) {
     let mut served: Vec<Served> = Vec::new();
     // Their processes have gone, and what they have committed is being captured.
     let mut ending: Vec<Served> = Vec::new();
@@ -126,7 +141,7 @@ fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections)
         drop(fds);
         if ready[0] {
             let _ = stopped.read(&mut [0]);
-            served.iter().for_each(|s| s.connection.end());
+            served.iter().for_each(Served::end);
             served.append(&mut ending);
             served.into_iter().for_each(|s| reap(connections, s));
             return;
@@ -138,7 +153,7 @@ fn run(listening: &OwnedFd, mut stopped: &UnixStream, connections: &Connections)
                 ready[index - 1]
             })
             .collect();
-        gone.iter().for_each(|s| s.connection.end());
+        gone.iter().for_each(Served::end);
         ending.extend(gone);
         let ended: Vec<Served> = ending.extract_if(.., |s| s.thread.is_finished()).collect();
         ended.into_iter().for_each(|s| reap(connections, s));
@@ -159,10 +174,12 @@ fn reap(connections: &Connections, served: Served) {
     if served.thread.join().is_err() {
         tracing::error!("a thread that served a process with the preload library panicked");
     }
-    connections.all.lock().retain(|c| !Arc::ptr_eq(c, &served.connection));
+    if let Some(connection) = served.connection.get() {
+        connections.all.lock().retain(|c| !Arc::ptr_eq(c, connection));
+    }
 }
 
-fn accept(listening: &OwnedFd, connections: &Connections) -> io::Result<Option<Served>> {
+fn accept(listening: &OwnedFd, connections: &Arc<Connections>) -> io::Result<Option<Served>> {
     let accepted = match accept4(listening.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
         Ok(fd) => fd,
         // It has gone already.
@@ -174,53 +191,66 @@ fn accept(listening: &OwnedFd, connections: &Connections) -> io::Result<Option<S
     // SAFETY: a new descriptor that nobody else knows.
     let socket = unsafe { OwnedFd::from_raw_fd(accepted) };
     let peer = Peer::of(socket.as_fd())?;
+    let (gone, connection) = (CancellationToken::new(), Arc::new(OnceLock::new()));
+    let name = format!("preload-{}", peer.pid);
+    let (asked, closed, made, all) =
+        (socket.try_clone()?, gone.clone(), connection.clone(), connections.clone());
+    let thread = std::thread::Builder::new().name(name).spawn(move || {
+        let pid = peer.pid;
+        match serve_first(&asked, &closed, &made, &all, peer) {
+            Ok(Some(connection)) => {
+                drop(asked);
+                connection.serve();
+            }
+            Ok(None) => {}
+            // It was killed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            Err(error) => {
+                tracing::warn!(pid, %error, "a process is refused at the preload door");
+                // The other descriptor keeps the connection open until the listening thread sees the end.
+                let _ = nix::sys::socket::shutdown(asked.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+            }
+        }
+    })?;
+    Ok(Some(Served { socket, gone, connection, thread }))
+}
+
+/// Answers what a process says first. It wants a file, or says hello and gets a connection.
+fn serve_first(
+    socket: &OwnedFd,
+    gone: &CancellationToken,
+    made: &OnceLock<Arc<Connection>>,
+    connections: &Connections,
+    peer: Peer,
+) -> io::Result<Option<Arc<Connection>>> {
+    let words = first_words(socket)?;
+    let shared = &connections.shared;
+    if let Some(path) = words.strip_prefix(&LOCK_FILE_MAGIC.to_ne_bytes()) {
+        return lock_file::serve(socket, gone, &peer, shared, &*connections.locks, path).map(|()| None);
+    }
+    if let Some(path) = words.strip_prefix(&OPEN_MAGIC.to_ne_bytes()) {
+        return opening::serve(socket, &peer, &shared.dirs.files, path).map(|()| None);
+    }
+    let welcome = [MAGIC, VERSION];
+    if let Err(refused) = agree(&words) {
+        answer(socket, welcome, None)?;
+        return Err(refused);
+    }
     let memory = Arc::new(SharedPage::create()?);
-    let connection = Arc::new(Connection::new(
-        connections.shared.clone(),
-        connections.special.clone(),
-        memory.clone(),
-        peer.clone(),
-    ));
+    let connection =
+        Arc::new(Connection::new(shared.clone(), connections.special.clone(), memory.clone(), peer));
     {
         // In one step with becoming known, so that no change of the role is missed.
         let mut all = connections.all.lock();
         connections.tell(&connection);
         all.push(connection.clone());
     }
-    let (serving, greeted) = (connection.clone(), socket.try_clone()?);
-    let (shared, locks) = (connections.shared.clone(), connections.locks.clone());
-    let spawned = std::thread::Builder::new().name(format!("preload-{}", peer.pid)).spawn(move || {
-        let served = first_words(&greeted).and_then(|words| {
-            if let Some(path) = words.strip_prefix(&LOCK_FILE_MAGIC.to_ne_bytes()) {
-                lock_file::serve(&greeted, &serving, &peer, &shared, &*locks, path).map(|()| false)
-            } else if let Some(path) = words.strip_prefix(&OPEN_MAGIC.to_ne_bytes()) {
-                opening::serve(&greeted, &peer, &shared.dirs.files, path).map(|()| false)
-            } else {
-                greet(&greeted, &memory, &words).map(|()| true)
-            }
-        });
-        match served {
-            Ok(true) => {
-                drop(greeted);
-                serving.serve();
-            }
-            Ok(false) => {}
-            // It was killed meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-            Err(error) => {
-                tracing::warn!(pid = peer.pid, %error, "a process is refused at the preload door");
-                // The other descriptor keeps the connection open until the listening thread sees the end.
-                let _ = nix::sys::socket::shutdown(greeted.as_raw_fd(), nix::sys::socket::Shutdown::Both);
-            }
-        }
-    });
-    match spawned {
-        Ok(thread) => Ok(Some(Served { socket, connection, thread })),
-        Err(error) => {
-            connections.all.lock().retain(|c| !Arc::ptr_eq(c, &connection));
-            Err(error)
-        }
+    let connection = made.get_or_init(|| connection);
+    if gone.is_cancelled() {
+        connection.end();
     }
+    answer(socket, welcome, Some(memory.file().as_fd()))?;
+    Ok(Some(connection.clone()))
 }
 
 /// What a process says first.
@@ -232,23 +262,21 @@ fn first_words(socket: &OwnedFd) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Exchanges the versions, and gives the process the memory where they agree.
-fn greet(socket: &OwnedFd, memory: &SharedPage, words: &[u8]) -> io::Result<()> {
+/// Whether these are the words of a library of this version.
+fn agree(words: &[u8]) -> io::Result<()> {
     let word = |at: usize| {
         words.get(at..at + 4).map_or(0, |word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]]))
     };
-    let known = words.len() == size_of::<Hello>() && word(0) == MAGIC;
-    let fits = known && word(4) == VERSION;
-    let welcome = Welcome { magic: MAGIC, version: VERSION };
-    answer(socket, [welcome.magic, welcome.version], fits.then(|| memory.file().as_fd()))?;
-    match (known, fits) {
-        (_, true) => Ok(()),
-        (true, false) => Err(io::Error::other(format!(
+    if words.len() != size_of::<Hello>() || word(0) != MAGIC {
+        return Err(io::Error::other("what it says is not the preload library's hello"));
+    }
+    if word(4) != VERSION {
+        return Err(io::Error::other(format!(
             "its preload library speaks version {}, this agent {VERSION}: update both and restart the application",
             word(4)
-        ))),
-        (false, false) => Err(io::Error::other("what it says is not the preload library's hello")),
+        )));
     }
+    Ok(())
 }
 
 /// Sends two words and a descriptor.

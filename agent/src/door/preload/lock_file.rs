@@ -3,7 +3,6 @@
 //! The process gets a file in memory. Its open file description, which forks and duplicates share, has been given an
 //! `flock`; when that lock can be had here, the last of them has closed it, or died.
 
-use super::connection::Connection;
 use super::listener::answer;
 use super::peer::Peer;
 use crate::database::Shared;
@@ -14,13 +13,12 @@ use shim_protocol::LOCK_FILE_MAGIC;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 /// Answers one process; returns when it has its answer, or has gone.
 pub fn serve(
     socket: &OwnedFd,
-    connection: &Arc<Connection>,
+    gone: &CancellationToken,
     peer: &Peer,
     shared: &Shared,
     locks: &dyn HaltLocks,
@@ -28,10 +26,11 @@ pub fn serve(
 ) -> io::Result<()> {
     let closed = CancellationToken::new();
     let release = closed.clone().drop_guard();
-    let opener = |waiting: Arc<Connection>| Opener {
+    let waiting = gone.clone();
+    let opener = Opener {
         pid: peer.pid.unsigned_abs(),
         closed,
-        has_given_up: Box::new(move || waiting.has_ended()),
+        has_given_up: Box::new(move || waiting.is_cancelled()),
     };
     let got = (|| {
         let path = std::str::from_utf8(path).map_err(|_| libc::ENOENT)?;
@@ -41,7 +40,7 @@ pub fn serve(
         }
         let (tell, told) = std::sync::mpsc::sync_channel(1);
         // Nobody waits for it only if this thread has ended.
-        locks.acquire(db, opener(connection.clone()), Box::new(move |got| _ = tell.send(got)));
+        locks.acquire(db, opener, Box::new(move |got| _ = tell.send(got)));
         told.recv().unwrap_or(Err(libc::ENOLCK))
     })();
     if let Err(error) = got {
