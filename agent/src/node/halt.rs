@@ -532,12 +532,11 @@ impl Node {
             if gone.is_cancelled() {
                 return Err("nobody waits for it any more".into());
             }
-            let url = {
-                let role = self.role();
-                let upstream = role.upstream.as_ref().filter(|_| role.name == RoleName::Replica);
-                upstream.map(|upstream| upstream.url.clone())
-            };
-            let url = url.ok_or("this host follows nobody: there is no primary to get the lock from")?;
+            let role = self.role();
+            let upstream = role.upstream.filter(|_| role.name == RoleName::Replica);
+            let url = upstream
+                .map(|upstream| upstream.url)
+                .ok_or("this host follows nobody: there is no primary to get the lock from")?;
             let client = HaltClient::new(&url, self.follow_options(), self.shared.node_id, lock.clone());
             let client = client.map_err(|error| error.to_string())?;
             let sent = clock::now();

@@ -81,25 +81,23 @@ impl Node {
             name: role.name,
             epoch: self.shared.epoch().0,
             since_unix_ms: role.since_unix_ms,
-            upstream: role.upstream.as_ref().map(|u| UpstreamStatus {
-                url: u.url.clone(),
-                hostname: u.hostname.clone(),
+            upstream: role.upstream.map(|u| UpstreamStatus {
+                url: u.url,
+                hostname: u.hostname,
                 connected: u.connected,
                 last_heartbeat_unix_ms: (heard > 0).then_some(heard),
             }),
-            waits: role.waits.clone(),
+            waits: role.waits,
         }
     }
 
     /// Whether applications here can see all that the upstream has told of; a primary is.
     fn is_caught_up(&self) -> bool {
-        let connected = {
-            let role = self.role();
-            if role.name == RoleName::Primary {
-                return true;
-            }
-            role.upstream.as_ref().is_some_and(|upstream| upstream.connected)
-        };
+        let role = self.role();
+        if role.name == RoleName::Primary {
+            return true;
+        }
+        let connected = role.upstream.is_some_and(|upstream| upstream.connected);
         // A copy: a database's state must not be waited for while the stream tells positions.
         let heard: Vec<_> =
             self.heard.lock().iter().map(|(name, heard)| (name.clone(), heard.position.txid)).collect();

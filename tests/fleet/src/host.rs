@@ -314,7 +314,7 @@ impl Host {
 
     /// The end of the host's journal, for the message of a failed test.
     pub fn journal(&self) -> String {
-        self.try_run("journalctl --no-pager --lines 60 --output short-monotonic")
+        self.try_run("journalctl --no-pager --lines 100 --output short-monotonic")
             .map_or_else(|error| format!("{error:#}"), |outcome| outcome.stdout)
     }
 

@@ -116,11 +116,10 @@ impl Drop for Fleet {
 
 /// What somebody needs who asks why the test failed.
 fn tell(host: &Host) {
-    let ask = "litefs status --json; journalctl -n 100 -o short-precise -p info --no-hostname";
-    match host.try_run(ask) {
-        Ok(outcome) => eprintln!("---- {}\n{}{}", host.name(), outcome.stdout, outcome.stderr),
-        Err(error) => eprintln!("---- {}: {error:#}", host.name()),
-    }
+    let status = host.try_run("litefs status --json");
+    let status =
+        status.map_or_else(|error| format!("{error:#}\n"), |outcome| outcome.stdout + &outcome.stderr);
+    eprintln!("---- {}\n{status}{}", host.name(), host.journal());
 }
 
 /// Removes what a killed test process left: its hosts died with it, their files and control groups remained.
