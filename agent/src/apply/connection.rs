@@ -2,7 +2,7 @@
 
 use super::database_lock::DatabaseLock;
 use super::files::{Files, Patience};
-use super::{ApplyError, rollback_journal};
+use super::{ApplyError, lock_wait, rollback_journal};
 use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
 use sqlite_file::locks::{
     LockGuard, LockKind, WAL_CHECKPOINT, WAL_DMS, WAL_READ_MARKS, WAL_READERS, WAL_REBUILD, WAL_WRITE,
@@ -116,12 +116,8 @@ impl WalConnection {
 
     /// As [`WalConnection::write_lock`], among writers who take it again and again.
     pub fn insist_on_write_lock(&self, patience: &Patience) -> Result<LockGuard, ApplyError> {
-        let mut guard = None;
-        let got = patience.insist(|| {
-            guard = LockGuard::try_acquire(&self.shm, LockKind::Write, WAL_WRITE)?;
-            Ok(guard.is_some())
-        });
-        got.map_err(self.files.io("lock", &self.files.shm))?;
+        let guard = lock_wait::acquire(&self.shm, LockKind::Write, WAL_WRITE, patience);
+        let guard = guard.map_err(self.files.io("lock", &self.files.shm))?;
         guard.ok_or_else(|| self.files.busy("the write lock of the WAL", patience))
     }
 

@@ -22,13 +22,18 @@ impl Patience {
         Patience { begun: Instant::now(), bound }
     }
 
+    /// How long is left.
+    pub fn left(&self) -> Duration {
+        self.bound.saturating_sub(self.begun.elapsed())
+    }
+
     /// As [`Patience::poll`], without longer pauses: among others who want the same all the time.
     pub fn insist(&self, mut attempt: impl FnMut() -> io::Result<bool>) -> io::Result<bool> {
         loop {
             if attempt()? {
                 return Ok(true);
             }
-            if self.begun.elapsed() >= self.bound {
+            if self.left().is_zero() {
                 return Ok(false);
             }
             std::thread::sleep(Duration::from_micros(50));
@@ -42,7 +47,7 @@ impl Patience {
             if attempt()? {
                 return Ok(true);
             }
-            let left = self.bound.saturating_sub(self.begun.elapsed());
+            let left = self.left();
             if left.is_zero() {
                 return Ok(false);
             }

@@ -23,6 +23,7 @@ mod error;
 mod files;
 mod hold;
 mod in_place;
+mod lock_wait;
 mod page_count;
 mod rollback_journal;
 mod source;

@@ -20,13 +20,13 @@ use std::time::{Duration, Instant};
 /// How long a successor may take to get what it lacks, before any writer waits.
 const CATCH_UP: Duration = Duration::from_secs(5);
 /// How long the running transactions may take to end.
-const HOLD: Duration = Duration::from_secs(1);
+const HOLD: Duration = Duration::from_secs(3);
 /// How long writers wait for the last acknowledgements.
 const DRAIN: Duration = Duration::from_secs(1);
 /// How long another node may take to answer a question.
 const ANSWER: Duration = Duration::from_secs(1);
 /// How long a whole handoff may take.
-const HANDOFF: Duration = Duration::from_secs(12);
+const HANDOFF: Duration = Duration::from_secs(16);
 
 /// A database whose writers wait.
 pub(super) type Held = (Arc<Database>, WriterHold);

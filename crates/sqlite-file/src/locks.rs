@@ -80,41 +80,40 @@ fn flock(kind: libc::c_int, range: LockRange) -> libc::flock {
     lock
 }
 
-fn set_lock(file: &File, kind: libc::c_int, range: LockRange) -> io::Result<bool> {
+fn set_lock(file: &File, command: libc::c_int, kind: libc::c_int, range: LockRange) -> io::Result<()> {
     let lock = flock(kind, range);
     // SAFETY: the descriptor is open for the duration of the call, and `lock` outlives it.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == 0 {
-        return Ok(true);
+    if unsafe { libc::fcntl(file.as_raw_fd(), command, &lock) } == 0 {
+        return Ok(());
     }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => Ok(false),
-        _ => Err(error),
+    Err(io::Error::last_os_error())
+}
+
+fn fcntl_kind(kind: LockKind) -> libc::c_int {
+    match kind {
+        LockKind::Read => libc::F_RDLCK,
+        LockKind::Write => libc::F_WRLCK,
     }
 }
 
 /// Takes a lock, or changes the kind of one that this open file already has. `false`: somebody else is in the way.
 /// A write lock needs a file opened for writing.
 pub fn try_lock(file: &File, kind: LockKind, range: LockRange) -> io::Result<bool> {
-    let kind = match kind {
-        LockKind::Read => libc::F_RDLCK,
-        LockKind::Write => libc::F_WRLCK,
-    };
-    set_lock(file, kind, range)
+    match set_lock(file, libc::F_OFD_SETLK, fcntl_kind(kind), range) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Gives a range back; it need not be locked.
 pub fn unlock(file: &File, range: LockRange) -> io::Result<()> {
-    set_lock(file, libc::F_UNLCK, range).map(|_| ())
+    set_lock(file, libc::F_OFD_SETLK, libc::F_UNLCK, range)
 }
 
 /// Who else would keep this open file from taking the lock, without taking it.
 pub fn conflicting_holder(file: &File, kind: LockKind, range: LockRange) -> io::Result<Option<LockHolder>> {
-    let wanted = match kind {
-        LockKind::Read => libc::F_RDLCK,
-        LockKind::Write => libc::F_WRLCK,
-    };
-    let mut lock = flock(wanted, range);
+    let mut lock = flock(fcntl_kind(kind), range);
     // SAFETY: the descriptor is open for the duration of the call, and `lock` is writable and outlives it.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) } != 0 {
         return Err(io::Error::last_os_error());
@@ -138,6 +137,15 @@ impl LockGuard {
     /// Takes the lock; `None`: somebody else is in the way.
     pub fn try_acquire(file: &Arc<File>, kind: LockKind, range: LockRange) -> io::Result<Option<Self>> {
         Ok(try_lock(file, kind, range)?.then(|| LockGuard { file: Arc::clone(file), range }))
+    }
+
+    /// Takes the lock as soon as nobody is in the way.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Interrupted`]: a signal came first.
+    pub fn wait(file: &Arc<File>, kind: LockKind, range: LockRange) -> io::Result<Self> {
+        set_lock(file, libc::F_OFD_SETLKW, fcntl_kind(kind), range)?;
+        Ok(LockGuard { file: Arc::clone(file), range })
     }
 
     /// Changes the kind of the lock; `false`: somebody else is in the way and the lock stays as it was.
