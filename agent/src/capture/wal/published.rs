@@ -13,6 +13,7 @@ use sqlite_file::wal::{FrameHeader, Salts, frame_bytes, frame_offset};
 use sqlite_file::wal_index::IndexHeader;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 
 /// So many commits that wait together become a transaction each; more become one, so that the agent catches up with a
@@ -241,7 +242,11 @@ pub fn take_back_unpublished(db: &Database, st: &mut State, file: &File) -> Resu
         take_back(st, last);
     }
     if capture_put_back(db, st, file, page_count)?.is_some() {
-        tracing::info!(database = %db.name, "a writer died before it published its transaction: taken back");
+        tracing::info!(
+            database = %db.name,
+            "a writer died before it published its transaction, or somebody wrote without the preload library: a \
+             transaction of its own has what counts"
+        );
     }
     Ok(())
 }
@@ -279,6 +284,23 @@ fn frame_header(db: &Database, st: &State, file: &File, at: u64) -> Result<Frame
     Ok(header)
 }
 
+/// Whether the frame at an offset still is one of this generation. A WAL that has been let go may begin anew at any time,
+/// with frames that nobody has published: all that it had is in the database file then.
+fn is_frame_of(
+    db: &Database,
+    file: &File,
+    at: u64,
+    generation: Generation,
+    pgno: u32,
+) -> Result<bool, CaptureError> {
+    let mut header = [0; FRAME_HEADER_BYTES as usize];
+    match file.read_exact_at(&mut header, at) {
+        Ok(()) => Ok(generation.owns(&header) && header[..4] == pgno.to_be_bytes()),
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(e) => Err(db.wal_error(e)),
+    }
+}
+
 /// Logs the pages of committed frames.
 fn capture(
     db: &Database,
@@ -302,15 +324,22 @@ fn capture(
         Commit { page_size: generation.page_size, page_count, pages: &pages, wal: Some(wal), may_hold };
     let committed = std::mem::take(&mut st.wal.committed);
     let database = if pages.len() > newest.len() { st.database_file(db).ok() } else { None };
-    let mut read = |pgno: u32, buf: &mut [u8]| match newest.get(&pgno).or_else(|| committed.get(&pgno)) {
-        Some(offset) => file.read_exact_at(buf, offset + FRAME_HEADER_BYTES).map_err(|e| db.wal_error(e)),
-        None => match &database {
-            Some(database) => db.read_database_page(database, pgno, buf),
-            None => {
+    let mut read = |pgno: u32, buf: &mut [u8]| {
+        let mut offset = newest.get(&pgno).copied();
+        if offset.is_none()
+            && let Some(at) = committed.get(&pgno)
+            && is_frame_of(db, file, *at, generation, pgno)?
+        {
+            offset = Some(*at);
+        }
+        match (offset, &database) {
+            (Some(at), _) => file.read_exact_at(buf, at + FRAME_HEADER_BYTES).map_err(|e| db.wal_error(e)),
+            (None, Some(database)) => db.read_database_page(database, pgno, buf),
+            (None, None) => {
                 buf.fill(0);
                 Ok(())
             }
-        },
+        }
     };
     let logged = log_transaction(db, st, &commit, &mut read);
     st.wal.committed = committed;
@@ -319,4 +348,65 @@ fn capture(
     st.wal.committed_end = end;
     st.wal.reverted.clear();
     Ok(logged)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::DatabaseName;
+    use crate::database::{Database, Dirs, Shared};
+    use crate::log::{CommitLog, Options};
+    use crate::ship::engine::Epoch;
+    use rusqlite::Connection;
+    use std::sync::Arc;
+
+    /// A primary behind the preload door, and an application whose library asks nothing by itself.
+    fn primary(dir: &tempfile::TempDir) -> (Arc<Database>, Connection) {
+        let dirs = Dirs::new(dir.path().join("data"), dir.path().join("mount"));
+        for dir in [&dirs.files, &dirs.checksums, &dirs.staging] {
+            std::fs::create_dir_all(dir).unwrap();
+        }
+        let log = CommitLog::open(&dirs.log, Options::default()).unwrap();
+        let shared = Shared::new(Arc::new(log), dirs, 1, Epoch(1));
+        shared.follow_wals(|_| {});
+        shared.begin_writes(Epoch(1));
+        let db = shared.database_or_new(&DatabaseName::new("a.db").unwrap());
+        let application = Connection::open(&db.paths().database).unwrap();
+        application
+            .execute_batch(
+                "pragma journal_mode = wal; pragma wal_autocheckpoint = 0; create table t(x);
+                 with n(i) as (select 1 union all select i + 1 from n limit 50)
+                 insert into t select randomblob(3000) from n; update t set x = randomblob(3000);",
+            )
+            .unwrap();
+        db.follow_wal(&mut db.state()).unwrap();
+        (db, application)
+    }
+
+    /// It is suspected that somebody has written to the file, while the WAL has nothing that counts; then the WAL ends.
+    fn suspect(db: &Database, meanwhile: impl FnOnce()) {
+        db.capture_file_under_wal(&mut db.state()).unwrap();
+        assert!(db.state().wal.puts_pages_back());
+        meanwhile();
+        db.end_wal(&mut db.state()).unwrap();
+    }
+
+    #[test]
+    fn what_a_wal_that_has_ended_had_is_read_from_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, application) = primary(&dir);
+        let position = db.state().position;
+        application.execute_batch("pragma wal_checkpoint(restart)").unwrap();
+        db.end_wal(&mut db.state()).unwrap();
+        // Frames of a transaction that is never committed take the place of those that were.
+        application.execute_batch("pragma cache_size = 1; begin; update t set x = randomblob(3000)").unwrap();
+        suspect(&db, || application.execute_batch("rollback").unwrap());
+        assert_eq!(db.state().position, position, "nothing has changed");
+
+        application.execute_batch("pragma wal_checkpoint(truncate)").unwrap();
+        suspect(&db, || {});
+        assert_eq!(db.state().position, position, "nothing has changed");
+        application.execute_batch("update t set x = randomblob(3000)").unwrap();
+        db.follow_wal(&mut db.state()).unwrap();
+        assert_ne!(db.state().position, position);
+    }
 }
