@@ -355,6 +355,11 @@ impl Host {
 
     /// Runs another binary from the next start on.
     pub fn use_binary(&self, path: &Path) -> &Host {
+        // What has just been written cannot be run while a process that was forked meanwhile has it open.
+        wait_for("the program can be run", PATIENCE, || match Command::new(path).arg("--version").output() {
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => None,
+            other => Some(other.expect("the program runs")),
+        });
         *lock(&self.binary) = path.to_owned();
         self
     }
