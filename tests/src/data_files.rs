@@ -26,6 +26,20 @@ pub fn mark(host: &Host, database: &str) -> u64 {
     u64::from_le_bytes(txid)
 }
 
+/// Commits something, kills the agent before it has marked that durable, and gives the position. Where the disk takes longer
+/// than an agent waits with that, it is committed again.
+pub fn kill_before_it_marks(host: &Host, database: &str, sql: &str) -> String {
+    loop {
+        host.sql(database, sql);
+        let (position, txid) = (host.position(database).expect("it is there"), host.txid(database));
+        host.kill();
+        if mark(host, database) < txid {
+            return position;
+        }
+        host.start();
+    }
+}
+
 /// The segments of a log, oldest first.
 pub fn segments(host: &Host) -> Vec<PathBuf> {
     let files = fs::read_dir(host.data().join("log")).expect("there is a log");

@@ -1,7 +1,7 @@
 //! What an agent makes of a data directory that a crash has left: of itself, or of an application. That of a host is in
 //! `power_failure`.
 
-use litefs_tests::data_files::{flip, mark, sidecar};
+use litefs_tests::data_files::{flip, kill_before_it_marks, sidecar};
 use litefs_tests::{
     Fleet, Host, Random, Role, Shell, SystemCall, assert_equal, assert_nothing_diverged, is_about_fuse,
     replace_system_calls, sqlite3,
@@ -188,19 +188,6 @@ fn a_commit_whose_writer_died_before_publishing_it_is_there_everywhere_or_nowher
         assert_equal(&primary, &replica, "app.db");
         primary.sql("app.db", "UPDATE a SET x = 3; UPDATE b SET x = 3;");
         assert_equal(&primary, &replica, "app.db");
-    }
-}
-
-/// Commits something, kills the agent before it has marked that durable, and gives the position.
-fn kill_before_it_marks(host: &Host, database: &str, sql: &str) -> String {
-    loop {
-        host.sql(database, sql);
-        let (position, txid) = (host.position(database).expect("it is there"), host.txid(database));
-        host.kill();
-        if mark(host, database) < txid {
-            return position;
-        }
-        host.start();
     }
 }
 

@@ -1,7 +1,7 @@
 //! Files that were damaged while no agent looked: what is not as the log says is never served, and never goes without a
 //! word.
 
-use litefs_tests::data_files::{flip, mark, segments};
+use litefs_tests::data_files::{flip, kill_before_it_marks, mark, segments};
 use litefs_tests::{Fleet, Host, assert_equal, litefs, try_run};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -153,15 +153,14 @@ fn a_segment_with_a_damaged_header_costs_the_history_and_not_the_databases() {
     nothing_disappears_without_a_word(false, |segment| flip(segment, 40));
 }
 
-/// The file of a transaction of 10 MB in `big.db`, which is in no segment of the log.
+/// A transaction of 10 MB, whose content is in no segment of the log.
+const LARGE: &str =
+    "PRAGMA journal_mode=WAL; CREATE TABLE IF NOT EXISTS t(x);\nINSERT INTO t VALUES (randomblob(10000000));";
+
+/// The file of the newest such transaction in `big.db`.
 fn large_transaction(host: &Host) -> PathBuf {
-    host.sql("good.db", "CREATE TABLE t(x); INSERT INTO t VALUES (1);");
-    host.sql(
-        "big.db",
-        "PRAGMA journal_mode=WAL; CREATE TABLE t(x);\nINSERT INTO t VALUES (randomblob(10000000));",
-    );
     let file = fs::read_dir(host.data().join("ltx/big.db")).expect("it is in a file of its own");
-    file.map(|entry| entry.expect("it can be listed").path()).next().expect("one file")
+    file.map(|entry| entry.expect("it can be listed").path()).max().expect("one file")
 }
 
 fn flip_in_the_middle(file: &Path) {
@@ -172,6 +171,8 @@ fn flip_in_the_middle(file: &Path) {
 fn a_damaged_file_of_a_large_transaction_is_not_sent() {
     let fleet = Fleet::new();
     let primary = fleet.primary("a");
+    primary.sql("good.db", "CREATE TABLE t(x); INSERT INTO t VALUES (1);");
+    primary.sql("big.db", LARGE);
     let file = large_transaction(&primary);
     flip_in_the_middle(&file);
     let verified = try_run(Command::new(litefs()).args(["ltx", "verify"]).arg(&file));
@@ -186,17 +187,12 @@ fn a_damaged_file_of_a_large_transaction_is_not_sent() {
 
 #[test]
 fn a_damaged_file_of_a_large_transaction_is_not_replayed() {
-    let (fleet, primary, file) = loop {
-        let fleet = Fleet::new();
-        let primary = fleet.primary("a");
-        let file = large_transaction(&primary);
-        let needed = primary.txid("big.db");
-        primary.kill();
-        // The database itself is made durable 5 s after the start; nobody needs the file any more then.
-        if mark(&primary, "big.db") < needed {
-            break (fleet, primary, file);
-        }
-    };
+    let fleet = Fleet::new();
+    let primary = fleet.primary("a");
+    primary.sql("good.db", "CREATE TABLE t(x); INSERT INTO t VALUES (1);");
+    // Once the database itself is durable, nobody needs the file any more.
+    kill_before_it_marks(&primary, "big.db", LARGE);
+    let file = large_transaction(&primary);
     flip_in_the_middle(&file);
     // The database is set aside under its name, the other runs.
     primary.expect_error("damaged").expect_error("quarantined");
