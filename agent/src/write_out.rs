@@ -1,6 +1,7 @@
 //! Written data on its way to the disk in small pieces. A sync of megabytes at once would hold up, for as long as the
 //! disk takes for them, the syncs of the log that commits wait for.
 
+use sqlite_file::untimed::Untimed;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -37,7 +38,7 @@ pub fn finish(file: &File, range: Range<u64>) -> io::Result<()> {
 /// # Errors
 /// As [`finish`].
 pub fn whole(file: &File) -> io::Result<()> {
-    let len = file.metadata()?.len();
+    let len = Untimed::of(file)?.size;
     let piece = PIECE_BYTES.max(len.div_ceil(PIECES_MAX).next_multiple_of(4096));
     let mut at = 0;
     while at < len {

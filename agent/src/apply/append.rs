@@ -5,6 +5,7 @@ use super::files::{Files, Patience};
 use super::{ApplyError, DatabaseShape, Durability, TransactionHeader, TransactionSource};
 use crate::write_out;
 use sqlite_file::header::lock_page;
+use sqlite_file::untimed::Untimed;
 use sqlite_file::wal::{
     FRAME_HEADER_BYTES, FrameHeader, Salts, WAL_HEADER_BYTES, WalChecksum, WalHeader, frame_offset,
 };
@@ -112,7 +113,7 @@ impl WalConnection {
                     + u64::from(published.page_size)
             }
         };
-        if self.wal.metadata().map_err(files.io("inspect", &files.wal))?.len() > end {
+        if Untimed::of(&self.wal).map_err(files.io("inspect", &files.wal))?.size > end {
             self.wal.set_len(end).map_err(files.io("truncate", &files.wal))?;
         }
         self.tail_is_clean = true;
@@ -168,7 +169,7 @@ impl WalConnection {
                 files.check_whole(&transaction, count)?;
                 // A connection that meets another page size first takes the number of pages from the file's size.
                 let bytes = u64::from(transaction.commit) * u64::from(transaction.page_size);
-                let now = self.database.metadata().map_err(files.io("inspect", &files.database))?.len();
+                let now = Untimed::of(&self.database).map_err(files.io("inspect", &files.database))?.size;
                 self.database.set_len(bytes.max(now)).map_err(files.io("extend", &files.database))?;
                 shape.page_size = transaction.page_size;
             }

@@ -5,6 +5,7 @@ use super::CheckpointOutcome;
 use super::connection::WalConnection;
 use super::files::Files;
 use sqlite_file::locks::{LockKind, WAL_CHECKPOINT, WAL_READ_MARKS, wal_read};
+use sqlite_file::untimed::Untimed;
 use sqlite_file::wal::{CommittedWal, FRAME_HEADER_BYTES, frame_offset};
 use sqlite_file::wal_index::READ_MARK_UNUSED;
 use std::collections::BTreeMap;
@@ -98,7 +99,7 @@ pub(super) fn fold_wal(files: &Files, database: &File) -> Result<(), ApplyError>
         Err(e) => return Err(files.io("open", &files.wal)(e)),
     };
     // The WAL of a database that is empty belongs to an older one of that name; SQLite deletes it as well.
-    let empty = database.metadata().map_err(files.io("inspect", &files.database))?.len() == 0;
+    let empty = Untimed::of(database).map_err(files.io("inspect", &files.database))?.size == 0;
     if !empty
         && let Some(committed) = CommittedWal::read(&wal).map_err(|e| files.wal_error(e))?
         && committed.end.frames > 0

@@ -8,10 +8,11 @@ use sqlite_file::locks::{
     LockGuard, LockKind, WAL_CHECKPOINT, WAL_DMS, WAL_READ_MARKS, WAL_READERS, WAL_REBUILD, WAL_WRITE,
     conflicting_holder, wal_read,
 };
+use sqlite_file::untimed::Untimed;
 use sqlite_file::wal::{Scanner, WAL_VERSION, WalError, WalHeader};
 use sqlite_file::wal_index::{IndexHeader, READ_MARK_UNUSED, WalIndex};
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -90,9 +91,9 @@ impl WalConnection {
         if !self.index.is_whole().map_err(self.files.io("inspect", &self.files.shm))? {
             return Ok(false);
         }
-        let open = self.database.metadata().map_err(self.files.io("inspect", &self.files.database))?;
-        match std::fs::metadata(&self.files.database) {
-            Ok(there) => Ok((there.dev(), there.ino()) == (open.dev(), open.ino())),
+        let open = Untimed::of(&self.database).map_err(self.files.io("inspect", &self.files.database))?;
+        match Untimed::at(&self.files.database) {
+            Ok(there) => Ok(there.inode == open.inode),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
             Err(e) => Err(self.files.io("inspect", &self.files.database)(e)),
         }
@@ -247,7 +248,7 @@ fn hold_dead_mans_switch(
 
 /// Whether SQLite reads the database through a WAL: the header says so, or a WAL is there. An empty database never.
 pub(super) fn uses_wal(files: &Files, database: &File) -> Result<bool, ApplyError> {
-    let bytes = database.metadata().map_err(files.io("inspect", &files.database))?.len();
+    let bytes = Untimed::of(database).map_err(files.io("inspect", &files.database))?.size;
     if bytes == 0 {
         return Ok(false);
     }

@@ -114,7 +114,7 @@ impl Files {
     /// Opens a file beside the database, creating it with the database's mode and owner as SQLite does.
     pub fn open_beside(&self, path: &Path, database: &File) -> Result<File, ApplyError> {
         let like = database.metadata().map_err(self.io("inspect", &self.database))?;
-        let mode = write_protection::mode(database, &like) & 0o777;
+        let mode = write_protection::mode(database, like.mode()) & 0o777;
         let open = || match open_existing(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 match create(path, mode, Some((like.uid(), like.gid()))) {

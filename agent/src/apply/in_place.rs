@@ -8,6 +8,7 @@ use super::files::{self, Files};
 use super::rollback_journal::{self, RollbackJournal};
 use super::{ApplyError, DatabaseShape, TransactionHeader, TransactionSource};
 use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
+use sqlite_file::untimed::Untimed;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -104,7 +105,7 @@ impl<'a> InPlace<'a> {
 
     /// Starts the journal.
     fn begin(&mut self, transaction: &TransactionHeader) -> Result<(), ApplyError> {
-        let bytes = self.database.metadata().map_err(self.files.io("inspect", &self.files.database))?.len();
+        let bytes = Untimed::of(&self.database).map_err(self.files.io("inspect", &self.files.database))?.size;
         let page_size = if bytes == 0 {
             transaction.page_size
         } else {
@@ -161,7 +162,7 @@ impl<'a> InPlace<'a> {
     fn commit(&mut self, shape: DatabaseShape) -> Result<(), ApplyError> {
         let (files, database) = (self.files, &self.database);
         let wanted = u64::from(shape.page_count) * u64::from(shape.page_size);
-        let now = database.metadata().map_err(files.io("inspect", &files.database))?.len();
+        let now = Untimed::of(database).map_err(files.io("inspect", &files.database))?.size;
         if now < wanted {
             database.set_len(wanted).map_err(files.io("extend", &files.database))?;
         }

@@ -5,6 +5,7 @@ use super::files::Patience;
 use super::{Applier, ApplyError};
 use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
 use sqlite_file::locks::{LockKind, WAL_READERS, wal_read};
+use sqlite_file::untimed::Untimed;
 use sqlite_file::wal_index::IndexHeader;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -73,7 +74,7 @@ impl WalConnection {
         let mut start = [0; HEADER_BYTES];
         self.database.read_exact_at(&mut start, 0).map_err(files.io("read", &files.database))?;
         let Ok(database) = DatabaseHeader::parse(&start) else { return Ok(false) };
-        let bytes = self.database.metadata().map_err(files.io("inspect", &files.database))?.len();
+        let bytes = Untimed::of(&self.database).map_err(files.io("inspect", &files.database))?.size;
         // Rounded up, as SQLite's pager does; what page 1 says of the size is compared with it by the reader.
         let Ok(page_count) = u32::try_from(bytes.div_ceil(u64::from(database.page_size))) else {
             return Ok(false);

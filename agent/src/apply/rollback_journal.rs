@@ -36,7 +36,7 @@ impl RollbackJournal {
     /// is no journal ([`recover`]).
     pub fn begin(files: &Files, database: &File, page_size: u32, pages: u32) -> Result<Self, ApplyError> {
         let like = database.metadata().map_err(files.io("inspect", &files.database))?;
-        let mode = write_protection::mode(database, &like) & 0o777;
+        let mode = write_protection::mode(database, like.mode()) & 0o777;
         let file = files::create(&files.journal, mode, Some((like.uid(), like.gid())))
             .map_err(files.io("create", &files.journal))?;
         let mut nonce = [0u8; 4];

@@ -15,9 +15,9 @@ use crate::log::{LogError, Lsn, NewRecord, RecordKind, WalEnd};
 use crate::ship::engine::{RecordPayload, ShippedRecord};
 use bytes::Bytes;
 use ltx::{Checksum, Encoder, Header, Owner, Pos, Txid, lock_page, page_checksum};
+use sqlite_file::untimed::Untimed;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -289,9 +289,9 @@ pub fn unix_ms() -> i64 {
 
 /// Owner and mode of a database file, for the replicas' copies.
 fn owner_of(file: &File) -> Option<Owner> {
-    let m = file.metadata().ok()?;
-    let mode = write_protection::mode(file, &m);
-    Some(Owner { uid: m.uid(), gid: m.gid(), mode: (mode & 0o7777) as u16 })
+    let now = Untimed::of(file).ok()?;
+    let mode = write_protection::mode(file, now.mode);
+    Some(Owner { uid: now.uid, gid: now.gid, mode: (mode & 0o7777) as u16 })
 }
 
 /// Where an LTX file is being written: memory for the usual transaction, a file for a large one.

@@ -6,12 +6,13 @@ use crate::capture::wal::published::{self, HeldCommit};
 use crate::capture::{CaptureError, Logged};
 use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
 use sqlite_file::locks::{LockGuard, LockKind, WAL_CHECKPOINT};
+use sqlite_file::untimed::Untimed;
 use sqlite_file::wal::{FRAME_HEADER_BYTES, Scanner, WalEnd, WalError, WalHeader};
 use sqlite_file::wal_index::IndexHeader;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -478,7 +479,7 @@ impl Followed {
     /// Opens what is there; forgets what has been removed. `false`: there is no WAL.
     fn open(&mut self, db: &Database) -> Result<bool, CaptureError> {
         for (file, path) in [(&mut self.wal, &db.paths.wal), (&mut self.index, &db.paths.shm)] {
-            if file.as_ref().is_some_and(|f| f.metadata().is_ok_and(|m| m.nlink() == 0)) {
+            if file.as_ref().is_some_and(|f| Untimed::of(f).is_ok_and(|f| f.links == 0)) {
                 *file = None;
             }
             if file.is_none() {

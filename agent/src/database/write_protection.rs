@@ -147,9 +147,8 @@ pub fn is_made_like(beside: &Metadata, database: &Metadata) -> bool {
     beside.is_file() && beside.nlink() == 1 && beside.mode() & 0o7777 == database.mode() & 0o777
 }
 
-/// Mode of a database file by rights.
-pub fn mode(file: &File, metadata: &Metadata) -> u32 {
-    let mode = metadata.mode();
+/// Mode by rights of a database file that has this mode now.
+pub fn mode(file: &File, mode: u32) -> u32 {
     if mode & WRITE_BITS != 0 {
         return mode;
     }
@@ -158,9 +157,9 @@ pub fn mode(file: &File, metadata: &Metadata) -> u32 {
 }
 
 /// The same of the file with this path, or of the directory that it would be in.
-pub fn mode_at(path: &Path, metadata: &Metadata) -> u32 {
-    let file = if metadata.mode() & WRITE_BITS == 0 { open(path).ok() } else { None };
-    file.map_or(metadata.mode(), |file| mode(&file, metadata))
+pub fn mode_at(path: &Path, now: u32) -> u32 {
+    let file = if now & WRITE_BITS == 0 { open(path).ok() } else { None };
+    file.map_or(now, |file| mode(&file, now))
 }
 
 #[cfg(test)]
@@ -175,7 +174,7 @@ mod tests {
         let mode_of = |path: &Path| path.metadata().unwrap().mode() & 0o7777;
         let mode_by_rights = |path: &Path| {
             let file = File::open(path).unwrap();
-            mode(&file, &file.metadata().unwrap()) & 0o7777
+            mode(&file, file.metadata().unwrap().mode()) & 0o7777
         };
         for mode in [0o640, 0o664, 0o666, 0o600, 0o4755, 0o444] {
             File::create(&path).unwrap().set_permissions(std::fs::Permissions::from_mode(mode)).unwrap();

@@ -14,7 +14,8 @@ use tokio::sync::watch;
 /// Between two times that callbacks are called which nobody waits for, and between the syncs for them: followers get what
 /// was committed this much later at most, and a commit costs a fraction of a sync and of a shipment.
 const PACE: Duration = Duration::from_millis(1);
-/// The same while commits come fast: followers then get more at once, and leave the disk and the CPUs to the commits.
+/// The same while commits come fast or applications wait for syncs: followers, whose logs may be on the same disk, then get
+/// more at once, and leave the disk and the CPUs to the commits.
 const PACE_BUSY: Duration = Duration::from_millis(4);
 /// So many callbacks per second and more: commits come fast.
 const BUSY_RATE: u128 = 1_500;
@@ -53,6 +54,8 @@ struct FlushState {
     paced: Vec<(Lsn, OnDurable)>,
     /// When the sync began after which they were last called.
     paced_since: Option<Instant>,
+    /// Since then an application waited for a sync.
+    waited_for: bool,
     /// They wait until then, also when they are due.
     paced_until: Option<Instant>,
     stop: bool,
@@ -195,6 +198,7 @@ impl Shared {
         let mut state = self.flush.state.lock();
         self.flush.durable.store(target.0, Ordering::Release);
         let ready = take_ready(&mut state.callbacks, |lsn| lsn <= target);
+        state.waited_for |= !ready.is_empty();
         let paced = state.take_paced(begun, false, |lsn| lsn <= target);
         drop(state);
         // First those whom an application waits for.
@@ -324,7 +328,8 @@ impl FlushState {
         let ready = take_ready(&mut self.paced, due);
         if !ready.is_empty() {
             let elapsed = self.paced_since.map_or(Duration::MAX, |since| begun - since.min(begun));
-            let busy = ready.len() as u128 * 1_000_000_000 >= BUSY_RATE * elapsed.as_nanos();
+            let fast = ready.len() as u128 * 1_000_000_000 >= BUSY_RATE * elapsed.as_nanos();
+            let busy = std::mem::take(&mut self.waited_for) || fast;
             self.paced_since = Some(begun);
             self.paced_until = Some(begun + if busy { PACE_BUSY } else { PACE });
         }
@@ -346,5 +351,26 @@ impl Drop for FailOnPanic<'_> {
     fn drop(&mut self) {
         self.0.fail(io::Error::other("the flusher of the commit log panicked"));
         self.0.stop_waiting();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn followers_wait_longer_while_applications_wait_for_syncs() {
+        let mut state = FlushState::default();
+        let mut pause_after = |begun: Instant, waited_for: bool| {
+            state.paced.push((Lsn(0), Box::new(|_| ())));
+            state.waited_for |= waited_for;
+            assert_eq!(state.take_paced(begun, false, |_| true).len(), 1);
+            state.paced_until.map(|until| until - begun)
+        };
+        let begun = Instant::now();
+        let second = Duration::from_secs(1);
+        assert_eq!(pause_after(begun, false), Some(PACE));
+        assert_eq!(pause_after(begun + second, true), Some(PACE_BUSY));
+        assert_eq!(pause_after(begun + 2 * second, false), Some(PACE));
     }
 }

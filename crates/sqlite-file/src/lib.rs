@@ -6,6 +6,7 @@
 pub mod header;
 pub mod journal;
 pub mod locks;
+pub mod untimed;
 pub mod wal;
 pub mod wal_index;
 

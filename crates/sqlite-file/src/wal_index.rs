@@ -6,6 +6,7 @@
 //! caller's business ([`crate::locks`]).
 
 use crate::locks::WAL_READ_MARKS;
+use crate::untimed::Untimed;
 use crate::wal::{Salts, WalChecksum};
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
@@ -187,7 +188,7 @@ impl WalIndex {
 
     /// Whether the file has its first block already.
     pub fn is_allocated(file: &File) -> io::Result<bool> {
-        Ok(file.metadata()?.len() >= BLOCK_BYTES as u64)
+        Ok(Untimed::of(file)?.size >= BLOCK_BYTES as u64)
     }
 
     /// Number of blocks mapped so far.
@@ -198,13 +199,13 @@ impl WalIndex {
     /// Whether the file still has all that is mapped. Only the first to connect may cut it, so `false` means that
     /// somebody broke the rules, and the next access would be a SIGBUS.
     pub fn is_whole(&self) -> io::Result<bool> {
-        Ok(self.file.metadata()?.len() >= (self.blocks.len() * BLOCK_BYTES) as u64)
+        Ok(Untimed::of(&self.file)?.size >= (self.blocks.len() * BLOCK_BYTES) as u64)
     }
 
     fn ensure_block(&mut self, block: usize) -> Result<(), WalIndexError> {
         while self.blocks.len() <= block {
             let start = self.blocks.len() * BLOCK_BYTES;
-            let size = self.file.metadata()?.len() as usize;
+            let size = Untimed::of(&self.file)?.size as usize;
             // Like SQLite, write into every page so that a full disk is an error here and no SIGBUS later.
             let mut page = size.max(start) / ALLOCATION_BYTES * ALLOCATION_BYTES;
             while size < start + BLOCK_BYTES && page < start + BLOCK_BYTES {

@@ -39,7 +39,7 @@ fn open(files: &Path, peer: &Peer, path: &[u8]) -> Result<File, i32> {
     let inspect = |file: &File| file.metadata().map_err(|error| error.raw_os_error().unwrap_or(libc::EIO));
     let file = open(database.as_ref())?;
     let like = inspect(&file)?;
-    let mode = write_protection::mode(&file, &like);
+    let mode = write_protection::mode(&file, like.mode());
     if path == database.as_str() {
         let granted = like.is_file() && peer.has(&like, mode, WRITE);
         return if granted { Ok(file) } else { Err(libc::EACCES) };

@@ -58,7 +58,7 @@ impl Peer {
     pub fn may_write(&self, path: &Path) -> bool {
         let place = if path.exists() { Some(path) } else { path.parent() };
         let Some(metadata) = place.and_then(|place| place.metadata().ok()) else { return false };
-        self.has(&metadata, write_protection::mode_at(path, &metadata), WRITE)
+        self.has(&metadata, write_protection::mode_at(path, metadata.mode()), WRITE)
     }
 
     /// Whether it has a permission on a file with this owner and group, whose mode this is by rights.
