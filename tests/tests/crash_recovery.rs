@@ -1,9 +1,10 @@
 //! What an agent makes of a data directory that a crash has left: of itself, or of an application. That of a host is in
 //! `power_failure`.
 
+use fastrand::Rng;
 use litefs_tests::data_files::{flip, kill_before_it_marks, sidecar};
 use litefs_tests::{
-    Fleet, Host, Random, Role, Shell, SystemCall, assert_equal, assert_nothing_diverged, is_about_fuse,
+    Fleet, Host, Role, Shell, SystemCall, assert_equal, assert_nothing_diverged, is_about_fuse,
     replace_system_calls, sqlite3,
 };
 use std::fs::{self, File};
@@ -325,10 +326,10 @@ fn a_replica_killed_while_it_takes_a_snapshot_ends_with_the_primarys_database() 
     }
     replica.stop();
     replica.set_role(Role::ReplicaOf(&primary));
-    let mut random = Random(1);
+    let mut random = Rng::with_seed(1);
     for _ in 0..8 {
         replica.start();
-        std::thread::sleep(Duration::from_millis(random.below(150)));
+        std::thread::sleep(Duration::from_millis(random.u64(..150)));
         replica.kill();
     }
     replica.start();
@@ -363,7 +364,7 @@ fn an_import_that_is_killed_is_there_as_a_whole_or_not_at_all() {
         sqlite3(&path, &sql);
         path
     });
-    let mut random = Random(1);
+    let mut random = Rng::with_seed(1);
     for mode in ["WAL", "DELETE"] {
         let name = format!("{mode}.db");
         primary.import(&name, &sources[0]);
@@ -373,7 +374,7 @@ fn an_import_that_is_killed_is_there_as_a_whole_or_not_at_all() {
             let mut command = primary.litefs(&["import", &name]);
             command.arg(&sources[(i + 1) % 2]).stdout(Stdio::null()).stderr(Stdio::null());
             let mut import = command.spawn().expect("the command runs");
-            std::thread::sleep(Duration::from_millis(random.below(300)));
+            std::thread::sleep(Duration::from_millis(random.u64(..300)));
             primary.kill();
             imported += u32::from(import.wait().expect("it ends with the agent").success());
             primary.start();

@@ -3,6 +3,7 @@
 //!
 //! `LITEFS_FAULTS=200` has more go wrong, `LITEFS_SEED` other things (with `LITEFS_TEST_HANGS_AFTER=1500`, in seconds).
 
+use fastrand::Rng;
 use list_append::{History, ListClient};
 use litefs_tests::*;
 use nix::sys::signal::Signal;
@@ -110,17 +111,6 @@ fn a_replica_that_is_cut_off_never_leads() {
     assert_equal(a, cut, "app.db");
 }
 
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-}
-
 /// What goes wrong, for a while.
 #[derive(Debug, Clone, Copy)]
 enum Fault {
@@ -172,14 +162,14 @@ fn whatever_goes_wrong_no_acknowledged_append_is_lost_and_all_hosts_have_one_lis
     };
     let clients: Vec<ListClient> = site.hosts.iter().map(start).collect();
     let acknowledged = || clients.iter().map(ListClient::acknowledged).sum::<usize>();
-    let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let mut random = Rng::with_seed(seed);
     for round in 0..faults {
         // Half of them at the primary.
         let primary = site.primary().expect("the site is whole");
-        let other = (primary + 1 + random.below(2) as usize) % 3;
-        let victim = if random.below(2) == 0 { primary } else { other };
+        let other = (primary + 1 + random.usize(..2)) % 3;
+        let victim = if random.u64(..2) == 0 { primary } else { other };
         // The first ones are one of each kind.
-        let fault = match if round < 6 { round } else { random.below(6) } {
+        let fault = match if round < 6 { round } else { random.u64(..6) } {
             0 => Fault::Cut(if round < 6 { primary } else { victim }),
             1 => Fault::Apart(primary, other),
             2 => Fault::Stop(if round < 6 { primary } else { victim }),
@@ -187,7 +177,7 @@ fn whatever_goes_wrong_no_acknowledged_append_is_lost_and_all_hosts_have_one_lis
             4 => Fault::ConsulHangs,
             _ => Fault::Handoff(primary, other),
         };
-        let lasts = Duration::from_millis(100 + random.below(4000));
+        let lasts = Duration::from_millis(100 + random.u64(..4000));
         eprintln!("{round}: {fault:?} for {lasts:?}, {} acknowledged", acknowledged());
         site.break_it(fault);
         std::thread::sleep(lasts);

@@ -4,7 +4,8 @@
 //! durable may have reached the disk or not, block by block, in any combination. `LITEFS_CRASH_IMAGES` (6) and
 //! `LITEFS_CRASH_SEED` (1) try more of them.
 
-use litefs_tests::{Fleet, Host, Random, Role, Shell, assert_equal, assert_sane, is_about_fuse, run};
+use fastrand::Rng;
+use litefs_tests::{Fleet, Host, Role, Shell, assert_equal, assert_sane, is_about_fuse, run};
 use sqlite_file::journal::{JournalHeader, record_checksum};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -85,12 +86,12 @@ fn log_end(data: &Path) -> u64 {
 /// on the disk, or as it was written later, at `later`. The log was synced up to `lsn`; how much more of it was
 /// written is up to chance. A record tells up to where the log was durable when it was appended, so there is none
 /// without all that is before it.
-fn power_failure(durable: &Path, later: &Path, lsn: u64, random: &mut Random, image: &Path) {
-    let end = lsn + random.below(log_end(later).saturating_sub(lsn) + 1);
+fn power_failure(durable: &Path, later: &Path, lsn: u64, random: &mut Rng, image: &Path) {
+    let end = lsn + random.u64(..(log_end(later).saturating_sub(lsn) + 1));
     combine(durable, later, end, random, image);
 }
 
-fn combine(durable: &Path, later: &Path, log_end: u64, random: &mut Random, image: &Path) {
+fn combine(durable: &Path, later: &Path, log_end: u64, random: &mut Rng, image: &Path) {
     fs::create_dir_all(image).expect("the temporary directory is writable");
     let names = |dir: &Path| -> BTreeSet<_> {
         fs::read_dir(dir).into_iter().flatten().map(|entry| entry.expect("a file").file_name()).collect()
@@ -105,7 +106,7 @@ fn combine(durable: &Path, later: &Path, log_end: u64, random: &mut Random, imag
         let replaced_as_a_whole = text.starts_with("spare") || ["node-id", "epoch", "lock"].contains(&text);
         if let Some(first) = first_lsn(&new) {
             // A segment that begins later may be there already, empty.
-            if new.exists() && (first <= log_end || random.below(2) == 0) {
+            if new.exists() && (first <= log_end || random.u64(..2) == 0) {
                 let mut bytes = read(&new);
                 let end = bytes.len().min(4096 + log_end.saturating_sub(first) as usize);
                 bytes[end..].fill(0);
@@ -126,12 +127,12 @@ fn combine(durable: &Path, later: &Path, log_end: u64, random: &mut Random, imag
             fs::write(&to, ANOTHER_BOOT).expect("it can be written");
         } else if text == VANISHED_JOURNAL {
             // It was synced, so all of it is there when its removal was lost.
-            if random.below(2) == 0 {
+            if random.u64(..2) == 0 {
                 fs::copy(&new, &to).expect("it can be copied");
             }
         } else if old.exists() == new.exists() {
             mix(&read(&old), &read(&new), random, &to);
-        } else if random.below(2) == 0 {
+        } else if random.u64(..2) == 0 {
             // A file made or removed since: the directory may say so or not.
             let from = if new.exists() { &new } else { &old };
             mix(&[], &read(from), random, &to);
@@ -149,12 +150,12 @@ fn read(path: &Path) -> Vec<u8> {
 }
 
 /// A file of which each block is as in `old` or as in `new`.
-fn mix(old: &[u8], new: &[u8], random: &mut Random, to: &Path) {
+fn mix(old: &[u8], new: &[u8], random: &mut Rng, to: &Path) {
     let mut mixed = new.to_vec();
     // Also all or nothing, which a coin for each block would hardly give.
-    let newer_of_8 = [0, 2, 4, 6, 8][random.below(5) as usize];
+    let newer_of_8 = [0, 2, 4, 6, 8][random.usize(..5)];
     for (i, block) in mixed.chunks_mut(BLOCK).enumerate() {
-        if random.below(8) >= newer_of_8 {
+        if random.u64(..8) >= newer_of_8 {
             let before = old.get(i * BLOCK..).unwrap_or_default();
             let n = before.len().min(block.len());
             block[..n].copy_from_slice(&before[..n]);
@@ -232,12 +233,12 @@ fn applications(primary: &Host) -> [Shell; 4] {
 }
 
 /// Commits on all databases; `numbers` are the last transactions of each.
-fn load(shells: &mut [Shell; 4], numbers: &mut [u64; 4], random: &mut Random) {
+fn load(shells: &mut [Shell; 4], numbers: &mut [u64; 4], random: &mut Rng) {
     // FULL last: the log of the primary is durable then, up to here, for all.
     for i in [1, 3, 0, 2] {
         for _ in 0..20 {
             numbers[i] += 1;
-            assert_eq!(shells[i].ask(&numbered(numbers[i], random.below(20_000))), "");
+            assert_eq!(shells[i].ask(&numbered(numbers[i], random.u64(..20_000))), "");
         }
     }
 }
@@ -277,7 +278,7 @@ fn after_a_power_failure_nothing_is_lost_that_was_synced_and_nothing_is_half_the
     make_databases(&primary);
     let dir = fleet.scratch();
     let (durable, later, journal) = (dir.join("durable"), dir.join("later"), dir.join("journal"));
-    let mut random = Random(number("LITEFS_CRASH_SEED", 1));
+    let mut random = Rng::with_seed(number("LITEFS_CRASH_SEED", 1));
     let mut numbers = [19; 4];
     let mut tries = 0;
     // Up to where the log was surely durable, and what was committed by then.
@@ -374,7 +375,7 @@ fn a_replica_goes_on_after_a_power_failure_where_its_log_ends() {
     wait_equal(&replica);
     let dir = fleet.scratch();
     let (durable, later) = (dir.join("durable"), dir.join("later"));
-    let mut random = Random(number("LITEFS_CRASH_SEED", 1));
+    let mut random = Rng::with_seed(number("LITEFS_CRASH_SEED", 1));
     let mut numbers = [19; 4];
     let mut tries = 0;
     let lsn = loop {

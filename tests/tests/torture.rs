@@ -5,7 +5,8 @@
 //!
 //! `LITEFS_TORTURE_ROUNDS` (1) lengthens the test, `LITEFS_TORTURE_SEED` (1) changes what is killed when.
 
-use litefs_tests::{Fleet, Host, PATIENCE, Random, Shell, assert_equal};
+use fastrand::Rng;
+use litefs_tests::{Fleet, Host, PATIENCE, Shell, assert_equal};
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,8 +24,8 @@ const DATABASES: [(&str, &str, &str); 4] = [
 ];
 const WRITERS_PER_DATABASE: u64 = 2;
 
-fn pause(random: &mut Random, from_ms: u64, to_ms: u64) {
-    std::thread::sleep(Duration::from_millis(from_ms + random.below(to_ms - from_ms)));
+fn pause(random: &mut Rng, from_ms: u64, to_ms: u64) {
+    std::thread::sleep(Duration::from_millis(from_ms + random.u64(..(to_ms - from_ms))));
 }
 
 /// A host whose agent is killed: an application's error is excused only when the agent was killed meanwhile.
@@ -39,11 +40,11 @@ impl Victim {
         Victim { host, kills: AtomicU64::new(0) }
     }
 
-    fn kill_and_start(&self, random: &mut Random) {
+    fn kill_and_start(&self, random: &mut Rng) {
         self.kills.fetch_add(1, Ordering::SeqCst);
         self.host.kill();
         // Sometimes applications meet the dead mount for a while.
-        if random.below(2) == 0 {
+        if random.u64(..2) == 0 {
             pause(random, 0, 150);
         }
         self.host.start();
@@ -96,7 +97,7 @@ impl Application<'_> {
 /// Writes until it is told to stop, is killed itself now and then, and gives the number of its last acknowledged
 /// transaction.
 fn write(primary: &Victim, database: &str, synchronous: &str, id: u64, seed: u64, done: &AtomicBool) -> u64 {
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let (mut tried, mut acknowledged) = (0, 0);
     let mut connected: Option<Application<'_>> = None;
     let mut tries_since = Instant::now();
@@ -126,7 +127,7 @@ fn write(primary: &Victim, database: &str, synchronous: &str, id: u64, seed: u64
             continue;
         };
         // Housekeeping, which changes nothing that anyone sees.
-        let housekeeping = match random.below(300) {
+        let housekeeping = match random.u64(..300) {
             0 => Some("VACUUM d;"),
             1 => Some("PRAGMA d.wal_checkpoint(TRUNCATE);"),
             2 => Some("PRAGMA d.wal_checkpoint(RESTART);"),
@@ -140,18 +141,18 @@ fn write(primary: &Victim, database: &str, synchronous: &str, id: u64, seed: u64
         }
         tried += 1;
         // Now and then a transaction does not fit into SQLite's cache, or into the agent's memory.
-        let bytes = match random.below(200) {
+        let bytes = match random.u64(..200) {
             0 => 2_000_000,
             1..10 => 200_000,
-            _ => random.below(3000),
+            _ => random.u64(..3000),
         };
         let sql = format!(
             "BEGIN IMMEDIATE; INSERT INTO row VALUES ({id}, {tried}, randomblob({bytes})); \
              UPDATE last SET n = {tried} WHERE w = {id}; COMMIT;"
         );
-        if random.below(60) == 0 {
+        if random.u64(..60) == 0 {
             application.shell.send(&sql);
-            if random.below(3) > 0 {
+            if random.u64(..3) > 0 {
                 pause(&mut random, 0, 4);
             }
             if let Some(application) = connected.take() {
@@ -168,16 +169,16 @@ fn write(primary: &Victim, database: &str, synchronous: &str, id: u64, seed: u64
 
 /// Reads until it is told to stop: every state must be whole, and none older than one seen before.
 fn read(victim: &Victim, seed: u64, done: &AtomicBool) -> u64 {
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let mut seen = [0; DATABASES.len()];
     let mut looks = 0;
     while !done.load(Ordering::Relaxed) {
-        let i = random.below(DATABASES.len() as u64) as usize;
+        let i = random.usize(..(DATABASES.len()));
         let mut application = victim.open(DATABASES[i].0);
         if application.connect().is_err() {
             continue;
         }
-        for _ in 0..random.below(20) + 1 {
+        for _ in 0..random.u64(..20) + 1 {
             let sql = "SELECT (SELECT sum(n) FROM last), (SELECT count(*) FROM row), \
                        (SELECT total(m) FROM (SELECT max(n) AS m FROM row GROUP BY w));";
             let Ok(answer) = application.ask(sql) else { break };
@@ -197,7 +198,7 @@ fn read(victim: &Victim, seed: u64, done: &AtomicBool) -> u64 {
 
 fn round(seed: u64) {
     println!("torture with LITEFS_TORTURE_SEED={seed}");
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();
     for (name, mode, _) in DATABASES {
@@ -222,13 +223,13 @@ fn round(seed: u64) {
             .iter()
             .flat_map(|database| (0..WRITERS_PER_DATABASE).map(move |id| (database, id)))
             .map(|((name, _, synchronous), id)| {
-                let (primary, done, seed) = (&primary, &done, random.next());
+                let (primary, done, seed) = (&primary, &done, random.u64(..));
                 scope.spawn(move || write(primary, name, synchronous, id, seed, done))
             })
             .collect();
         let readers: Vec<_> = [&primary, &replica]
             .map(|victim| {
-                let (done, seed) = (&done, random.next());
+                let (done, seed) = (&done, random.u64(..));
                 scope.spawn(move || read(victim, seed, done))
             })
             .into_iter()
@@ -239,7 +240,7 @@ fn round(seed: u64) {
             if writers.iter().chain(&readers).any(|thread| thread.is_finished()) {
                 break;
             }
-            let victim = if random.below(2) == 0 { &primary } else { &replica };
+            let victim = if random.u64(..2) == 0 { &primary } else { &replica };
             victim.kill_and_start(&mut random);
         }
         drop(stop);

@@ -2,9 +2,8 @@
 //!
 //! `LITEFS_WORKLOAD_SEED` repeats a run (its seed is printed), `LITEFS_WORKLOAD_SECONDS` makes it longer.
 
-use litefs_tests::{
-    Fleet, Host, JOURNAL_MODES, PATIENCE, Random, Role, Shell, assert_equal, sqlite3, try_exec,
-};
+use fastrand::Rng;
+use litefs_tests::{Fleet, Host, JOURNAL_MODES, PATIENCE, Role, Shell, assert_equal, sqlite3, try_exec};
 use rusqlite::{Connection, ErrorCode};
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -54,13 +53,17 @@ impl Drop for Trace {
     }
 }
 
+fn one_of<T: Copy, const N: usize>(random: &mut Rng, choices: [T; N]) -> T {
+    choices[random.usize(..N)]
+}
+
 /// Statements that change something; some of them fail, as they do in applications.
-fn change(random: &mut Random) -> String {
-    let table = random.below(3);
-    let bytes = random.of(&[&20, &300, &3000, &30_000]);
-    let rows = 1 + random.below(60);
-    let (divisor, rest) = (2 + random.below(9), random.below(3));
-    match random.below(17) {
+fn change(random: &mut Rng) -> String {
+    let table = random.u64(..3);
+    let bytes = one_of(random, [20, 300, 3000, 30_000]);
+    let rows = 1 + random.u64(..60);
+    let (divisor, rest) = (2 + random.u64(..9), random.u64(..3));
+    match random.u64(..17) {
         0..=4 => format!(
             "INSERT INTO t{table}(a, v) WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT {rows})
              SELECT i, randomblob(abs(random()) % {bytes}) FROM n"
@@ -71,7 +74,7 @@ fn change(random: &mut Random) -> String {
         12 => format!("CREATE INDEX IF NOT EXISTS i{table} ON t{table}(v, a)"),
         13 => format!("DROP INDEX IF EXISTS i{table}"),
         14 => format!("DROP TABLE IF EXISTS t{table}"),
-        15 => format!("ALTER TABLE t{table} ADD COLUMN c{} DEFAULT 'x'", random.below(20)),
+        15 => format!("ALTER TABLE t{table} ADD COLUMN c{} DEFAULT 'x'", random.u64(..20)),
         _ => format!("DELETE FROM t{table}; PRAGMA user_version={rows}"),
     }
 }
@@ -80,16 +83,16 @@ const TABLES: &str = "CREATE TABLE IF NOT EXISTS t0(id INTEGER PRIMARY KEY, a, v
     CREATE TABLE IF NOT EXISTS t1(id INTEGER PRIMARY KEY, a, v); CREATE TABLE IF NOT EXISTS t2(id INTEGER PRIMARY KEY, a, v)";
 
 /// A transaction with savepoints that may be undone in parts or as a whole.
-fn transaction(random: &mut Random) -> String {
+fn transaction(random: &mut Rng) -> String {
     let mut sql = format!(
         "PRAGMA cache_size={}; BEGIN {};",
-        random.of(&[&1, &5, &-2000]),
-        random.of(&["", "IMMEDIATE"])
+        one_of(random, [1, 5, -2000]),
+        one_of(random, ["", "IMMEDIATE"])
     );
-    for depth in 0..1 + random.below(4) {
-        if random.one_in(2) {
+    for depth in 0..1 + random.u64(..4) {
+        if random.bool() {
             sql.push_str(&format!("SAVEPOINT s{depth}; {}; {}; ", change(random), change(random)));
-            sql.push_str(&match random.below(3) {
+            sql.push_str(&match random.u64(..3) {
                 0 => format!("ROLLBACK TO s{depth};"),
                 1 => format!("ROLLBACK TO s{depth}; {}; RELEASE s{depth};", change(random)),
                 _ => format!("RELEASE s{depth};"),
@@ -98,7 +101,7 @@ fn transaction(random: &mut Random) -> String {
             sql.push_str(&format!("{}; ", change(random)));
         }
     }
-    sql + if random.one_in(4) { "ROLLBACK" } else { "COMMIT" }
+    sql + if random.u64(..4) == 0 { "ROLLBACK" } else { "COMMIT" }
 }
 
 /// What applications may be told: that somebody else has the database, or that their statement does not fit.
@@ -143,7 +146,7 @@ struct Database<'a> {
 }
 
 impl<'a> Database<'a> {
-    fn new(name: String, primary: &'a Host, replica: &'a Host, random: &mut Random) -> Database<'a> {
+    fn new(name: String, primary: &'a Host, replica: &'a Host, random: &mut Rng) -> Database<'a> {
         let mut db = Database { name, primary, replica, writers: Vec::new(), reader: None };
         db.writers.resize_with(3, || None);
         db.create(random);
@@ -151,12 +154,12 @@ impl<'a> Database<'a> {
     }
 
     /// What holds for the file, and the tables.
-    fn create(&mut self, random: &mut Random) {
-        let page_size = 512 << random.below(8);
+    fn create(&mut self, random: &mut Rng) {
+        let page_size = 512 << random.u64(..8);
         let sql = format!(
             "PRAGMA page_size={page_size}; PRAGMA auto_vacuum={}; PRAGMA journal_mode={}; {TABLES};",
-            random.below(3),
-            random.of(&JOURNAL_MODES)
+            random.u64(..3),
+            one_of(random, JOURNAL_MODES)
         );
         self.primary.sql(&self.name, &sql);
     }
@@ -187,30 +190,35 @@ impl<'a> Database<'a> {
     }
 
     /// One step of the workload; says what it was.
-    fn step(&mut self, random: &mut Random) -> String {
-        let i = random.below(self.writers.len() as u64) as usize;
-        let sql = match random.below(100) {
+    fn step(&mut self, random: &mut Rng) -> String {
+        let i = random.usize(..self.writers.len());
+        let sql = match random.u64(..100) {
             0..=24 => change(random),
             25..=49 => transaction(random),
             // Stays open over the next steps.
-            50..=54 => format!("BEGIN {}; {}", random.of(&["", "IMMEDIATE", "EXCLUSIVE"]), change(random)),
-            55..=60 => random.of(&["COMMIT", "ROLLBACK"]).to_owned(),
+            50..=54 => {
+                format!("BEGIN {}; {}", one_of(random, ["", "IMMEDIATE", "EXCLUSIVE"]), change(random))
+            }
+            55..=60 => one_of(random, ["COMMIT", "ROLLBACK"]).to_owned(),
             61..=64 => TABLES.to_owned(),
             65..=70 => {
-                format!("PRAGMA wal_checkpoint({})", random.of(&["PASSIVE", "FULL", "RESTART", "TRUNCATE"]))
+                format!(
+                    "PRAGMA wal_checkpoint({})",
+                    one_of(random, ["PASSIVE", "FULL", "RESTART", "TRUNCATE"])
+                )
             }
-            71..=75 => format!("PRAGMA journal_mode={}", random.of(&JOURNAL_MODES)),
+            71..=75 => format!("PRAGMA journal_mode={}", one_of(random, JOURNAL_MODES)),
             76..=78 => {
                 // Another page size waits for connections that have been in WAL mode to be closed.
                 self.reader = None;
-                format!("PRAGMA page_size={}; VACUUM", 512 << random.below(8))
+                format!("PRAGMA page_size={}; VACUUM", 512 << random.u64(..8))
             }
-            79..=80 => format!("PRAGMA incremental_vacuum({})", random.below(50)),
-            81 => format!("PRAGMA synchronous={}", random.below(3)),
-            82 => format!("PRAGMA mmap_size={}", random.below(2) << 22),
-            83 => format!("PRAGMA journal_size_limit={}", random.below(2) * 40_000),
-            84 => format!("PRAGMA wal_autocheckpoint={}", random.of(&[&0, &10, &1000])),
-            85 => format!("PRAGMA secure_delete={}", random.below(2)),
+            79..=80 => format!("PRAGMA incremental_vacuum({})", random.u64(..50)),
+            81 => format!("PRAGMA synchronous={}", random.u64(..3)),
+            82 => format!("PRAGMA mmap_size={}", random.u64(..2) << 22),
+            83 => format!("PRAGMA journal_size_limit={}", random.u64(..2) * 40_000),
+            84 => format!("PRAGMA wal_autocheckpoint={}", one_of(random, [0, 10, 1000])),
+            85 => format!("PRAGMA secure_delete={}", random.u64(..2)),
             86 => {
                 // Closed at the end: a connection that began in WAL mode like this never shares it.
                 let sql = format!("PRAGMA locking_mode=EXCLUSIVE; {}", change(random));
@@ -240,7 +248,7 @@ impl<'a> Database<'a> {
                 self.writers.iter_mut().for_each(|writer| *writer = None);
                 let dir = tempfile::tempdir().expect("a directory");
                 let file = dir.path().join("import.db");
-                let mode = random.of(&JOURNAL_MODES);
+                let mode = one_of(random, JOURNAL_MODES);
                 sqlite3(
                     &file,
                     &format!("PRAGMA journal_mode={mode}; {TABLES}; {};", change(random))
@@ -256,12 +264,12 @@ impl<'a> Database<'a> {
     }
 
     /// A reader on the replica looks, maybe for longer.
-    fn read(&mut self, random: &mut Random) -> String {
+    fn read(&mut self, random: &mut Rng) -> String {
         if self.reader.is_none() && self.replica.path(&self.name).exists() {
             self.reader = Some(self.replica.open(&self.name));
         }
         let Some(reader) = &self.reader else { return format!("{} has no reader", self.name) };
-        let sql = match (reader.is_autocommit(), random.one_in(2)) {
+        let sql = match (reader.is_autocommit(), (random.u64(..2) == 0)) {
             (true, true) => "BEGIN; SELECT count(*) FROM sqlite_schema",
             (false, true) => "COMMIT",
             _ => "PRAGMA integrity_check",
@@ -277,9 +285,9 @@ impl<'a> Database<'a> {
     }
 
     /// Everybody comes to an end, and the hosts are compared.
-    fn compare(&mut self, random: &mut Random) {
+    fn compare(&mut self, random: &mut Rng) {
         for writer in self.writers.iter().flatten().filter(|writer| !writer.is_autocommit()) {
-            try_exec(writer, random.of(&["COMMIT", "ROLLBACK"])).unwrap_or_else(|error| {
+            try_exec(writer, one_of(random, ["COMMIT", "ROLLBACK"])).unwrap_or_else(|error| {
                 may_fail("COMMIT", &error);
                 try_exec(writer, "ROLLBACK").unwrap_or_else(|error| may_fail("ROLLBACK", &error));
             });
@@ -303,22 +311,25 @@ fn is_hot(journal: &Path) -> bool {
 fn random_workloads_leave_the_replica_equal() {
     let seed = seed();
     let mut trace = Trace::new(seed);
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let fleet = Fleet::new();
     let primary = fleet.host("a", Role::Primary);
     let replica = fleet.host("b", Role::ReplicaOf(&primary));
     for host in [&primary, &replica] {
         // As on a kernel that cannot pass reads and writes through.
-        host.set(random.of(&["mount.passthrough=auto", "mount.passthrough=auto", "mount.passthrough=off"]))
-            .start();
+        host.set(one_of(
+            &mut random,
+            ["mount.passthrough=auto", "mount.passthrough=auto", "mount.passthrough=off"],
+        ))
+        .start();
     }
     replica.wait_connected();
     let mut databases: Vec<_> =
         (0..3).map(|i| Database::new(format!("{i}.db"), &primary, &replica, &mut random)).collect();
     let (end, mut steps, mut rounds) = (Instant::now() + time(0.65), 0, 0);
     while Instant::now() < end {
-        for _ in 0..40 + random.below(40) {
-            let i = random.below(3) as usize;
+        for _ in 0..40 + random.u64(..40) {
+            let i = random.usize(..3);
             let step = databases[i].step(&mut random);
             trace.step(step);
             steps += 1;
@@ -331,7 +342,7 @@ fn random_workloads_leave_the_replica_equal() {
         if rounds % 3 != 0 {
             continue;
         }
-        match random.below(4) {
+        match random.u64(..4) {
             0 => {
                 trace.step("the replica is killed".to_owned());
                 databases.iter_mut().for_each(|db| db.reader = None);
@@ -350,7 +361,7 @@ fn random_workloads_leave_the_replica_equal() {
                 replica.wait_connected();
             }
             _ => {
-                let db = &mut databases[random.below(3) as usize];
+                let db = &mut databases[random.usize(..3)];
                 trace.step(format!("{} is dropped and made again", db.name));
                 db.close();
                 fs::remove_file(primary.path(&db.name)).expect("it is there");
@@ -369,7 +380,7 @@ fn random_workloads_leave_the_replica_equal() {
 fn concurrent_writers_leave_the_replica_equal() {
     let seed = seed();
     let _trace = Trace::new(seed);
-    let mut random = Random(seed ^ 1);
+    let mut random = Rng::with_seed(seed ^ 1);
     let fleet = Fleet::new();
     let (primary, replica) = fleet.pair();
     let names = ["wal.db", "delete.db"];
@@ -380,17 +391,17 @@ fn concurrent_writers_leave_the_replica_equal() {
     while Instant::now() < end {
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                let (primary, mut random) = (&primary, Random(random.next()));
+                let (primary, mut random) = (&primary, Rng::with_seed(random.u64(..)));
                 scope.spawn(move || {
                     let connections = names.map(|name| primary.open(name));
                     for connection in &connections {
                         connection.busy_timeout(PATIENCE).expect("a timeout can be set");
                     }
                     for i in 0..25 {
-                        let connection = &connections[random.below(2) as usize];
+                        let connection = &connections[random.usize(..2)];
                         let sql = match i % 5 {
                             0 => TABLES.to_owned(),
-                            1 => format!("PRAGMA synchronous={}; {}", random.below(3), change(&mut random)),
+                            1 => format!("PRAGMA synchronous={}; {}", random.u64(..3), change(&mut random)),
                             2 => "PRAGMA wal_checkpoint(PASSIVE)".to_owned(),
                             // Writers that begin as readers cannot wait for each other.
                             _ => transaction(&mut random).replace("BEGIN ;", "BEGIN IMMEDIATE;"),

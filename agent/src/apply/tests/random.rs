@@ -1,29 +1,13 @@
 //! Random workloads on the primary; after every transaction the replica is compared page for page.
 
 use super::*;
+use fastrand::Rng;
 
-/// A small generator (SplitMix64): the same numbers for the same seed.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % n
-    }
-
-    fn pick<'a>(&mut self, of: &[&'a str]) -> &'a str {
-        of[self.below(of.len() as u64) as usize]
-    }
-}
-
-fn statement(random: &mut Random) -> String {
-    let n = random.below(9) + 2;
-    match random.below(20) {
-        0..=6 => insert_sql(random.below(60) as u32 + 1, random.below(2500) as u32),
-        7..=10 => format!("update t set b = randomblob({}) where a % {n} = 1", random.below(1500)),
+fn statement(random: &mut Rng) -> String {
+    let n = random.u64(..9) + 2;
+    match random.u64(..20) {
+        0..=6 => insert_sql(random.u32(..60) + 1, random.u32(..2500)),
+        7..=10 => format!("update t set b = randomblob({}) where a % {n} = 1", random.u64(..1500)),
         11..=13 => format!("delete from t where a % {n} = 0"),
         14 => format!("create table if not exists t{n}(x); insert into t{n} values(randomblob(3000))"),
         15 => format!("drop table if exists t{n}"),
@@ -35,10 +19,10 @@ fn statement(random: &mut Random) -> String {
 }
 
 fn run(seed: u64, switch_modes: bool) {
-    let mut random = Random(seed);
-    let page_size = 512 << random.below(8);
-    let mut primary = Primary::new(page_size, if random.below(2) == 0 { "wal" } else { "delete" });
-    let vacuum = random.pick(&["none", "full", "incremental"]);
+    let mut random = Rng::with_seed(seed);
+    let page_size = 512 << random.u64(..8);
+    let mut primary = Primary::new(page_size, if random.u64(..2) == 0 { "wal" } else { "delete" });
+    let vacuum = random.choice(["none", "full", "incremental"]).unwrap();
     primary.db.execute_batch(&format!("pragma auto_vacuum={vacuum}; vacuum;")).unwrap();
     let mut replica = Replica::new();
     replica.apply(&[primary.exec(CREATE)]);
@@ -46,14 +30,14 @@ fn run(seed: u64, switch_modes: bool) {
     let mut snapshot: Option<(Sqlite, String)> = None;
     let mut waiting = Vec::new();
     for _ in 0..60 {
-        if switch_modes && random.below(10) == 0 {
-            let mode = random.pick(&["wal", "delete", "truncate", "persist"]);
+        if switch_modes && random.u64(..10) == 0 {
+            let mode = random.choice(["wal", "delete", "truncate", "persist"]).unwrap();
             primary.db.execute_batch(&format!("pragma journal_mode={mode}")).unwrap();
         } else {
             primary.db.execute_batch(&statement(&mut random)).unwrap();
         }
         waiting.extend(primary.capture());
-        if random.below(3) == 0 {
+        if random.u64(..3) == 0 {
             continue;
         }
         // In rollback mode a reader in a transaction is in the way, as it would be of any writer.
@@ -66,7 +50,7 @@ fn run(seed: u64, switch_modes: bool) {
         if let Some((reader, before)) = &mut snapshot {
             assert_eq!(reader.digest(), *before);
         }
-        match random.below(6) {
+        match random.u64(..6) {
             0 => {
                 replica.applier.checkpoint(Durability::Log).unwrap();
                 replica.assert_equals(&primary.image);
@@ -79,7 +63,7 @@ fn run(seed: u64, switch_modes: bool) {
                 snapshot = Some((reader, before));
             }
             4 => {
-                let kind = random.pick(&["passive", "full", "restart", "truncate"]);
+                let kind = random.choice(["passive", "full", "restart", "truncate"]).unwrap();
                 Sqlite::open(&replica.path).ask(&format!("pragma wal_checkpoint({kind});"));
             }
             _ => {

@@ -8,6 +8,7 @@ use crate::DatabaseName;
 use crate::lease::election::Progress;
 use crate::lease::{Answer, Outcome, Record, Standing, Term};
 use crate::sync::quorum::Promise;
+use fastrand::Rng;
 use ltx::{Checksum, Pos, Txid};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet};
@@ -19,25 +20,6 @@ const TROUBLE_MS: u64 = 120_000;
 const CALM_MS: u64 = 90_000;
 /// After so long nobody waits for the store any more.
 const GIVES_UP: Duration = Duration::from_millis(1900);
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-}
 
 /// A write to the store on its way.
 #[derive(Clone, Debug)]
@@ -108,7 +90,7 @@ struct Node {
 }
 
 struct World {
-    random: Random,
+    random: Rng,
     now: u64,
     sequence: u64,
     queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
@@ -136,13 +118,10 @@ fn ms(time: u64) -> Time {
 
 impl World {
     fn new(seed: u64) -> World {
-        let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
-        for _ in 0..8 {
-            random.next();
-        }
+        let mut random = Rng::with_seed(seed);
         let nodes = (0..NODES)
             .map(|i| {
-                let candidate = i < 2 || random.chance(50);
+                let candidate = i < 2 || (random.u8(..100) < 50);
                 Node {
                     machine: Self::machine(i, candidate, Epoch(0)),
                     candidate,
@@ -197,15 +176,15 @@ impl World {
 
     /// How long a message takes; now and then very long.
     fn latency(&mut self) -> u64 {
-        if !self.calm && self.random.chance(3) {
-            self.random.below(15_000)
+        if !self.calm && (self.random.u8(..100) < 3) {
+            self.random.u64(..15_000)
         } else {
-            1 + self.random.below(20)
+            1 + self.random.u64(..20)
         }
     }
 
     fn is_lost(&mut self, node: usize) -> bool {
-        self.nodes[node].cut_until > self.now || (!self.calm && self.random.chance(3))
+        self.nodes[node].cut_until > self.now || (!self.calm && (self.random.u8(..100) < 3))
     }
 
     fn view(&self, node: usize) -> View {
@@ -262,7 +241,7 @@ impl World {
                     if let Some(what) = self.happenings.remove(&sequence) {
                         self.happen(node, what);
                     }
-                    if !self.calm && self.random.chance(1) {
+                    if !self.calm && (self.random.u8(..100) < 1) {
                         self.trouble();
                     }
                 }
@@ -272,11 +251,11 @@ impl World {
     }
 
     fn trouble(&mut self) {
-        let node = self.random.below(NODES as u64) as usize;
-        match self.random.below(8) {
+        let node = self.random.usize(..(NODES));
+        match self.random.u64(..8) {
             0 => self.after(1, node, Happening::Crash),
-            1 => self.nodes[node].paused_until = self.now + self.random.below(25_000),
-            2 | 3 => self.nodes[node].cut_until = self.now + self.random.below(25_000),
+            1 => self.nodes[node].paused_until = self.now + self.random.u64(..25_000),
+            2 | 3 => self.nodes[node].cut_until = self.now + self.random.u64(..25_000),
             4 => self.after(1, node, Happening::HandOver),
             _ => {}
         }
@@ -354,12 +333,12 @@ impl World {
                 if node.up {
                     (node.up, node.writes, node.leading, node.following) = (false, None, None, None);
                     node.life += 1;
-                    let delay = self.random.below(20_000);
+                    let delay = self.random.u64(..20_000);
                     self.after(delay, i, Happening::Start);
                 }
             }
             Happening::Start => {
-                let forgets = self.random.chance(30);
+                let forgets = self.random.u8(..100) < 30;
                 let node = &mut self.nodes[i];
                 if !node.up {
                     node.up = true;
@@ -374,14 +353,14 @@ impl World {
                 }
             }
             Happening::HandOver => {
-                let to = self.random.below(NODES as u64) + 1;
+                let to = self.random.u64(..(NODES as u64)) + 1;
                 if self.nodes[i].up && !self.nodes[i].preparing {
                     self.tell(i, Event::HandOver { to });
                 }
             }
             Happening::Commit => {
                 self.commit(i);
-                let delay = 20 + self.random.below(300);
+                let delay = 20 + self.random.u64(..300);
                 self.after(delay, i, Happening::Commit);
             }
             Happening::Follow => {
@@ -498,7 +477,7 @@ impl World {
         let lost = self.is_lost(i);
         let answered = !lost && !self.is_lost(i);
         let (life, sent, session) = (self.nodes[i].life, ms(self.now), self.nodes[i].session.clone());
-        if lost && self.random.chance(50) {
+        if lost && (self.random.u8(..100) < 50) {
             let event = write.ended(sent, None);
             return self.after(2000, i, Happening::Event(life, event));
         }
@@ -576,7 +555,7 @@ impl World {
                 for peer in peers {
                     let other = peer.node_id as usize - 1;
                     let node = &self.nodes[other];
-                    if node.up && node.paused_until <= self.now && self.random.chance(95) {
+                    if node.up && node.paused_until <= self.now && (self.random.u8(..100) < 95) {
                         answers.push(self.answer(other));
                     }
                 }

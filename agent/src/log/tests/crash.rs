@@ -2,8 +2,8 @@
 //! is opened then holds the records that were appended, in order and whole, up to some point at or after the last one
 //! that was reported durable; and it can be appended to, and crash again.
 
-use super::memory::Random;
 use super::*;
+use fastrand::Rng;
 
 /// A record that was appended.
 #[derive(Clone)]
@@ -63,17 +63,17 @@ impl Run {
         self.known.push(known);
     }
 
-    fn append(&mut self, random: &mut Random) {
-        let database = name(["a", "b", "dir/c"][random.below(3) as usize]);
-        let kind = if random.below(20) == 0 { RecordKind::Reset } else { RecordKind::Transaction };
+    fn append(&mut self, random: &mut Rng) {
+        let database = name(["a", "b", "dir/c"][random.usize(..3)]);
+        let kind = if random.u64(..20) == 0 { RecordKind::Reset } else { RecordKind::Transaction };
         let last = self.log().last(&database).map_or(0, |info| info.max_txid.0);
-        let txid = if kind == RecordKind::Reset { random.below(last + 3) + 1 } else { last + 1 };
-        let len = match random.below(10) {
+        let txid = if kind == RecordKind::Reset { random.u64(..(last + 3)) + 1 } else { last + 1 };
+        let len = match random.u64(..10) {
             0 => 5000,
             1 => 4000,
             n => n * 150,
         };
-        let payload = payload_of(&database, txid ^ random.next() << 32, len as usize);
+        let payload = payload_of(&database, txid ^ random.u64(..) << 32, len as usize);
         let record = NewRecord { kind, ..transaction(&database, txid) };
         let record = NewRecord { min_txid: Txid(txid), ..record };
         let end = self.log().append(&record, &payload).unwrap();
@@ -88,8 +88,8 @@ impl Run {
         self.note(|known| known.durable = durable);
     }
 
-    fn step(&mut self, random: &mut Random) {
-        match random.below(20) {
+    fn step(&mut self, random: &mut Rng) {
+        match random.u64(..20) {
             0..=12 => self.append(random),
             13..=16 => self.sync(),
             17 => {
@@ -105,7 +105,7 @@ impl Run {
                 self.note(|known| known.removed = removed);
                 self.known[at - 1].removed = removed;
             }
-            _ if random.below(2) == 0 => {
+            _ if random.u64(..2) == 0 => {
                 self.log = None;
                 self.reopen();
             }
@@ -153,7 +153,7 @@ impl Run {
     }
 
     /// The run that begins when the power fails after `ops` operations.
-    fn crash(&self, ops: usize, random: &mut Random) -> Run {
+    fn crash(&self, ops: usize, random: &mut Rng) -> Run {
         let before = *self.known.iter().rfind(|known| known.ops <= ops).unwrap();
         let after = *self.known.iter().find(|known| known.ops >= ops).unwrap_or(&before);
         let appended = after.appended.max(before.appended);
@@ -185,18 +185,18 @@ impl<'a, I: Iterator<Item = &'a RecordInfo>> LastReset for I {
 
 /// Crashes a random run at every operation (or every `every`th), and some of what follows at a few.
 fn torture(seed: u64, steps: usize, every: usize) {
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let mut run = Run::new(MemoryStorage::default(), Vec::new(), 0);
     for _ in 0..steps {
         run.step(&mut random);
     }
     for ops in (0..=run.storage.ops()).step_by(every) {
         let mut second = run.crash(ops, &mut random);
-        for _ in 0..random.below(6) {
+        for _ in 0..random.u64(..6) {
             second.step(&mut random);
         }
         // Also while the log is being put in order.
-        let mut third = second.crash(random.below(second.storage.ops() as u64 + 1) as usize, &mut random);
+        let mut third = second.crash(random.usize(..(second.storage.ops() + 1)), &mut random);
         third.append(&mut random);
         third.sync();
         third.log = None;

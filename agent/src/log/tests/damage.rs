@@ -1,8 +1,8 @@
 //! Files of the log that changed behind its back: what was durable and cannot be read is named, and nothing else is lost.
 
-use super::memory::Random;
 use super::*;
 use crate::log::format::{RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES};
+use fastrand::Rng;
 use std::path::PathBuf;
 
 /// The segment that holds the record, and where in the file it is.
@@ -348,7 +348,7 @@ fn a_missing_or_changed_external_file_is_damage() {
 
 #[test]
 fn whatever_happens_to_the_files_nothing_wrong_is_read() {
-    let mut random = Random(7);
+    let mut random = Rng::with_seed(7);
     let bases = [true, false].map(|clean| {
         let storage = MemoryStorage::default();
         let records = two_databases(&storage, clean);
@@ -358,19 +358,19 @@ fn whatever_happens_to_the_files_nothing_wrong_is_read() {
         let (storage, records) = &bases[round % 2];
         let storage = storage.copy();
         let paths = storage.paths();
-        for _ in 0..=random.below(4) {
-            let path = &paths[random.below(paths.len() as u64) as usize];
+        for _ in 0..=random.u64(..4) {
+            let path = &paths[random.usize(..paths.len())];
             storage.edit(path, |content| {
-                let at = random.below(content.len().max(1) as u64) as usize;
-                match random.below(8) {
+                let at = random.usize(..(content.len().max(1)));
+                match random.u64(..8) {
                     0 => content.truncate(at),
                     1 => content.clear(),
                     2 => {
-                        let n = (random.below(3000) as usize).min(content.len() - at);
-                        content[at..at + n].fill(random.next() as u8);
+                        let n = (random.usize(..3000)).min(content.len() - at);
+                        content[at..at + n].fill(random.u64(..) as u8);
                     }
                     _ if content.is_empty() => {}
-                    _ => content[at] ^= 1 << random.below(8),
+                    _ => content[at] ^= 1 << random.u64(..8),
                 }
             });
         }

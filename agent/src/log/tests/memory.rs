@@ -3,6 +3,7 @@
 //! operations not synced, any prefix. It can also be full, or fail to sync.
 
 use crate::log::storage::{Storage, StorageFile};
+use fastrand::Rng;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -45,24 +46,6 @@ struct State {
 #[derive(Clone, Default)]
 pub struct MemoryStorage(Arc<Mutex<State>>);
 
-/// A small random number generator (SplitMix64), the same on every machine.
-#[derive(Clone)]
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
-
 struct MemoryFile {
     state: Arc<Mutex<State>>,
     file: usize,
@@ -80,7 +63,7 @@ impl MemoryStorage {
     }
 
     /// A disk after the power failed when `ops` operations were done.
-    pub fn crash(&self, ops: usize, random: &mut Random) -> MemoryStorage {
+    pub fn crash(&self, ops: usize, random: &mut Rng) -> MemoryStorage {
         let state = self.0.lock();
         let mut durable = state.base.as_deref().cloned().unwrap_or_default();
         durable.dirs = state.dirs.clone();
@@ -103,10 +86,10 @@ impl MemoryStorage {
                 }
             }
         }
-        let kept_names = random.below(pending_names.len() as u64 + 1) as usize;
+        let kept_names = random.usize(..(pending_names.len() + 1));
         pending_names[..kept_names].iter().for_each(|op| durable.replay(op));
         // All, none, or some: the extremes are likely on a real disk and rare among independent coins.
-        let keep_of_four = [0, 1, 2, 3, 4][random.below(5) as usize];
+        let keep_of_four = [0, 1, 2, 3, 4][random.usize(..5)];
         for op in pending_writes.into_iter().flatten() {
             durable.replay_torn(op, random, keep_of_four);
         }
@@ -193,9 +176,9 @@ impl State {
         }
     }
 
-    fn replay_torn(&mut self, op: &Op, random: &mut Random, keep_of_four: u64) {
+    fn replay_torn(&mut self, op: &Op, random: &mut Rng, keep_of_four: u64) {
         let Op::Write { file, offset, data } = op else {
-            if random.below(4) < keep_of_four {
+            if random.u64(..4) < keep_of_four {
                 self.replay(op);
             }
             return;
@@ -203,7 +186,7 @@ impl State {
         let mut at = *offset;
         while at < offset + data.len() as u64 {
             let end = ((at / SECTOR_BYTES + 1) * SECTOR_BYTES).min(offset + data.len() as u64);
-            if random.below(4) < keep_of_four {
+            if random.u64(..4) < keep_of_four {
                 write(&mut self.files[*file], at, &data[(at - offset) as usize..(end - offset) as usize]);
             }
             at = end;
