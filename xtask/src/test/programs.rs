@@ -14,12 +14,13 @@ use std::time::Instant;
 
 /// Whole-system tests that run through the preload door too. Those of recovery, of a mount that is taken over and of plain
 /// files are about what the FUSE door does; `preload` has its counterparts and chooses the doors itself.
-const BOTH_DOORS: [&str; 14] = [
+const BOTH_DOORS: [&str; 15] = [
     "access",
     "elections",
     "failover",
     "file_names",
     "halt_lock",
+    "journal_modes",
     "lock_file",
     "operations",
     "replication",
