@@ -217,3 +217,19 @@ fn after_a_power_failure_late_in_a_long_run_everything_durable_is_there() {
         torture(seed, 400, 97);
     }
 }
+
+#[test]
+fn a_power_failure_while_a_log_is_recovered_is_no_damage() {
+    let storage = MemoryStorage::default();
+    let killed = open_by_hand(&storage, options());
+    fill(&killed, &name("a"), 1, 1, 1000);
+    kill(killed);
+    let begun = storage.ops();
+    kill(open_by_hand(&storage, options()));
+    for ops in begun..=storage.ops() {
+        for seed in 0..50 {
+            let after = storage.crash(ops, &mut Rng::with_seed(seed));
+            assert_eq!(open_by_hand(&after, options()).damaged(), [], "{ops} operations, seed {seed}");
+        }
+    }
+}
