@@ -55,6 +55,10 @@ pub fn sync(file: &File, real: &dyn Fn() -> i32) -> i32 {
                 Err(error) => sys::fail(error),
             }
         }
+        Kind::Wal => {
+            agent::synced(database);
+            real()
+        }
         _ => real(),
     }
 }

@@ -233,6 +233,12 @@ impl CommitLog {
         }
     }
 
+    /// An application is syncing a file of its own: the next of what nobody waits for comes later, as when somebody waits for
+    /// the log.
+    pub fn leave_the_disk(&self) {
+        self.shared.leave_the_disk();
+    }
+
     /// Names of all databases that the log has records of, in no order.
     pub fn databases(&self) -> Vec<DatabaseName> {
         self.shared.index.read().names().cloned().collect()

@@ -54,7 +54,7 @@ struct FlushState {
     paced: Vec<(Lsn, OnDurable)>,
     /// When the sync began after which they were last called.
     paced_since: Option<Instant>,
-    /// Since then an application waited for a sync.
+    /// Since then an application waited for a sync, of the log or of a file of its own.
     waited_for: bool,
     /// They wait until then, also when they are due.
     paced_until: Option<Instant>,
@@ -166,6 +166,11 @@ impl Shared {
             drop(state);
             self.flush.work.notify_one();
         }
+    }
+
+    /// An application waits for the disk.
+    pub(super) fn leave_the_disk(&self) {
+        self.flush.state.lock().waited_for = true;
     }
 
     /// Syncs what was appended so far and publishes it. After an error the log takes nothing more.

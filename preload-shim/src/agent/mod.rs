@@ -23,7 +23,7 @@ pub use connection::{give_up, is_up, next_own, owns, was_there};
 pub use descriptors::{lock_file, open_for_writing};
 pub use permission::{Turn, holds, is_ready, is_refused, may_write, may_write_to, turn};
 pub use requests::{ask, special};
-pub use wal_commits::{begin_commit, committed, end_commit, wait_until_near};
+pub use wal_commits::{begin_commit, committed, end_commit, synced, wait_until_near};
 
 /// In the child of a fork, which has no connection: those it inherits are its parent's.
 pub fn forked() {

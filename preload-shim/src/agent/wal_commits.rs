@@ -64,6 +64,13 @@ pub fn committed(database: &Database) {
     end_commit(database);
 }
 
+/// The application syncs its WAL.
+pub fn synced(database: &Database) {
+    if let Some((page, number)) = number_on_page(database) {
+        page.changed[number as usize].fetch_or(protocol::SYNCED, Ordering::SeqCst);
+    }
+}
+
 /// Waits until the agent is near enough for another transaction. Where no agent is it does not wait: how long commits go
 /// on without one is limited elsewhere.
 pub fn wait_until_near(database: &Database) -> Result<(), i32> {

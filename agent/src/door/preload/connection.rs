@@ -347,6 +347,9 @@ impl Connection {
             let what = word.swap(0, Ordering::SeqCst);
             let Some(db) = self.attached.lock().get(number).cloned().flatten() else { continue };
             busy = true;
+            if what & protocol::SYNCED != 0 {
+                self.shared.log.leave_the_disk();
+            }
             if what & protocol::CHANGED != 0 {
                 let written = page.written[number].load(Ordering::SeqCst);
                 if requests::follow(&db) {
