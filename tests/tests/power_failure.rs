@@ -87,7 +87,7 @@ fn log_end(data: &Path) -> u64 {
 /// written is up to chance. A record tells up to where the log was durable when it was appended, so there is none
 /// without all that is before it.
 fn power_failure(durable: &Path, later: &Path, lsn: u64, random: &mut Rng, image: &Path) {
-    let end = lsn + random.u64(..(log_end(later).saturating_sub(lsn) + 1));
+    let end = lsn + random.u64(..=log_end(later).saturating_sub(lsn));
     combine(durable, later, end, random, image);
 }
 

@@ -173,7 +173,7 @@ fn read(victim: &Victim, seed: u64, done: &AtomicBool) -> u64 {
     let mut seen = [0; DATABASES.len()];
     let mut looks = 0;
     while !done.load(Ordering::Relaxed) {
-        let i = random.usize(..(DATABASES.len()));
+        let i = random.usize(..DATABASES.len());
         let mut application = victim.open(DATABASES[i].0);
         if application.connect().is_err() {
             continue;

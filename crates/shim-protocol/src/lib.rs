@@ -18,7 +18,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// Version of everything in this crate.
-pub const VERSION: u32 = 9;
+pub const VERSION: u32 = 8;
 /// First word of handshake and page: `LFSH`.
 pub const MAGIC: u32 = 0x4853_464c;
 /// First word of the message by which a shim that opens `NAME-lock` for writing asks for the halt lock, on a connection of its
@@ -169,7 +169,8 @@ pub struct Page {
     pub committing: AtomicU32,
     /// Counted up by the agent when it has caught up with something; writers that are too far ahead wait on it (futex).
     pub caught_up: AtomicU32,
-    /// One word for each attached database: [`CHANGED`], [`CLOSED`], [`WANTED`] and [`SYNCED`], set by the shim, taken by the agent.
+    /// One word for each attached database: [`CHANGED`], [`CLOSED`], [`WANTED`] and [`SYNCED`], set by the shim, taken by
+    /// the agent, which passes over bits that it does not know.
     pub changed: [AtomicU32; DATABASES],
     /// For each attached database: bytes that this process has written to its WAL. Counted by the shim before
     /// [`CHANGED`] is set.

@@ -121,7 +121,7 @@ impl World {
         let mut random = Rng::with_seed(seed);
         let nodes = (0..NODES)
             .map(|i| {
-                let candidate = i < 2 || (random.u8(..100) < 50);
+                let candidate = i < 2 || random.bool();
                 Node {
                     machine: Self::machine(i, candidate, Epoch(0)),
                     candidate,
@@ -163,6 +163,10 @@ impl World {
         world
     }
 
+    fn chance(&mut self, percent: u8) -> bool {
+        self.random.u8(..100) < percent
+    }
+
     fn machine(i: usize, candidate: bool, epoch: Epoch) -> RoleMachine {
         let timing = Timing { ttl: Some(TTL), retry: ms(300) };
         RoleMachine::new(peer(i), candidate, epoch, timing)
@@ -176,15 +180,11 @@ impl World {
 
     /// How long a message takes; now and then very long.
     fn latency(&mut self) -> u64 {
-        if !self.calm && (self.random.u8(..100) < 3) {
-            self.random.u64(..15_000)
-        } else {
-            1 + self.random.u64(..20)
-        }
+        if !self.calm && self.chance(3) { self.random.u64(..15_000) } else { 1 + self.random.u64(..20) }
     }
 
     fn is_lost(&mut self, node: usize) -> bool {
-        self.nodes[node].cut_until > self.now || (!self.calm && (self.random.u8(..100) < 3))
+        self.nodes[node].cut_until > self.now || (!self.calm && self.chance(3))
     }
 
     fn view(&self, node: usize) -> View {
@@ -241,7 +241,7 @@ impl World {
                     if let Some(what) = self.happenings.remove(&sequence) {
                         self.happen(node, what);
                     }
-                    if !self.calm && (self.random.u8(..100) < 1) {
+                    if !self.calm && self.chance(1) {
                         self.trouble();
                     }
                 }
@@ -251,7 +251,7 @@ impl World {
     }
 
     fn trouble(&mut self) {
-        let node = self.random.usize(..(NODES));
+        let node = self.random.usize(..NODES);
         match self.random.u64(..8) {
             0 => self.after(1, node, Happening::Crash),
             1 => self.nodes[node].paused_until = self.now + self.random.u64(..25_000),
@@ -338,7 +338,7 @@ impl World {
                 }
             }
             Happening::Start => {
-                let forgets = self.random.u8(..100) < 30;
+                let forgets = self.chance(30);
                 let node = &mut self.nodes[i];
                 if !node.up {
                     node.up = true;
@@ -353,7 +353,7 @@ impl World {
                 }
             }
             Happening::HandOver => {
-                let to = self.random.u64(..(NODES as u64)) + 1;
+                let to = self.random.u64(..NODES as u64) + 1;
                 if self.nodes[i].up && !self.nodes[i].preparing {
                     self.tell(i, Event::HandOver { to });
                 }
@@ -477,7 +477,7 @@ impl World {
         let lost = self.is_lost(i);
         let answered = !lost && !self.is_lost(i);
         let (life, sent, session) = (self.nodes[i].life, ms(self.now), self.nodes[i].session.clone());
-        if lost && (self.random.u8(..100) < 50) {
+        if lost && self.chance(50) {
             let event = write.ended(sent, None);
             return self.after(2000, i, Happening::Event(life, event));
         }
@@ -555,7 +555,7 @@ impl World {
                 for peer in peers {
                     let other = peer.node_id as usize - 1;
                     let node = &self.nodes[other];
-                    if node.up && node.paused_until <= self.now && (self.random.u8(..100) < 95) {
+                    if node.up && node.paused_until <= self.now && self.chance(95) {
                         answers.push(self.answer(other));
                     }
                 }

@@ -196,7 +196,7 @@ fn torture(seed: u64, steps: usize, every: usize) {
             second.step(&mut random);
         }
         // Also while the log is being put in order.
-        let mut third = second.crash(random.usize(..(second.storage.ops() + 1)), &mut random);
+        let mut third = second.crash(random.usize(..=second.storage.ops()), &mut random);
         third.append(&mut random);
         third.sync();
         third.log = None;

@@ -361,13 +361,13 @@ fn whatever_happens_to_the_files_nothing_wrong_is_read() {
         for _ in 0..=random.u64(..4) {
             let path = &paths[random.usize(..paths.len())];
             storage.edit(path, |content| {
-                let at = random.usize(..(content.len().max(1)));
+                let at = random.usize(..content.len().max(1));
                 match random.u64(..8) {
                     0 => content.truncate(at),
                     1 => content.clear(),
                     2 => {
-                        let n = (random.usize(..3000)).min(content.len() - at);
-                        content[at..at + n].fill(random.u64(..) as u8);
+                        let n = random.usize(..3000).min(content.len() - at);
+                        content[at..at + n].fill(random.u8(..));
                     }
                     _ if content.is_empty() => {}
                     _ => content[at] ^= 1 << random.u64(..8),

@@ -86,10 +86,10 @@ impl MemoryStorage {
                 }
             }
         }
-        let kept_names = random.usize(..(pending_names.len() + 1));
+        let kept_names = random.usize(..=pending_names.len());
         pending_names[..kept_names].iter().for_each(|op| durable.replay(op));
         // All, none, or some: the extremes are likely on a real disk and rare among independent coins.
-        let keep_of_four = [0, 1, 2, 3, 4][random.usize(..5)];
+        let keep_of_four = random.u64(..=4);
         for op in pending_writes.into_iter().flatten() {
             durable.replay_torn(op, random, keep_of_four);
         }
