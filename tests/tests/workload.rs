@@ -269,7 +269,7 @@ impl<'a> Database<'a> {
             self.reader = Some(self.replica.open(&self.name));
         }
         let Some(reader) = &self.reader else { return format!("{} has no reader", self.name) };
-        let sql = match (reader.is_autocommit(), (random.u64(..2) == 0)) {
+        let sql = match (reader.is_autocommit(), random.bool()) {
             (true, true) => "BEGIN; SELECT count(*) FROM sqlite_schema",
             (false, true) => "COMMIT",
             _ => "PRAGMA integrity_check",

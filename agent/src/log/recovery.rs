@@ -355,13 +355,13 @@ impl Recovery<'_> {
         if *end > durable {
             let from = offset_in_segment(candidate.first, durable.max(candidate.first));
             rewrite(&*candidate.file, from, file_bytes).map_err(io)?;
+        }
+        if *end > durable || *damaged {
             // Before the segment says that it ends there: what comes before a stated end was durable.
             candidate.file.sync_data().map_err(io)?;
         }
         // A damaged one is looked at again each time the log is opened, so it stays as it is.
-        if *damaged {
-            candidate.file.sync_data().map_err(io)?;
-        } else {
+        if !*damaged {
             cut_to_end(&*candidate.file, key, *end, file_bytes).map_err(io)?;
         }
         self.storage.sync_dir(self.dir).map_err(io)?;

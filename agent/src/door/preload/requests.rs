@@ -9,6 +9,7 @@ use crate::sync::Hold;
 use parking_lot::MutexGuard;
 use shim_protocol::{FLAG_PLAYBACK, FLAG_SYNCED, FLAG_UNJOURNALED, FLAG_UNKNOWN, write_of};
 use sqlite_file::locks::{self, LockGuard, LockKind};
+use sqlite_file::untimed::Untimed;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -95,8 +96,8 @@ fn has_dead_transaction(db: &Database) -> bool {
 fn note_replaced(db: &Database, st: &mut State) {
     let path = &db.paths().database;
     let Some(kept) = st.kept_database_file() else { return };
-    let same = match (kept.metadata(), std::fs::metadata(path)) {
-        (Ok(kept), Ok(there)) => (kept.dev(), kept.ino()) == (there.dev(), there.ino()),
+    let same = match (Untimed::of(&kept), Untimed::at(path)) {
+        (Ok(kept), Ok(there)) => kept.inode == there.inode,
         _ => false,
     };
     if !same {
