@@ -4,8 +4,8 @@
 //! count), `writev` and its kin (no SQLite uses them; another program's writes are found by the agent).
 
 use crate::managed::{self, Managed};
-use crate::table::{self, DESCRIPTORS};
-use crate::{agent, opening, real, removing, rename, special, sqlite_locks, sys, writing};
+use crate::table::{self, DESCRIPTORS, File};
+use crate::{directories, opening, own, real, removing, rename, special, sqlite_locks, sys, writing};
 use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
 /// F2FS's question what it can do: its atomic writes have no journal.
@@ -19,14 +19,27 @@ fn find(path: *const c_char) -> Option<Managed> {
     managed::find(unsafe { CStr::from_ptr(path) })
 }
 
-/// What all kinds of `open` do.
+/// Whether a path is known to be nobody's business.
 #[inline]
+fn is_unmanaged(path: *const c_char) -> bool {
+    // SAFETY: the application gives a string that ends with a zero.
+    !path.is_null() && managed::is_unmanaged(unsafe { CStr::from_ptr(path) })
+}
+
+/// What all kinds of `open` do with a path that may be managed.
+#[cold]
+#[inline(never)]
 fn opened(path: *const c_char, flags: c_int, real: &dyn Fn(c_int) -> c_int) -> c_int {
-    if let Some(managed) = find(path) {
-        return opening::open(&managed, flags, real);
+    match find(path) {
+        // SAFETY: it is managed, so it is not null; the application gives a string that ends with a zero.
+        Some(managed) => opening::open(unsafe { CStr::from_ptr(path) }, &managed, flags, real),
+        None => opened_unmanaged(real(flags)),
     }
-    let fd = real(flags);
-    // Its number may have been closed in a way that was not seen.
+}
+
+/// A new descriptor of what is nobody's business: its number may have been closed in a way that was not seen.
+#[inline]
+fn opened_unmanaged(fd: c_int) -> c_int {
     table::closed(fd);
     fd
 }
@@ -41,8 +54,12 @@ macro_rules! openers {
         pub unsafe extern "C" fn $name(
             $($before: $type,)* $path: *const c_char, flags: c_int $(, $mode: c_uint)?
         ) -> c_int {
+            if is_unmanaged($path) {
+                // SAFETY: the arguments are the caller's.
+                return opened_unmanaged(unsafe { real::$name($($before,)* $path, flags $(, $mode)?) });
+            }
             // SAFETY: the arguments are the caller's.
-            opened($path, flags, &|flags| unsafe { real::$name($($before,)* $path, flags $(, $mode)?) })
+            opened($path, flags, &move |flags| unsafe { real::$name($($before,)* $path, flags $(, $mode)?) })
         }
     )*};
 }
@@ -68,7 +85,7 @@ macro_rules! creators {
         pub unsafe extern "C" fn $name(path: *const c_char, mode: c_uint) -> c_int {
             let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
             // SAFETY: the arguments are the caller's.
-            opened(path, flags, &|_| unsafe { real::$name(path, mode) })
+            opened(path, flags, &move |_| unsafe { real::$name(path, mode) })
         }
     )*};
 }
@@ -97,17 +114,24 @@ pub unsafe extern "C" fn access(path: *const c_char, mode: c_int) -> c_int {
 /// As in the C library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn close(fd: c_int) -> c_int {
-    if agent::owns(fd) {
+    if own::owns(fd) {
         // Some programs close all that they did not open.
         return sys::fail(libc::EBADF);
     }
     if let Some(file) = table::file(fd) {
-        writing::closing(file);
-        // Before the number can be another thread's.
-        table::closed(fd);
+        closing(fd, file);
     }
     // SAFETY: the arguments are the caller's.
     unsafe { real::close(fd) }
+}
+
+/// A descriptor of a database's file is about to be closed.
+#[cold]
+#[inline(never)]
+fn closing(fd: c_int, file: &File) {
+    writing::closing(file);
+    // Before the number can be another thread's.
+    table::closed(fd);
 }
 
 /// As in the C library.
@@ -119,13 +143,12 @@ pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) 
     if flags as c_uint & libc::CLOSE_RANGE_CLOEXEC == 0 {
         for fd in first..=last.min(DESCRIPTORS as c_uint - 1) {
             if let Some(file) = table::file(fd as c_int) {
-                writing::closing(file);
-                table::closed(fd as c_int);
+                closing(fd as c_int, file);
             }
         }
     }
     let mut first = first;
-    while let Some(own) = agent::next_own(first).filter(|own| *own <= last) {
+    while let Some(own) = own::next(first).filter(|own| *own <= last) {
         if own > first {
             // SAFETY: the arguments are the caller's.
             let done = unsafe { real::close_range(first, own - 1, flags) };
@@ -217,15 +240,18 @@ macro_rules! streams {
 
 streams! { fopen fopen64 }
 
-/// The real thing; where it finds nothing, and there is a file of this name that the agent makes up, that one's status.
-fn status_of(path: *const c_char, real: &dyn Fn() -> c_int, of_special: &dyn Fn(c_int) -> c_int) -> c_int {
-    let result = real();
-    if result == 0 || sys::errno() != libc::ENOENT || !may_be_special(path) {
-        return result;
-    }
+/// Whether this is a file that the agent makes up, where the real thing has found nothing.
+#[inline]
+fn may_be_special_after(result: c_int, path: *const c_char) -> bool {
+    result != 0 && may_be_special(path) && sys::errno() == libc::ENOENT
+}
+
+/// Status of a file that the agent makes up; as of a file that is not there, if there is none.
+#[cold]
+#[inline(never)]
+fn status_of(path: *const c_char, of_special: &dyn Fn(c_int) -> c_int) -> c_int {
     let Ok(fd) = special(path, libc::O_CLOEXEC) else {
-        sys::set_errno(libc::ENOENT);
-        return result;
+        return sys::fail(libc::ENOENT);
     };
     let result = of_special(fd);
     sys::close(fd);
@@ -253,7 +279,7 @@ unsafe fn status_of_special(fd: c_int, to: *mut libc::stat) -> c_int {
 }
 
 macro_rules! stats {
-    ($($name:ident ( $($dir:ident)? ; $($flags:ident)? );)*) => {$(
+    ($($name:ident ( $($dir:ident)? ; $($flags:ident)? ) $(or $at:ident)?;)*) => {$(
         /// As in the C library, also for files that the agent makes up.
         ///
         /// # Safety
@@ -262,17 +288,26 @@ macro_rules! stats {
         pub unsafe extern "C" fn $name(
             $($dir: c_int,)? path: *const c_char, to: *mut libc::stat $(, $flags: c_int)?
         ) -> c_int {
+            $(
+                // SAFETY: the name is the end of the caller's path, and there is room for what was asked for.
+                if let Some(result) = directories::look(path, |dir, name| unsafe { real::$at(dir, name, to, 0) }) {
+                    return result;
+                }
+            )?
             // SAFETY: the arguments are the caller's.
-            let real = || unsafe { real::$name($($dir,)? path, to $(, $flags)?) };
-            // SAFETY: the application gives room for a `stat`: on these architectures that of the functions with 64 is the same.
-            status_of(path, &real, &|fd| unsafe { status_of_special(fd, to) })
+            let result = unsafe { real::$name($($dir,)? path, to $(, $flags)?) };
+            if may_be_special_after(result, path) {
+                // SAFETY: the application gives room for a `stat`: on these architectures that of the functions with 64 is the same.
+                return status_of(path, &move |fd| unsafe { status_of_special(fd, to) });
+            }
+            result
         }
     )*};
 }
 
 stats! {
-    stat(;);
-    stat64(;);
+    stat(;) or fstatat;
+    stat64(;) or fstatat64;
     lstat(;);
     lstat64(;);
     fstatat(dir; flags);
@@ -292,8 +327,11 @@ pub unsafe extern "C" fn statx(
     to: *mut libc::statx,
 ) -> c_int {
     // SAFETY: the arguments are the caller's.
-    let real = || unsafe { real::statx(dir, path, flags, mask, to) };
-    status_of(path, &real, &|fd| {
+    let result = unsafe { real::statx(dir, path, flags, mask, to) };
+    if !may_be_special_after(result, path) {
+        return result;
+    }
+    status_of(path, &move |fd| {
         // SAFETY: an empty path means the descriptor; the application gives room for the answer.
         unsafe {
             let result = real::statx(fd, c"".as_ptr(), libc::AT_EMPTY_PATH, mask, to);
@@ -307,8 +345,8 @@ pub unsafe extern "C" fn statx(
 }
 
 fn before_dup_to(fd: c_int, to: c_int) {
-    if fd != to && agent::owns(to) {
-        agent::give_up(to);
+    if fd != to && own::owns(to) {
+        own::give_up(to);
     }
 }
 
@@ -346,21 +384,21 @@ macro_rules! fcntls {
         /// As in the C library.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(fd: c_int, command: c_int, arg: usize) -> c_int {
-            // SAFETY: the arguments are the caller's.
-            let real = || unsafe { real::$name(fd, command, arg) };
-            match command {
-                libc::F_SETLK | libc::F_SETLKW => match table::file(fd) {
-                    // SAFETY: these commands take a lock.
-                    Some(file) if arg != 0 => sqlite_locks::lock(fd, file, unsafe { &*(arg as *const libc::flock) }, &real),
-                    _ => real(),
-                },
-                libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => {
-                    let copy = real();
-                    table::duplicated(fd, copy);
-                    copy
-                }
-                _ => real(),
+            if matches!(command, libc::F_SETLK | libc::F_SETLKW)
+                && arg != 0
+                && let Some(file) = table::file(fd)
+            {
+                // SAFETY: the arguments are the caller's.
+                let real = move || unsafe { real::$name(fd, command, arg) };
+                // SAFETY: these commands take a lock.
+                return sqlite_locks::lock(fd, file, unsafe { &*(arg as *const libc::flock) }, &real);
             }
+            // SAFETY: the arguments are the caller's.
+            let result = unsafe { real::$name(fd, command, arg) };
+            if matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
+                table::duplicated(fd, result);
+            }
+            result
         }
     )*};
 }
@@ -386,16 +424,23 @@ unsafe fn buffer<'a>(data: *const c_void, len: usize) -> &'a [u8] {
 /// As in the C library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn write(fd: c_int, data: *const c_void, len: usize) -> isize {
-    // SAFETY: the arguments are the caller's.
-    let real = || unsafe { real::write(fd, data, len) };
     if let Some(file) = table::file(fd)
         && file.is_still(fd)
         && let Ok(offset) = sys::position(fd)
     {
         // SAFETY: the arguments are the caller's.
-        return writing::write(fd, file, unsafe { buffer(data, len) }, offset, &real);
+        let real = move || unsafe { real::write(fd, data, len) };
+        // SAFETY: the arguments are the caller's.
+        return written(fd, file, unsafe { buffer(data, len) }, offset, &real);
     }
-    real()
+    // SAFETY: the arguments are the caller's.
+    unsafe { real::write(fd, data, len) }
+}
+
+/// A write to a database's file. A function of its own, so that a write to any other file is a jump to the C library.
+#[inline(never)]
+fn written(fd: c_int, file: &File, data: &[u8], offset: u64, real: &dyn Fn() -> isize) -> isize {
+    writing::write(fd, file, data, offset, real)
 }
 
 macro_rules! pwrites {
@@ -406,16 +451,16 @@ macro_rules! pwrites {
         /// As in the C library.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(fd: c_int, data: *const c_void, len: usize, offset: i64) -> isize {
-            // SAFETY: the arguments are the caller's.
-            let real = || unsafe { real::$name(fd, data, len, offset) };
-            match table::file(fd) {
-                Some(file) if offset >= 0 => {
-                    // SAFETY: the arguments are the caller's.
-                    let bytes = unsafe { buffer(data, len) };
-                    writing::write(fd, file, bytes, offset as u64, &real)
-                }
-                _ => real(),
+            if let Some(file) = table::file(fd)
+                && offset >= 0
+            {
+                // SAFETY: the arguments are the caller's.
+                let real = move || unsafe { real::$name(fd, data, len, offset) };
+                // SAFETY: the arguments are the caller's.
+                return written(fd, file, unsafe { buffer(data, len) }, offset as u64, &real);
             }
+            // SAFETY: the arguments are the caller's.
+            unsafe { real::$name(fd, data, len, offset) }
         }
     )*};
 }
@@ -430,12 +475,12 @@ macro_rules! syncs {
         /// As in the C library.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(fd: c_int) -> c_int {
-            // SAFETY: the arguments are the caller's.
-            let real = || unsafe { real::$name(fd) };
-            match table::file(fd) {
-                Some(file) => writing::sync(file, &real),
-                None => real(),
+            if let Some(file) = table::file(fd) {
+                // SAFETY: the arguments are the caller's.
+                return writing::sync(file, &move || unsafe { real::$name(fd) });
             }
+            // SAFETY: the arguments are the caller's.
+            unsafe { real::$name(fd) }
         }
     )*};
 }
@@ -450,12 +495,14 @@ macro_rules! truncates {
         /// As in the C library.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(fd: c_int, len: i64) -> c_int {
-            // SAFETY: the arguments are the caller's.
-            let real = || unsafe { real::$name(fd, len) };
-            match table::file(fd) {
-                Some(file) if file.is_still(fd) => writing::truncate(file, len, &real),
-                _ => real(),
+            if let Some(file) = table::file(fd)
+                && file.is_still(fd)
+            {
+                // SAFETY: the arguments are the caller's.
+                return writing::truncate(file, len, &move || unsafe { real::$name(fd, len) });
             }
+            // SAFETY: the arguments are the caller's.
+            unsafe { real::$name(fd, len) }
         }
     )*};
 }
@@ -481,46 +528,38 @@ macro_rules! truncates_by_path {
 
 truncates_by_path! { truncate truncate64 }
 
-/// As in the C library.
-///
-/// # Safety
-/// As in the C library.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
-    // SAFETY: the arguments are the caller's.
-    let real = || unsafe { real::unlink(path) };
+/// What removing a path that may be managed is.
+#[cold]
+#[inline(never)]
+fn removed(path: *const c_char, real: &dyn Fn() -> c_int) -> c_int {
     match find(path) {
-        Some(managed) => removing::unlink(&managed, &real),
+        Some(managed) => removing::unlink(&managed, real),
         None => real(),
     }
 }
 
-/// As in the C library.
-///
-/// # Safety
-/// As in the C library.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn unlinkat(dir: c_int, path: *const c_char, flags: c_int) -> c_int {
-    // SAFETY: the arguments are the caller's.
-    let real = || unsafe { real::unlinkat(dir, path, flags) };
-    match find(path) {
-        Some(managed) if flags & libc::AT_REMOVEDIR == 0 => removing::unlink(&managed, &real),
-        _ => real(),
-    }
+macro_rules! removers {
+    ($($name:ident ( $($dir:ident)? ; $($flags:ident)? );)*) => {$(
+        /// As in the C library.
+        ///
+        /// # Safety
+        /// As in the C library.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($dir: c_int,)? path: *const c_char $(, $flags: c_int)?) -> c_int {
+            if is_unmanaged(path) $(|| $flags & libc::AT_REMOVEDIR != 0)? {
+                // SAFETY: the arguments are the caller's.
+                return unsafe { real::$name($($dir,)? path $(, $flags)?) };
+            }
+            // SAFETY: the arguments are the caller's.
+            removed(path, &move || unsafe { real::$name($($dir,)? path $(, $flags)?) })
+        }
+    )*};
 }
 
-/// As in the C library.
-///
-/// # Safety
-/// As in the C library.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn remove(path: *const c_char) -> c_int {
-    // SAFETY: the arguments are the caller's.
-    let real = || unsafe { real::remove(path) };
-    match find(path) {
-        Some(managed) => removing::unlink(&managed, &real),
-        None => real(),
-    }
+removers! {
+    unlink(;);
+    unlinkat(dir; flags);
+    remove(;);
 }
 
 fn renamed(from: *const c_char, to: *const c_char, real: &dyn Fn() -> c_int) -> c_int {
@@ -541,7 +580,7 @@ macro_rules! renamers {
             $($from_dir: c_int,)? from: *const c_char, $($to_dir: c_int,)? to: *const c_char $(, $flags: c_uint)?
         ) -> c_int {
             // SAFETY: the arguments are the caller's.
-            renamed(from, to, &|| unsafe { real::$name($($from_dir,)? from, $($to_dir,)? to $(, $flags)?) })
+            renamed(from, to, &move || unsafe { real::$name($($from_dir,)? from, $($to_dir,)? to $(, $flags)?) })
         }
     )*};
 }

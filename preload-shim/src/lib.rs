@@ -14,7 +14,9 @@
 //! | [`wal`]          | commits in a WAL, held or not, and its end                               |
 //! | [`transaction`]  | what the running transaction has written                                 |
 //! | [`special`]      | files that the agent makes up                                            |
+//! | [`directories`]  | directories of open databases, kept open                                 |
 //! | [`agent`]        | the agent: connection, requests, what it allows                          |
+//! | [`own`]          | this library's descriptors among the application's                       |
 //! | [`process`]      | the process itself, and its standard error                               |
 //! | [`lock`]         | the lock of this library's own data                                      |
 //! | [`real`]         | the functions that were taken over                                       |
@@ -27,10 +29,12 @@
 #![cfg_attr(panic = "abort", no_std)]
 
 mod agent;
+mod directories;
 mod interpose;
 mod lock;
 mod managed;
 mod opening;
+mod own;
 mod process;
 mod real;
 mod removing;
@@ -69,5 +73,6 @@ extern "C" fn forked() {
     process::forked();
     managed::forked();
     agent::forked();
+    directories::forked();
     table::forked();
 }

@@ -86,16 +86,17 @@ static UNMANAGED: [AtomicU64; 1024] = [const { AtomicU64::new(0) }; 1024];
 
 fn hash(path: &[u8]) -> u64 {
     // FNV-1a over words: this is on the way of every open of a file.
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    let mut words = path.chunks_exact(8);
-    for word in &mut words {
-        let word =
-            u64::from_le_bytes([word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7]]);
-        hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3).rotate_left(23);
+    let add = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x0100_0000_01b3).rotate_left(23);
+    let (words, rest) = path.as_chunks::<8>();
+    let mut hash =
+        words.iter().fold(0xcbf2_9ce4_8422_2325, |hash, word| add(hash, u64::from_le_bytes(*word)));
+    // The last eight bytes again, of which some are new.
+    match path.last_chunk::<8>() {
+        Some(last) if !rest.is_empty() => hash = add(hash, u64::from_le_bytes(*last)),
+        Some(_) => {}
+        None => hash = rest.iter().fold(hash, |hash, byte| add(hash, u64::from(*byte))),
     }
-    for byte in words.remainder() {
-        hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-    }
+    let hash = hash ^ path.len() as u64;
     (hash ^ hash >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9)
 }
 
@@ -107,26 +108,41 @@ pub struct Managed {
     pub name: PathBuffer<NAME_MAX>,
 }
 
-/// What a path is; `None`: nobody's business. Only absolute paths are looked at: SQLite makes every path absolute.
-pub fn find(path: &CStr) -> Option<Managed> {
-    let path = path.to_bytes();
+/// Directory and name of a file, where the path can be one of a database: SQLite makes every path absolute.
+fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
     if path.first() != Some(&b'/') {
         return None;
     }
     let slash = path.iter().rposition(|b| *b == b'/')?;
     let (dir, file) = (&path[..slash.max(1)], &path[slash + 1..]);
-    if file.is_empty() {
-        return None;
-    }
+    (!file.is_empty()).then_some((dir, file))
+}
+
+/// Where it is kept that a directory is not managed, and what is there while that counts.
+fn unmanaged(dir: &[u8]) -> (&'static AtomicU64, u64) {
     let key = hash(dir);
     let tick = (sys::coarse_now_ns() / KEPT_NS) & 0xffff;
-    let place = &UNMANAGED[key as usize >> 20 & 1023];
-    if place.load(Ordering::Relaxed) == (key & !0xffff | tick) {
+    (&UNMANAGED[key as usize >> 20 & 1023], key & !0xffff | tick)
+}
+
+/// Whether a path is known to be nobody's business. This is on the way of every open of a file.
+#[inline(never)]
+pub fn is_unmanaged(path: &CStr) -> bool {
+    let Some((dir, _)) = split(path.to_bytes()) else { return true };
+    let (place, kept) = unmanaged(dir);
+    place.load(Ordering::Relaxed) == kept
+}
+
+/// What a path is; `None`: nobody's business.
+pub fn find(path: &CStr) -> Option<Managed> {
+    if is_unmanaged(path) {
         return None;
     }
+    let (dir, file) = split(path.to_bytes())?;
     let found = look(dir, file);
     if found.is_none() {
-        place.store(key & !0xffff | tick, Ordering::Relaxed);
+        let (place, kept) = unmanaged(dir);
+        place.store(kept, Ordering::Relaxed);
     }
     found
 }

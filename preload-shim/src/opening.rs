@@ -3,6 +3,7 @@
 use crate::managed::Managed;
 use crate::table::{self, Database, Kind};
 use crate::{agent, process, special, sys};
+use core::ffi::CStr;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 /// The journal whose creation was refused last, and by which thread: a hash.
@@ -10,7 +11,7 @@ static REFUSED: AtomicU64 = AtomicU64::new(0);
 
 /// `open`: decides whether, and remembers what was opened.
 #[cold]
-pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
+pub fn open(path: &CStr, managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
     if !process::is_own() {
         return real(flags);
     }
@@ -76,7 +77,12 @@ pub fn open(managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i32) -> i32 {
         database.touched.store(1, Ordering::Relaxed);
     }
     match table::opened(fd, kind, database, file) {
-        Ok(()) => fd,
+        Ok(opened) => {
+            if kind == Kind::Database {
+                database.place.take(path, opened);
+            }
+            fd
+        }
         Err(error) => {
             // More than 65,536 descriptors. Closing this one would drop the locks that SQLite has through others.
             if database.is_open() {

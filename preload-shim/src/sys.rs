@@ -144,6 +144,13 @@ pub fn stat(path: &core::ffi::CStr) -> Result<libc::stat> {
     unsafe { sys!(SYS_newfstatat, libc::AT_FDCWD, path.as_ptr(), &raw mut stat, 0) }.map(|_| stat)
 }
 
+/// Status of a name in a directory.
+pub fn stat_at(dir: i32, name: *const libc::c_char) -> Result<libc::stat> {
+    let mut stat = empty_stat();
+    // SAFETY: as for `stat`; the name ends with a zero.
+    unsafe { sys!(SYS_newfstatat, dir, name, &raw mut stat, 0) }.map(|_| stat)
+}
+
 /// Status of a descriptor.
 pub fn fstat(fd: i32) -> Result<libc::stat> {
     let mut stat = empty_stat();
@@ -237,21 +244,27 @@ pub fn futex_wake(word: &AtomicU32, count: i32) {
     let _ = unsafe { sys!(SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, count, 0, 0, 0) };
 }
 
-/// A sequenced-packet socket that does not block, with a high number: applications like the low ones.
+/// A sequenced-packet socket that does not block, with a high number if it can be.
 pub fn socket() -> Result<i32> {
     // An agent that is stopped accepts nobody: connecting to it must fail, not wait.
     let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: no memory is touched.
     let fd = unsafe { sys!(SYS_socket, libc::AF_UNIX, kind, 0) }? as i32;
+    Ok(with_high_number(fd).unwrap_or(fd))
+}
+
+/// The same descriptor with a high number, unless the limit is lower: applications like the low ones.
+fn with_high_number(fd: i32) -> Result<i32> {
     // SAFETY: no memory is touched.
-    match unsafe { sys!(SYS_fcntl, fd, libc::F_DUPFD_CLOEXEC, 700) } {
-        Ok(high) => {
-            close(fd);
-            Ok(high as i32)
-        }
-        // The limit is lower.
-        Err(_) => Ok(fd),
-    }
+    let high = unsafe { sys!(SYS_fcntl, fd, libc::F_DUPFD_CLOEXEC, 700) }? as i32;
+    close(fd);
+    Ok(high)
+}
+
+/// A directory, for looks into it; with a high number, or not at all.
+pub fn open_directory(path: &core::ffi::CStr) -> Result<i32> {
+    let fd = open_read(path, libc::O_PATH | libc::O_DIRECTORY)?;
+    with_high_number(fd).inspect_err(|_| close(fd))
 }
 
 /// Connects.

@@ -3,6 +3,7 @@
 //! A descriptor's entry is the number of a [`File`], 0 for all that is nobody's business. Tables have a fixed size: there is
 //! no allocation, and a descriptor or database too many is refused when it is opened.
 
+use crate::directories::Place;
 use crate::lock::{Guard, Lock};
 use crate::managed::{self, CLUSTERS, Managed, NAME_MAX, PathBuffer};
 use crate::transaction::Transaction;
@@ -99,6 +100,7 @@ pub struct Database {
     pub holding: AtomicU32,
     /// There may be something in `transaction`; can be asked without its lock.
     pub touched: AtomicU32,
+    pub place: Place,
 }
 
 static TABLE: [AtomicU16; DESCRIPTORS] = [const { AtomicU16::new(0) }; DESCRIPTORS];
@@ -156,6 +158,7 @@ impl Database {
             wal_end: AtomicU64::new(0),
             transaction: Lock::new(Transaction::new()),
             touched: AtomicU32::new(0),
+            place: Place::none(),
             holding: AtomicU32::new(0),
         }
     }
@@ -250,6 +253,8 @@ pub fn database(managed: &Managed) -> Result<(Kind, &'static Database), i32> {
         transaction.clear();
         transaction.held = None;
     }
+    // Taken while it was closed, if it is not none.
+    database.place.leave();
     database.files.store(1, Ordering::Relaxed);
     Ok((kind, database))
 }
@@ -269,6 +274,7 @@ pub fn release(database: &'static Database) {
 fn release_locked(database: &'static Database) {
     if database.files.fetch_sub(1, Ordering::Relaxed) == 1 {
         agent::detach(database);
+        database.place.leave();
     }
 }
 
@@ -295,8 +301,13 @@ pub fn unreserve(file: &'static File) {
     file.descriptors.store(0, Ordering::Relaxed);
 }
 
-/// A file of a database was opened. Takes over the caller's hold on the database and on the file.
-pub fn opened(fd: i32, kind: Kind, database: &'static Database, file: &'static File) -> Result<(), i32> {
+/// A file of a database was opened: its device and inode. Takes over the caller's hold on the database and on the file.
+pub fn opened(
+    fd: i32,
+    kind: Kind,
+    database: &'static Database,
+    file: &'static File,
+) -> Result<(u64, u64), i32> {
     let stat = sys::fstat(fd)?;
     let entry = TABLE.get(fd as usize).ok_or(libc::EMFILE)?;
     let _changes = CHANGES.lock().ok_or(libc::EDEADLK)?;
@@ -309,7 +320,7 @@ pub fn opened(fd: i32, kind: Kind, database: &'static Database, file: &'static F
     }
     let before = entry.swap(index_in(&FILE, file) as u16 + 1, Ordering::AcqRel);
     drop_number(before);
-    Ok(())
+    Ok((stat.st_dev, stat.st_ino))
 }
 
 /// `copy` is another descriptor of the same open file.

@@ -3,7 +3,7 @@
 
 use crate::lock::Lock;
 use crate::managed::{self, CLUSTERS, PathBuffer};
-use crate::{process, sys};
+use crate::{own, process, sys};
 use core::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use shim_protocol as protocol;
 use shim_protocol::{Hello, MAGIC, Page, VERSION, Welcome};
@@ -31,8 +31,6 @@ pub(super) struct Connection {
 }
 
 static CONNECTION: [Connection; CLUSTERS] = [const { Connection::new() }; CLUSTERS];
-/// Lowest number that a descriptor of this library ever had: asked at every close.
-static LOWEST_OWN: AtomicI32 = AtomicI32::new(i32::MAX);
 
 /// That of a cluster.
 pub(super) fn of(cluster: usize) -> &'static Connection {
@@ -52,20 +50,18 @@ pub fn forked() {
     }
 }
 
-/// Whether a descriptor is this library's.
+/// Whether a descriptor is a connection.
 pub fn owns(fd: i32) -> bool {
-    fd >= LOWEST_OWN.load(Ordering::Relaxed)
-        && fd > 2
-        && CONNECTION.iter().any(|c| c.socket.load(Ordering::Relaxed) == fd)
+    CONNECTION.iter().any(|c| c.socket.load(Ordering::Relaxed) == fd)
 }
 
-/// This library's descriptors from `first` on, the lowest.
+/// The lowest descriptor of a connection from `first` on.
 pub fn next_own(first: u32) -> Option<u32> {
     let own = CONNECTION.iter().map(|c| c.socket.load(Ordering::Relaxed));
     own.filter(|fd| *fd > 2 && *fd as u32 >= first).map(|fd| fd as u32).min()
 }
 
-/// The application takes a descriptor of this library for itself.
+/// The application takes a descriptor for itself.
 pub fn give_up(fd: i32) {
     for connection in &CONNECTION {
         if connection.socket.compare_exchange(fd, -1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
@@ -218,7 +214,7 @@ impl Connection {
                 self.generation.fetch_add(1, Ordering::Relaxed);
                 self.checked_ns.store(sys::coarse_now_ns(), Ordering::Relaxed);
                 self.lost_ns.store(0, Ordering::Relaxed);
-                LOWEST_OWN.fetch_min(socket, Ordering::Relaxed);
+                own::add(socket);
                 self.socket.store(socket, Ordering::Release);
                 Ok(())
             }
