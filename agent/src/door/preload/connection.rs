@@ -27,6 +27,11 @@ const LONG_NAP: Duration = Duration::from_millis(8);
 const LONGER_NAP: Duration = Duration::from_millis(16);
 /// So many in a stretch do not wait for the disk.
 const VERY_FAST: u32 = 64;
+/// So many in each of two stretches are enough where the application syncs its WAL: it waits for the disk, and for the
+/// CPUs on which it is served.
+const SYNCING: u32 = 4;
+/// While they come as fast as that, but not [`FAST`], it looks so often.
+const SYNCING_NAP: Duration = Duration::from_millis(4);
 /// After so many looks in vain it sleeps until it is woken.
 const NAPS: u32 = 8;
 /// Looks whether it shall end, should a wake-up be lost.
@@ -56,29 +61,37 @@ struct Serving {
 struct Pace {
     since: Instant,
     bell: u32,
-    /// Stretches, until now, in which they came fast.
+    /// Stretches, until now, in which they came fast, for such an application.
     fast: u32,
-    /// In the last one they came very fast.
-    very_fast: bool,
+    /// How long to sleep while they do.
+    nap: Duration,
+    /// The application has synced a WAL since then.
+    synced: bool,
 }
 
 impl Pace {
     fn new() -> Self {
-        Pace { since: Instant::now(), bell: 0, fast: 0, very_fast: false }
+        Pace { since: Instant::now(), bell: 0, fast: 0, nap: LONG_NAP, synced: false }
     }
 
     /// How long to sleep while they come fast.
-    fn nap(&mut self, bell: u32) -> Option<Duration> {
-        let elapsed = self.since.elapsed();
+    fn nap(&mut self, bell: u32, now: Instant) -> Option<Duration> {
+        let elapsed = now - self.since;
         if elapsed >= STRETCH {
             let stretches = elapsed.as_secs_f64() / STRETCH.as_secs_f64();
-            let rings = f64::from(bell.wrapping_sub(self.bell));
-            let fast = rings >= f64::from(FAST) * stretches;
-            self.fast = if fast { self.fast.saturating_add(1) } else { 0 };
-            self.very_fast = rings >= f64::from(VERY_FAST) * stretches;
-            (self.since, self.bell) = (Instant::now(), bell);
+            let rings = f64::from(bell.wrapping_sub(self.bell)) / stretches;
+            let synced = std::mem::take(&mut self.synced);
+            let nap = match rings {
+                _ if rings >= f64::from(VERY_FAST) => Some(LONG_NAP),
+                _ if rings >= f64::from(FAST) => Some(LONGER_NAP),
+                _ if rings >= f64::from(SYNCING) && synced => Some(SYNCING_NAP),
+                _ => None,
+            };
+            self.fast = if nap.is_some() { self.fast.saturating_add(1) } else { 0 };
+            self.nap = nap.unwrap_or(self.nap);
+            (self.since, self.bell) = (now, bell);
         }
-        (self.fast > 1).then_some(if self.very_fast { LONG_NAP } else { LONGER_NAP })
+        (self.fast > 1).then_some(self.nap)
     }
 }
 
@@ -144,13 +157,13 @@ impl Connection {
             let bell = page.doorbell.load(Ordering::SeqCst);
             let ended = self.ended.load(Ordering::Acquire);
             let served = self.serve_requests(&mut serving);
-            let changed = self.look_at_changed();
+            let changed = self.look_at_changed(&mut pace);
             if ended {
                 break;
             }
             if changed
                 && !served
-                && let Some(limit) = pace.nap(bell)
+                && let Some(limit) = pace.nap(bell, Instant::now())
             {
                 self.nap(limit);
                 idle = 0;
@@ -336,7 +349,7 @@ impl Connection {
         }
     }
 
-    fn look_at_changed(&self) -> bool {
+    fn look_at_changed(&self, pace: &mut Pace) -> bool {
         let page = self.memory.page();
         let count = self.attached.lock().len();
         let mut busy = false;
@@ -349,6 +362,7 @@ impl Connection {
             busy = true;
             if what & protocol::SYNCED != 0 {
                 self.shared.log.leave_the_disk();
+                pace.synced = true;
             }
             if what & protocol::CHANGED != 0 {
                 let written = page.written[number].load(Ordering::SeqCst);
@@ -429,5 +443,47 @@ fn finish(slot: &Slot, answer: u32, errno: i32) {
         slot.state.store(protocol::FREE, Ordering::Release);
     } else {
         memory::wake(&slot.state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How long to sleep after some stretches with so many commits in each, of an application that syncs its WAL or not.
+    fn nap_after(stretches: u32, commits: u32, syncs: bool) -> Option<Duration> {
+        let mut pace = Pace::new();
+        let mut nap = None;
+        for stretch in 1..=stretches {
+            pace.synced = syncs;
+            nap = pace.nap(stretch * commits, pace.since + STRETCH);
+        }
+        nap
+    }
+
+    #[test]
+    fn commits_that_come_fast_are_looked_at_together() {
+        for (commits, syncs, nap) in [
+            (VERY_FAST, false, Some(LONG_NAP)),
+            (FAST, false, Some(LONGER_NAP)),
+            (FAST - 1, false, None),
+            (FAST, true, Some(LONGER_NAP)),
+            (FAST - 1, true, Some(SYNCING_NAP)),
+            (SYNCING, true, Some(SYNCING_NAP)),
+            (SYNCING - 1, true, None),
+        ] {
+            assert_eq!(nap_after(2, commits, syncs), nap, "{commits} commits, syncs: {syncs}");
+            assert_eq!(nap_after(1, commits, syncs), None, "one stretch may have what was held up before");
+        }
+    }
+
+    #[test]
+    fn a_slow_stretch_ends_it() {
+        let mut pace = Pace::new();
+        let mut bell = 0;
+        for (commits, nap) in [(FAST, None), (FAST, Some(LONGER_NAP)), (1, None), (FAST, None)] {
+            bell += commits;
+            assert_eq!(pace.nap(bell, pace.since + STRETCH), nap);
+        }
     }
 }
