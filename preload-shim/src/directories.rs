@@ -2,9 +2,10 @@
 //! whether there is a WAL, and most of such a look is the walk to their directory.
 //!
 //! While a database is open its path leads to the same directory, or its files are where SQLite does not find them
-//! (howtocorrupt.html, section 2.4): a look in the directory finds what belongs to the database. A path that leads to
-//! another directory when it is opened again is no longer looked up here. Only descriptors with high numbers are used: who
-//! has closed one in a way that was not seen does not get its number for something else.
+//! (howtocorrupt.html, section 2.4): a look in the directory finds what belongs to the database. A path of which an `open`
+//! shows that it leads to another directory now is no longer looked up here. Only descriptors with high numbers are used:
+//! if one is closed in a way that is not seen, its number is hardly ever that of another directory before this library sees
+//! who has it.
 
 use crate::lock::Lock;
 use crate::managed::PathBuffer;
@@ -16,12 +17,16 @@ use core::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering, fence};
 const DIRECTORIES: usize = 16;
 /// Longer paths are walked.
 const PATH_WORDS: usize = 32;
+/// With a zero at the end.
+const PATH_BYTES: usize = PATH_WORDS * 8 + 1;
 
 /// A directory; can be read without a lock.
 struct Directory {
     /// Odd while it changes, and another number afterwards.
     version: AtomicU32,
     descriptor: AtomicI32,
+    /// Device and inode.
+    identity: [AtomicU64; 2],
     /// Bytes of its path; 0: nothing is looked up here.
     len: AtomicU32,
     path: [AtomicU64; PATH_WORDS],
@@ -50,7 +55,7 @@ fn look_in_kept(path: &CStr, look: impl FnOnce(c_int, *const c_char) -> c_int) -
     if !bytes.ends_with(b"-journal") && !bytes.ends_with(b"-wal") {
         return None;
     }
-    let (dir, name) = split(bytes)?;
+    let (dir, name) = split(path)?;
     let (directory, version) = DIRECTORY.iter().find_map(|d| d.is(dir).map(|version| (d, version)))?;
     let fd = directory.descriptor.load(Ordering::Relaxed);
     let result = look(fd, name.as_ptr().cast());
@@ -59,10 +64,11 @@ fn look_in_kept(path: &CStr, look: impl FnOnce(c_int, *const c_char) -> c_int) -
     (was_kept && (result == 0 || sys::errno() == libc::ENOENT)).then_some(result)
 }
 
-/// Directory and name; the zero at the path's end follows the name.
-fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
-    let slash = path.iter().rposition(|b| *b == b'/')?;
-    Some((&path[..slash.max(1)], &path[slash + 1..]))
+/// Directory and name, which keeps the zero at its end.
+fn split(path: &CStr) -> Option<(&[u8], &[u8])> {
+    let bytes = path.to_bytes_with_nul();
+    let slash = bytes.iter().rposition(|b| *b == b'/')?;
+    Some((&bytes[..slash.max(1)], &bytes[slash + 1..]))
 }
 
 /// The kept directory of an open database.
@@ -74,13 +80,13 @@ impl Place {
         Place(AtomicU32::new(0))
     }
 
-    /// The database was opened by this path, and is this file: device and inode.
-    pub fn take(&self, path: &CStr, file: (u64, u64)) {
-        let Some((dir, name)) = split(path.to_bytes()) else { return };
+    /// The database was opened by this path, and is this file.
+    pub fn take(&self, path: &CStr, file: &libc::stat) {
+        let Some((dir, name)) = split(path) else { return };
         let Some(_changes) = CHANGES.lock() else { return };
         let has_it = |fd| {
             let found = sys::stat_at(fd, name.as_ptr().cast());
-            found.is_ok_and(|stat| (stat.st_dev, stat.st_ino) == file)
+            found.is_ok_and(|found| (found.st_dev, found.st_ino) == (file.st_dev, file.st_ino))
         };
         let mut known = DIRECTORY.iter().position(|directory| directory.is(dir).is_some());
         if let Some(at) = known
@@ -106,7 +112,7 @@ impl Place {
         if directory.databases.fetch_sub(1, Ordering::Relaxed) == 1 {
             KEPT.fetch_sub(1, Ordering::Relaxed);
             let fd = directory.set(b"", -1);
-            if fd >= 0 {
+            if fd >= 0 && directory.is_still(fd) {
                 sys::close(fd);
             }
         }
@@ -116,16 +122,20 @@ impl Place {
 /// Opens a directory to keep it, if it `has_it`: the file for whose sake.
 fn keep(dir: &[u8], has_it: impl Fn(c_int) -> bool) -> Option<usize> {
     let at = DIRECTORY.iter().position(|d| d.databases.load(Ordering::Relaxed) == 0)?;
-    let mut path = PathBuffer::<{ PATH_WORDS * 8 + 1 }>::new();
+    let mut path = PathBuffer::<PATH_BYTES>::new();
     if !path.push(dir) {
         return None;
     }
     let fd = sys::open_directory(path.c_str()).ok()?;
-    if !has_it(fd) {
+    let Some(stat) = sys::fstat(fd).ok().filter(|_| has_it(fd)) else {
         sys::close(fd);
         return None;
-    }
+    };
+    lost(fd);
     own::add(fd);
+    let [device, inode] = &DIRECTORY[at].identity;
+    device.store(stat.st_dev, Ordering::Relaxed);
+    inode.store(stat.st_ino, Ordering::Relaxed);
     DIRECTORY[at].set(dir, fd);
     KEPT.fetch_add(1, Ordering::Relaxed);
     Some(at)
@@ -142,24 +152,46 @@ pub fn next_own(first: u32) -> Option<u32> {
     own.filter(|fd| *fd >= 0 && *fd as u32 >= first).map(|fd| fd as u32).min()
 }
 
-/// The application takes a descriptor for itself.
+/// A descriptor is somebody else's, or will be in a moment.
 pub fn give_up(fd: c_int) {
+    if let Some(_changes) = CHANGES.lock() {
+        lost(fd);
+    }
+}
+
+/// The same, with `CHANGES` held.
+fn lost(fd: c_int) {
+    for directory in DIRECTORY.iter().filter(|d| d.descriptor.load(Ordering::Relaxed) == fd) {
+        directory.set(b"", -1);
+    }
+}
+
+/// A file was opened by this path, and is none of a database: whether its directory, if it is kept, still is the same.
+pub fn check(path: &CStr) {
+    if KEPT.load(Ordering::Relaxed) == 0 {
+        return;
+    }
+    let Some((dir, _)) = split(path) else { return };
     let Some(_changes) = CHANGES.lock() else { return };
-    for directory in &DIRECTORY {
-        if directory.descriptor.load(Ordering::Relaxed) == fd {
-            directory.set(b"", -1);
-        }
+    let Some(known) = DIRECTORY.iter().find(|directory| directory.is(dir).is_some()) else { return };
+    let mut path = PathBuffer::<PATH_BYTES>::new();
+    let same = path.push(dir) && sys::stat(path.c_str()).is_ok_and(|stat| known.has_identity(&stat));
+    if !same {
+        known.forget_path();
     }
 }
 
 /// In the child of a fork, which has the descriptors as well. What another thread was changing is kept no longer.
 pub fn forked() {
     CHANGES.forget_holder();
+    let mut kept = 0;
     for directory in &DIRECTORY {
         if !directory.version.load(Ordering::Relaxed).is_multiple_of(2) {
             directory.set(b"", -1);
         }
+        kept += u32::from(directory.databases.load(Ordering::Relaxed) > 0);
     }
+    KEPT.store(kept, Ordering::Relaxed);
 }
 
 /// Bytes of a path as words, the last one filled up with zeros.
@@ -176,6 +208,7 @@ impl Directory {
         Directory {
             version: AtomicU32::new(0),
             descriptor: AtomicI32::new(-1),
+            identity: [const { AtomicU64::new(0) }; 2],
             len: AtomicU32::new(0),
             path: [const { AtomicU64::new(0) }; PATH_WORDS],
             databases: AtomicU32::new(0),
@@ -191,7 +224,16 @@ impl Directory {
         (same && !path.is_empty()).then_some(version)
     }
 
-    /// Changes it; gives the descriptor that it had. The caller holds `CHANGES`, and the path is not too long.
+    /// Whether a descriptor, which was its own, is this directory: it may have been closed in a way that was not seen.
+    fn is_still(&self, fd: c_int) -> bool {
+        sys::fstat(fd).is_ok_and(|stat| self.has_identity(&stat))
+    }
+
+    fn has_identity(&self, stat: &libc::stat) -> bool {
+        self.identity.each_ref().map(|number| number.load(Ordering::Relaxed)) == [stat.st_dev, stat.st_ino]
+    }
+
+    /// Changes it; gives the descriptor that it had. Nobody else does meanwhile, and the path is not too long.
     fn set(&self, path: &[u8], fd: c_int) -> c_int {
         // It is odd already where a fork came in between.
         let changing = self.version.load(Ordering::Relaxed) | 1;

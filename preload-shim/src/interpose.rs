@@ -31,8 +31,12 @@ fn is_unmanaged(path: *const c_char) -> bool {
 #[inline(never)]
 fn opened(path: *const c_char, flags: c_int, real: &dyn Fn(c_int) -> c_int) -> c_int {
     match find(path) {
-        // SAFETY: it is managed, so it is not null; the application gives a string that ends with a zero.
-        Some(managed) => opening::open(unsafe { CStr::from_ptr(path) }, &managed, flags, real),
+        Some(managed) => {
+            // SAFETY: it is managed, so it is not null; the application gives a string that ends with a zero.
+            let fd = opening::open(unsafe { CStr::from_ptr(path) }, &managed, flags, real);
+            own::check(fd);
+            fd
+        }
         None => opened_unmanaged(real(flags)),
     }
 }
@@ -40,8 +44,17 @@ fn opened(path: *const c_char, flags: c_int, real: &dyn Fn(c_int) -> c_int) -> c
 /// A new descriptor of what is nobody's business: its number may have been closed in a way that was not seen.
 #[inline]
 fn opened_unmanaged(fd: c_int) -> c_int {
+    own::check(fd);
     table::closed(fd);
     fd
+}
+
+/// Another descriptor of the same file.
+fn duplicated(fd: c_int, copy: c_int) {
+    if copy != fd {
+        own::check(copy);
+        table::duplicated(fd, copy);
+    }
 }
 
 macro_rules! openers {
@@ -183,7 +196,7 @@ pub unsafe extern "C" fn closefrom(first: c_int) {
 pub unsafe extern "C" fn dup(fd: c_int) -> c_int {
     // SAFETY: the arguments are the caller's.
     let copy = unsafe { real::dup(fd) };
-    table::duplicated(fd, copy);
+    duplicated(fd, copy);
     copy
 }
 
@@ -243,7 +256,7 @@ streams! { fopen fopen64 }
 /// Whether this is a file that the agent makes up, where the real thing has found nothing.
 #[inline]
 fn may_be_special_after(result: c_int, path: *const c_char) -> bool {
-    result != 0 && may_be_special(path) && sys::errno() == libc::ENOENT
+    result != 0 && sys::errno() == libc::ENOENT && may_be_special(path)
 }
 
 /// Status of a file that the agent makes up; as of a file that is not there, if there is none.
@@ -359,7 +372,7 @@ pub unsafe extern "C" fn dup2(fd: c_int, to: c_int) -> c_int {
     before_dup_to(fd, to);
     // SAFETY: the arguments are the caller's.
     let copy = unsafe { real::dup2(fd, to) };
-    table::duplicated(fd, copy);
+    duplicated(fd, copy);
     copy
 }
 
@@ -372,7 +385,7 @@ pub unsafe extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
     before_dup_to(fd, to);
     // SAFETY: the arguments are the caller's.
     let copy = unsafe { real::dup3(fd, to, flags) };
-    table::duplicated(fd, copy);
+    duplicated(fd, copy);
     copy
 }
 
@@ -396,7 +409,7 @@ macro_rules! fcntls {
             // SAFETY: the arguments are the caller's.
             let result = unsafe { real::$name(fd, command, arg) };
             if matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
-                table::duplicated(fd, result);
+                duplicated(fd, result);
             }
             result
         }

@@ -5,7 +5,7 @@
 //! second, in a table that is read without a lock.
 
 use crate::lock::Lock;
-use crate::{process, sys, table};
+use crate::{directories, process, sys, table};
 use core::ffi::CStr;
 use core::sync::atomic::{AtomicU64, Ordering};
 use shim_protocol::{REGISTRATION, RUNTIME_DIR, RUNTIME_DIR_VARIABLE, Registration};
@@ -85,8 +85,11 @@ static FOUND: Lock<Clusters> = Lock::new(Clusters { known: [None; CLUSTERS] });
 static UNMANAGED: [AtomicU64; 1024] = [const { AtomicU64::new(0) }; 1024];
 
 fn hash(path: &[u8]) -> u64 {
-    // FNV-1a over words: this is on the way of every open of a file.
-    let add = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x0100_0000_01b3).rotate_left(23);
+    // Word by word: this is on the way of every open of a file.
+    let add = |hash: u64, word: u64| {
+        let product = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        product ^ product >> 32
+    };
     let (words, rest) = path.as_chunks::<8>();
     let mut hash =
         words.iter().fold(0xcbf2_9ce4_8422_2325, |hash, word| add(hash, u64::from_le_bytes(*word)));
@@ -141,6 +144,7 @@ pub fn find(path: &CStr) -> Option<Managed> {
     let (dir, file) = split(path.to_bytes())?;
     let found = look(dir, file);
     if found.is_none() {
+        directories::check(path);
         let (place, kept) = unmanaged(dir);
         place.store(kept, Ordering::Relaxed);
     }

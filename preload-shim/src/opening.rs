@@ -2,7 +2,7 @@
 
 use crate::managed::Managed;
 use crate::table::{self, Database, Kind};
-use crate::{agent, process, special, sys};
+use crate::{agent, directories, process, special, sys};
 use core::ffi::CStr;
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -27,7 +27,10 @@ pub fn open(path: &CStr, managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i3
     }
     let (kind, database) = match table::database(managed) {
         Ok(found) => found,
-        Err(0) => return real(flags),
+        Err(0) => {
+            directories::check(path);
+            return real(flags);
+        }
         Err(error) => return sys::fail(error),
     };
     let file = match table::reserve() {
@@ -42,6 +45,7 @@ pub fn open(path: &CStr, managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i3
         Err(0) => {
             table::unreserve(file);
             table::release(database);
+            directories::check(path);
             return real(flags);
         }
         Err(error) => {
@@ -78,8 +82,9 @@ pub fn open(path: &CStr, managed: &Managed, flags: i32, real: &dyn Fn(i32) -> i3
     }
     match table::opened(fd, kind, database, file) {
         Ok(opened) => {
-            if kind == Kind::Database {
-                database.place.take(path, opened);
+            // SQLite opens directories too, to sync them.
+            if kind == Kind::Database && opened.st_mode & libc::S_IFMT == libc::S_IFREG {
+                database.place.take(path, &opened);
             }
             fd
         }

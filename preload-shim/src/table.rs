@@ -301,13 +301,13 @@ pub fn unreserve(file: &'static File) {
     file.descriptors.store(0, Ordering::Relaxed);
 }
 
-/// A file of a database was opened: its device and inode. Takes over the caller's hold on the database and on the file.
+/// A file of a database was opened: its status. Takes over the caller's hold on the database and on the file.
 pub fn opened(
     fd: i32,
     kind: Kind,
     database: &'static Database,
     file: &'static File,
-) -> Result<(u64, u64), i32> {
+) -> Result<libc::stat, i32> {
     let stat = sys::fstat(fd)?;
     let entry = TABLE.get(fd as usize).ok_or(libc::EMFILE)?;
     let _changes = CHANGES.lock().ok_or(libc::EDEADLK)?;
@@ -320,7 +320,7 @@ pub fn opened(
     }
     let before = entry.swap(index_in(&FILE, file) as u16 + 1, Ordering::AcqRel);
     drop_number(before);
-    Ok((stat.st_dev, stat.st_ino))
+    Ok(stat)
 }
 
 /// `copy` is another descriptor of the same open file.

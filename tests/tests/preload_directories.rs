@@ -162,3 +162,66 @@ assert reader.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     run(&mut python(&primary, &script, &[]));
     primary.assert_no_errors();
 }
+
+#[test]
+fn descriptors_that_are_closed_unseen_are_not_taken_for_others() {
+    let fleet = Fleet::new();
+    let (primary, _replica) = hosts(&fleet, ("preload", "preload"));
+    let script = format!(
+        "{BEGIN}{}",
+        r#"
+import ctypes
+os.mkdir(here + "/sub")
+a = connect(here + "/a.db")
+CLOSE_RANGE = 436
+(fd,) = kept()
+assert ctypes.CDLL(None).syscall(CLOSE_RANGE, fd, fd, 0) == 0
+assert kept() == []
+b = connect(here + "/sub/b.db")
+assert kept() == [fd]
+assert os.path.samefile(f"/proc/self/fd/{fd}", here + "/sub")
+assert_seen(here)
+assert_seen(here + "/sub")
+a.execute("INSERT INTO t VALUES(2)")
+a.close()
+assert kept() == [fd]
+assert_seen(here + "/sub")
+assert ctypes.CDLL(None).syscall(CLOSE_RANGE, 700, 0xffffffff, 0) == 0
+import fcntl
+mine = fcntl.fcntl(os.open(here, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, fd)
+assert mine == fd
+assert_seen(here + "/sub")
+b.close()
+os.fstat(mine)
+os.close(mine)
+"#
+    );
+    run(&mut python(&primary, &script, &[]));
+    primary.assert_no_errors();
+}
+
+#[test]
+fn a_path_that_leads_somewhere_else_is_not_looked_up_where_it_led() {
+    let fleet = Fleet::new();
+    let primary = fleet.host("a", Role::Primary);
+    primary.set("door=preload").start();
+    let script = format!(
+        "{BEGIN}{}",
+        r#"
+a = connect(here + "/a.db")
+input()
+print("open", flush=True)
+input()
+os.rename(here, here + ".old")
+os.mkdir(here)
+b = connect(here + "/b.db")
+assert_seen(here)
+print("seen", flush=True)
+"#
+    );
+    let mut client = Client::start(&mut python(&primary, &script, &[]));
+    assert_eq!(client.tell(""), "open");
+    // Its directory goes.
+    primary.stop();
+    assert_eq!(client.tell(""), "seen");
+}

@@ -53,13 +53,13 @@ pub struct Options {
     /// MiB of the large database; the bar for memory is for 1024
     #[arg(long, default_value_t = 1024)]
     large: u64,
-    /// Put the databases, native and replicated, below this directory instead of the target directory
-    #[arg(long)]
-    dir: Option<PathBuf>,
+    /// Put the databases, native and replicated, below this directory
+    #[arg(long, default_value = "/srv")]
+    dir: PathBuf,
     /// Measure this program instead of building one
     #[arg(long)]
     litefs: Option<PathBuf>,
-    /// Seconds to wait, before each measurement, for a machine that is busy with other things
+    /// Seconds to wait, before each measurement (of reads and files: each round), for a machine that is busy with other things
     #[arg(long, default_value_t = 1)]
     patience: u64,
 }
@@ -109,8 +109,8 @@ pub fn run(options: Options) -> Result<()> {
         run::run(&mut cargo(&["build", "--profile", "shim", "--package", "preload-shim"]))?;
     }
     process::handle_interrupts()?;
-    let parent = options.dir.as_ref().unwrap_or(&target);
-    let dir = tempfile::Builder::new().prefix("bench-").tempdir_in(parent)?;
+    let dir = tempfile::Builder::new().prefix("bench-").tempdir_in(&options.dir);
+    let dir = dir.with_context(|| format!("cannot make a directory in {}", options.dir.display()))?;
     // Agents and drivers are started below here, so they are gone before the directory goes.
     let mut report = Report::new(&options.door);
     let measured = measure(&options, &litefs, &fs::canonicalize(dir.path())?, &mut report);

@@ -3,7 +3,7 @@
 
 use crate::lock::Lock;
 use crate::managed::{self, CLUSTERS, PathBuffer};
-use crate::{own, process, sys};
+use crate::{directories, own, process, sys};
 use core::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use shim_protocol as protocol;
 use shim_protocol::{Hello, MAGIC, Page, VERSION, Welcome};
@@ -214,6 +214,7 @@ impl Connection {
                 self.generation.fetch_add(1, Ordering::Relaxed);
                 self.checked_ns.store(sys::coarse_now_ns(), Ordering::Relaxed);
                 self.lost_ns.store(0, Ordering::Relaxed);
+                directories::give_up(socket);
                 own::add(socket);
                 self.socket.store(socket, Ordering::Release);
                 Ok(())

@@ -77,9 +77,9 @@ impl Fleet {
         report: &mut Report,
     ) -> Result<Fleet> {
         progress("starting primaries and replicas");
-        // As deep as a cluster's directory is for applications by default, two levels above its files: each costs
-        // every look for a journal a little.
-        let native_dir = dir.join("native/databases");
+        // As deep, by default, as a cluster's directory is for applications (`/srv/litefs/CLUSTER`): each directory on the
+        // way costs every look for a journal a little.
+        let native_dir = dir.join("native");
         fs::create_dir_all(&native_dir)?;
         let mut sides = Vec::new();
         for door in doors {
@@ -156,7 +156,7 @@ impl Fleet {
         let name_of = |row: &Row| format!("read-{}.db", row.title().replace(", ", "-"));
         for row in rows {
             let name = &name_of(row);
-            // Those who made it keep it open, and with it a WAL.
+            // Those who made it keep it open, and with it its WAL.
             self.add_database(name, row.reads().context("not a row of reads")?, "normal", READ_ROWS)?;
             if *row == Row::ReadWal {
                 let ours = self.sides.iter_mut().map(|side| &mut side.ours);

@@ -61,7 +61,7 @@ struct Serving {
 struct Pace {
     since: Instant,
     bell: u32,
-    /// Stretches, until now, in which they came fast, for such an application.
+    /// Stretches, until now, in which they came fast.
     fast: u32,
     /// How long to sleep while they do.
     nap: Duration,
@@ -81,11 +81,13 @@ impl Pace {
             let stretches = elapsed.as_secs_f64() / STRETCH.as_secs_f64();
             let rings = f64::from(bell.wrapping_sub(self.bell)) / stretches;
             let synced = std::mem::take(&mut self.synced);
-            let nap = match rings {
-                _ if rings >= f64::from(VERY_FAST) => Some(LONG_NAP),
-                _ if rings >= f64::from(FAST) => Some(LONGER_NAP),
-                _ if rings >= f64::from(SYNCING) && synced => Some(SYNCING_NAP),
-                _ => None,
+            let reached = |count: u32| rings >= f64::from(count);
+            let nap = if reached(VERY_FAST) {
+                Some(LONG_NAP)
+            } else if reached(FAST) {
+                Some(LONGER_NAP)
+            } else {
+                (synced && reached(SYNCING)).then_some(SYNCING_NAP)
             };
             self.fast = if nap.is_some() { self.fast.saturating_add(1) } else { 0 };
             self.nap = nap.unwrap_or(self.nap);
