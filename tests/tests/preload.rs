@@ -217,21 +217,46 @@ fn commits_that_no_agent_saw_are_kept_when_the_host_becomes_a_replica() {
 
 #[test]
 fn a_replica_that_somebody_has_written_to_becomes_what_the_primary_is() {
+    const COMMITTED: &str = "somebody committed on this replica";
+    for (before, after, said) in [
+        ("", "", COMMITTED),
+        // All of the WAL is in the file: who writes next begins it anew.
+        ("PRAGMA wal_checkpoint; ", "", COMMITTED),
+        ("", "; PRAGMA wal_checkpoint(TRUNCATE)", "somebody wrote to it on this replica"),
+    ] {
+        let fleet = Fleet::new();
+        let (primary, replica) = hosts(&fleet, ("preload", "preload"));
+        sql(&primary, "x.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(v); INSERT INTO t VALUES(1)");
+        assert_follows(&primary, &replica, "x.db", 1);
+        replica.expect_error(said);
+        // Keeps the WAL.
+        let mut reader = Client::start(&mut python(&replica, STEPS_OF_READER, &["x.db"]));
+        assert_eq!(reader.tell("go"), "1");
+        sql(&primary, "x.db", "INSERT INTO t VALUES(2)");
+        assert_follows(&primary, &replica, "x.db", 2);
+        // As root, and without the library, nothing keeps a program from it.
+        let write = "CREATE TABLE own(v); INSERT INTO own VALUES('own'); INSERT INTO t VALUES('own'),('own')";
+        sqlite3(&replica.path("x.db"), &format!("{before}{write}{after}"));
+        sql(&primary, "x.db", "INSERT INTO t VALUES(3)");
+        assert_follows(&primary, &replica, "x.db", 3);
+        assert!(replica.log().contains(said), "{before}, {after}");
+    }
+}
+
+#[test]
+fn a_wal_that_somebody_has_begun_anew_on_a_replica_is_no_write() {
     let fleet = Fleet::new();
     let (primary, replica) = hosts(&fleet, ("preload", "preload"));
     sql(&primary, "x.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(v); INSERT INTO t VALUES(1)");
     assert_follows(&primary, &replica, "x.db", 1);
-    replica.expect_error("somebody committed on this replica");
-    // Keeps the WAL.
     let mut reader = Client::start(&mut python(&replica, STEPS_OF_READER, &["x.db"]));
     assert_eq!(reader.tell("go"), "1");
-    sql(&primary, "x.db", "INSERT INTO t VALUES(2)");
-    assert_follows(&primary, &replica, "x.db", 2);
-    // As root, and without the library, nothing keeps a program from it.
-    sqlite3(&replica.path("x.db"), "INSERT INTO t VALUES('own'),('own')");
-    sql(&primary, "x.db", "INSERT INTO t VALUES(3)");
-    assert_follows(&primary, &replica, "x.db", 3);
-    assert!(replica.log().contains("somebody committed on this replica"));
+    for (count, kind) in (2..).zip(["PASSIVE", "FULL", "RESTART", "TRUNCATE"]) {
+        sqlite3(&replica.path("x.db"), &format!("PRAGMA wal_checkpoint({kind})"));
+        sql(&primary, "x.db", &format!("INSERT INTO t VALUES({count})"));
+        assert_follows(&primary, &replica, "x.db", count);
+    }
+    replica.assert_no_errors();
 }
 
 #[test]

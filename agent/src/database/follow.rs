@@ -7,7 +7,7 @@ use crate::capture::{CaptureError, Logged};
 use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
 use sqlite_file::locks::{LockGuard, LockKind, WAL_CHECKPOINT};
 use sqlite_file::untimed::Untimed;
-use sqlite_file::wal::{FRAME_HEADER_BYTES, Scanner, WalEnd, WalError, WalHeader};
+use sqlite_file::wal::{FRAME_HEADER_BYTES, Salts, Scanner, WalEnd, WalError, WalHeader};
 use sqlite_file::wal_index::IndexHeader;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -35,6 +35,16 @@ pub enum Suspicion {
     ForeignWrite,
     /// A transaction was taken back: SQLite does not restore pages that it took from the free list.
     TakenBack,
+}
+
+/// What others have done to the WAL of a replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ForeignUse {
+    None,
+    /// There are frames of theirs, in the generation that the agent has left or in a new one.
+    Committed,
+    /// They have begun it anew (`wal_checkpoint(RESTART)` or `TRUNCATE`): what was in it before is not known. Its salts now.
+    Restarted(Salts),
 }
 
 impl std::fmt::Display for Suspicion {
@@ -252,18 +262,25 @@ impl Database {
         Ok(true)
     }
 
-    /// Whether there are frames in the WAL that neither the log nor an application under this agent's eyes has put
-    /// there. To be asked before transactions of a primary are added.
-    pub(crate) fn has_foreign_frames(&self, st: &mut State) -> Result<bool, CaptureError> {
+    /// What others than the log, and applications under this agent's eyes, have done to the WAL. To be asked before
+    /// transactions of a primary are added.
+    pub(crate) fn foreign_use_of_wal(&self, st: &mut State) -> Result<ForeignUse, CaptureError> {
         if !self.shared.follows_wals() {
-            return Ok(false);
+            return Ok(ForeignUse::None);
         }
-        let Some(index) = self.published_index(st)? else { return Ok(false) };
+        let Some(index) = self.published_index(st)? else { return Ok(ForeignUse::None) };
         let known = match st.applied_frames {
             Some(known) => Some(known),
             None => st.wal.captured_frames(),
         };
-        Ok(known.is_some_and(|(salts, frames)| salts == index.salts && index.max_frame > frames))
+        Ok(match known {
+            Some((salts, frames)) if salts == index.salts && index.max_frame > frames => {
+                ForeignUse::Committed
+            }
+            Some((salts, _)) if salts != index.salts && index.max_frame > 0 => ForeignUse::Committed,
+            Some((salts, _)) if salts != index.salts => ForeignUse::Restarted(index.salts),
+            _ => ForeignUse::None,
+        })
     }
 
     /// The agent itself has written to the database's files what came from a primary.

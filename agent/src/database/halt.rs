@@ -1,6 +1,7 @@
 //! A halt lock (decision 34): the primary lends a database to another node, which then is its only writer. The lender's
 //! writers wait meanwhile; what the borrower commits goes to the lender first, and only then into the borrower's log.
 
+use super::follow::{ForeignUse, Suspicion};
 use super::receive::{ApplySide, other};
 use super::{Database, State};
 use crate::apply::{Applier, WriterHold};
@@ -223,10 +224,17 @@ impl Database {
             return Err(EngineError::Busy(self.name.clone()));
         }
         self.look_for_foreign_writes(&mut st);
+        let foreign = self.foreign_use_of_wal(&mut st).map_err(other)?;
+        if let ForeignUse::Restarted(_) = foreign {
+            st.suspect.get_or_insert(Suspicion::ForeignWrite);
+        }
         if st.suspect.is_some() {
             self.check_applied(&mut st);
         }
-        if st.suspect.is_some() || self.has_foreign_frames(&mut st).map_err(other)? {
+        if let (ForeignUse::Restarted(salts), None, Ok(())) = (foreign, st.suspect, st.check_health()) {
+            st.applied_frames = Some((salts, 0));
+        }
+        if st.suspect.is_some() || foreign == ForeignUse::Committed {
             return Err(other(format_args!(
                 "somebody has written to {} on this replica without the preload library: the next transaction of the \
                  primary heals it",

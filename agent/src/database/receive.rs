@@ -2,6 +2,7 @@
 //! an SQLite writer would. What readers hold up waits in a queue; the log, and so the acknowledgement, does not.
 
 use super::checksums::Mark;
+use super::follow::{ForeignUse, Suspicion};
 use super::recovery::{RecoveryError, WAL_IS_FROM_THE_LOG, failed};
 use super::{Database, State};
 use crate::apply::{
@@ -261,10 +262,15 @@ impl Database {
         }
         let current = {
             let mut st = self.state();
-            if self.has_foreign_frames(&mut st).unwrap_or_else(|error| {
+            let foreign = self.foreign_use_of_wal(&mut st).unwrap_or_else(|error| {
                 tracing::warn!(database = %self.name, %error, "cannot look whether others have written to its WAL");
-                false
-            }) {
+                ForeignUse::None
+            });
+            if matches!(foreign, ForeignUse::Restarted(_)) {
+                // Compared with the log when what waits is applied.
+                st.suspect.get_or_insert(Suspicion::ForeignWrite);
+            }
+            if foreign == ForeignUse::Committed {
                 let wal = self.paths.wal.display();
                 let reason = format!(
                     "{wal}: somebody committed on this replica, without the preload library or in a commit that lasted \
