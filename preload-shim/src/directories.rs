@@ -8,7 +8,7 @@
 //! who has it.
 
 use crate::lock::Lock;
-use crate::managed::PathBuffer;
+use crate::managed::{self, PathBuffer};
 use crate::{own, sys};
 use core::ffi::{CStr, c_char, c_int};
 use core::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering, fence};
@@ -55,20 +55,13 @@ fn look_in_kept(path: &CStr, look: impl FnOnce(c_int, *const c_char) -> c_int) -
     if !bytes.ends_with(b"-journal") && !bytes.ends_with(b"-wal") {
         return None;
     }
-    let (dir, name) = split(path)?;
+    let (dir, name) = managed::split(path.to_bytes_with_nul())?;
     let (directory, version) = DIRECTORY.iter().find_map(|d| d.is(dir).map(|version| (d, version)))?;
     let fd = directory.descriptor.load(Ordering::Relaxed);
     let result = look(fd, name.as_ptr().cast());
     fence(Ordering::Acquire);
     let was_kept = directory.version.load(Ordering::Relaxed) == version;
     (was_kept && (result == 0 || sys::errno() == libc::ENOENT)).then_some(result)
-}
-
-/// Directory and name, which keeps the zero at its end.
-fn split(path: &CStr) -> Option<(&[u8], &[u8])> {
-    let bytes = path.to_bytes_with_nul();
-    let slash = bytes.iter().rposition(|b| *b == b'/')?;
-    Some((&bytes[..slash.max(1)], &bytes[slash + 1..]))
 }
 
 /// The kept directory of an open database.
@@ -82,7 +75,7 @@ impl Place {
 
     /// The database was opened by this path, and is this file.
     pub fn take(&self, path: &CStr, file: &libc::stat) {
-        let Some((dir, name)) = split(path) else { return };
+        let Some((dir, name)) = managed::split(path.to_bytes_with_nul()) else { return };
         let Some(_changes) = CHANGES.lock() else { return };
         let has_it = |fd| {
             let found = sys::stat_at(fd, name.as_ptr().cast());
@@ -171,7 +164,7 @@ pub fn check(path: &CStr) {
     if KEPT.load(Ordering::Relaxed) == 0 {
         return;
     }
-    let Some((dir, _)) = split(path) else { return };
+    let Some((dir, _)) = managed::split(path.to_bytes_with_nul()) else { return };
     let Some(_changes) = CHANGES.lock() else { return };
     let Some(known) = DIRECTORY.iter().find(|directory| directory.is(dir).is_some()) else { return };
     let mut path = PathBuffer::<PATH_BYTES>::new();

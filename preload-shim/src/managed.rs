@@ -111,8 +111,9 @@ pub struct Managed {
     pub name: PathBuffer<NAME_MAX>,
 }
 
-/// Directory and name of a file, where the path can be one of a database: SQLite makes every path absolute.
-fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
+/// Directory and name of a file, where the path can be one of a database: SQLite makes every path absolute. A zero at the
+/// path's end stays at the name's.
+pub fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
     if path.first() != Some(&b'/') {
         return None;
     }

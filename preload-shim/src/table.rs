@@ -100,6 +100,7 @@ pub struct Database {
     pub holding: AtomicU32,
     /// There may be something in `transaction`; can be asked without its lock.
     pub touched: AtomicU32,
+    /// The directory that is kept for its sake.
     pub place: Place,
 }
 

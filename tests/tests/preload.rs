@@ -215,6 +215,16 @@ fn commits_that_no_agent_saw_are_kept_when_the_host_becomes_a_replica() {
     old.assert_no_errors();
 }
 
+/// A primary and a replica with a row in `x.db`, in WAL mode, and a program that keeps the replica's WAL.
+fn hosts_with_reader(fleet: &Fleet) -> (Host, Host, Client) {
+    let (primary, replica) = hosts(fleet, ("preload", "preload"));
+    sql(&primary, "x.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(v); INSERT INTO t VALUES(1)");
+    assert_follows(&primary, &replica, "x.db", 1);
+    let mut reader = Client::start(&mut python(&replica, STEPS_OF_READER, &["x.db"]));
+    assert_eq!(reader.tell("go"), "1");
+    (primary, replica, reader)
+}
+
 #[test]
 fn a_replica_that_somebody_has_written_to_becomes_what_the_primary_is() {
     const COMMITTED: &str = "somebody committed on this replica";
@@ -225,13 +235,8 @@ fn a_replica_that_somebody_has_written_to_becomes_what_the_primary_is() {
         ("", "; PRAGMA wal_checkpoint(TRUNCATE)", "somebody wrote to it on this replica"),
     ] {
         let fleet = Fleet::new();
-        let (primary, replica) = hosts(&fleet, ("preload", "preload"));
-        sql(&primary, "x.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(v); INSERT INTO t VALUES(1)");
-        assert_follows(&primary, &replica, "x.db", 1);
+        let (primary, replica, _reader) = hosts_with_reader(&fleet);
         replica.expect_error(said);
-        // Keeps the WAL.
-        let mut reader = Client::start(&mut python(&replica, STEPS_OF_READER, &["x.db"]));
-        assert_eq!(reader.tell("go"), "1");
         sql(&primary, "x.db", "INSERT INTO t VALUES(2)");
         assert_follows(&primary, &replica, "x.db", 2);
         // As root, and without the library, nothing keeps a program from it.
@@ -246,11 +251,7 @@ fn a_replica_that_somebody_has_written_to_becomes_what_the_primary_is() {
 #[test]
 fn a_wal_that_somebody_has_begun_anew_on_a_replica_is_no_write() {
     let fleet = Fleet::new();
-    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
-    sql(&primary, "x.db", "PRAGMA journal_mode=WAL; CREATE TABLE t(v); INSERT INTO t VALUES(1)");
-    assert_follows(&primary, &replica, "x.db", 1);
-    let mut reader = Client::start(&mut python(&replica, STEPS_OF_READER, &["x.db"]));
-    assert_eq!(reader.tell("go"), "1");
+    let (primary, replica, _reader) = hosts_with_reader(&fleet);
     for (count, kind) in (2..).zip(["PASSIVE", "FULL", "RESTART", "TRUNCATE"]) {
         sqlite3(&replica.path("x.db"), &format!("PRAGMA wal_checkpoint({kind})"));
         sql(&primary, "x.db", &format!("INSERT INTO t VALUES({count})"));

@@ -3,7 +3,8 @@
 use litefs_tests::library::*;
 use litefs_tests::*;
 
-/// What the scripts begin with: `connect`, `touch` without the library, and descriptors of directories that are kept.
+/// What the scripts begin with: `connect`, a command without the library, the descriptors of directories that are kept, and
+/// whether a journal and a WAL are seen in a directory.
 const BEGIN: &str = r#"
 import os, sqlite3, subprocess, sys
 here = os.path.realpath(sys.argv[1])
@@ -31,12 +32,18 @@ def assert_seen(dir):
         assert not os.path.exists(path), path
 "#;
 
+/// Runs a script on a primary behind the preload door; gives it and its replica.
+fn run_on_primary(fleet: &Fleet, script: &str) -> (Host, Host) {
+    let (primary, replica) = hosts(fleet, ("preload", "preload"));
+    run(&mut python(&primary, &format!("{BEGIN}{script}"), &[]));
+    primary.assert_no_errors();
+    (primary, replica)
+}
+
 #[test]
 fn a_journal_or_a_wal_is_seen_when_it_comes_and_goes() {
-    let fleet = Fleet::new();
-    let (primary, _replica) = hosts(&fleet, ("preload", "preload"));
-    let script = format!(
-        "{BEGIN}{}",
+    run_on_primary(
+        &Fleet::new(),
         r#"
 assert kept() == []
 a = connect(here + "/a.db")
@@ -64,18 +71,14 @@ assert os.waitpid(child, 0)[1] == 0
 b.close()
 assert kept() == []
 assert_seen(here)
-"#
+"#,
     );
-    run(&mut python(&primary, &script, &[]));
-    primary.assert_no_errors();
 }
 
 #[test]
 fn an_application_that_takes_the_descriptor_or_has_few_of_them_loses_nothing() {
-    let fleet = Fleet::new();
-    let (primary, _replica) = hosts(&fleet, ("preload", "preload"));
-    let script = format!(
-        "{BEGIN}{}",
+    run_on_primary(
+        &Fleet::new(),
         r#"
 import resource
 a = connect(here + "/a.db")
@@ -94,18 +97,15 @@ a = connect(here + "/a.db")
 assert kept() == []
 assert_seen(here)
 assert a.execute("SELECT count(*) FROM t").fetchone() == (3,)
-"#
+"#,
     );
-    run(&mut python(&primary, &script, &[]));
-    primary.assert_no_errors();
 }
 
 #[test]
 fn a_directory_that_was_made_anew_is_another_one() {
     let fleet = Fleet::new();
-    let (primary, replica) = hosts(&fleet, ("preload", "preload"));
-    let script = format!(
-        "{BEGIN}{}",
+    let (primary, replica) = run_on_primary(
+        &fleet,
         r#"
 sub = here + "/sub"
 os.mkdir(sub)
@@ -123,9 +123,8 @@ for c in (new, y):
     assert c.execute("SELECT count(*) FROM t").fetchone() == (1,)
     c.close()
 assert kept() == []
-"#
+"#,
     );
-    run(&mut python(&primary, &script, &[]));
     assert_follows(&primary, &replica, "sub/x.db", 1);
     assert_follows(&primary, &replica, "sub/y.db", 1);
     primary.assert_no_errors();
@@ -133,10 +132,8 @@ assert kept() == []
 
 #[test]
 fn a_reader_takes_back_the_transaction_of_a_writer_that_died() {
-    let fleet = Fleet::new();
-    let (primary, _replica) = hosts(&fleet, ("preload", "preload"));
-    let script = format!(
-        "{BEGIN}{}",
+    run_on_primary(
+        &Fleet::new(),
         r#"
 reader = connect(here + "/a.db")
 (fd,) = kept()
@@ -157,18 +154,14 @@ assert os.path.getsize(here + "/a.db") > 100_000, "it has spilled"
 assert reader.execute("SELECT count(*) FROM t").fetchone() == (1,)
 assert not os.path.exists(here + "/a.db-journal")
 assert reader.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-"#
+"#,
     );
-    run(&mut python(&primary, &script, &[]));
-    primary.assert_no_errors();
 }
 
 #[test]
 fn descriptors_that_are_closed_unseen_are_not_taken_for_others() {
-    let fleet = Fleet::new();
-    let (primary, _replica) = hosts(&fleet, ("preload", "preload"));
-    let script = format!(
-        "{BEGIN}{}",
+    run_on_primary(
+        &Fleet::new(),
         r#"
 import ctypes
 os.mkdir(here + "/sub")
@@ -194,10 +187,8 @@ assert_seen(here + "/sub")
 b.close()
 os.fstat(mine)
 os.close(mine)
-"#
+"#,
     );
-    run(&mut python(&primary, &script, &[]));
-    primary.assert_no_errors();
 }
 
 #[test]

@@ -37,16 +37,6 @@ pub enum Suspicion {
     TakenBack,
 }
 
-/// What others have done to the WAL of a replica.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ForeignUse {
-    None,
-    /// There are frames of theirs, in the generation that the agent has left or in a new one.
-    Committed,
-    /// They have begun it anew (`wal_checkpoint(RESTART)` or `TRUNCATE`): what was in it before is not known. Its salts now.
-    Restarted(Salts),
-}
-
 impl std::fmt::Display for Suspicion {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
@@ -56,6 +46,16 @@ impl std::fmt::Display for Suspicion {
             }
         })
     }
+}
+
+/// What others have done to the WAL of a replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ForeignUse {
+    None,
+    /// There are frames of theirs, in the generation that the agent has left or in a new one.
+    Committed,
+    /// They have begun it anew (`wal_checkpoint(RESTART)` or `TRUNCATE`): what was in it before is not known. Its salts now.
+    Restarted(Salts),
 }
 
 impl Database {
@@ -263,24 +263,23 @@ impl Database {
     }
 
     /// What others than the log, and applications under this agent's eyes, have done to the WAL. To be asked before
-    /// transactions of a primary are added.
+    /// transactions of a primary are added. After a restart the database is suspect: [`Self::check_applied`] compares it.
     pub(crate) fn foreign_use_of_wal(&self, st: &mut State) -> Result<ForeignUse, CaptureError> {
         if !self.shared.follows_wals() {
             return Ok(ForeignUse::None);
         }
         let Some(index) = self.published_index(st)? else { return Ok(ForeignUse::None) };
-        let known = match st.applied_frames {
-            Some(known) => Some(known),
-            None => st.wal.captured_frames(),
-        };
-        Ok(match known {
-            Some((salts, frames)) if salts == index.salts && index.max_frame > frames => {
-                ForeignUse::Committed
-            }
-            Some((salts, _)) if salts != index.salts && index.max_frame > 0 => ForeignUse::Committed,
-            Some((salts, _)) if salts != index.salts => ForeignUse::Restarted(index.salts),
-            _ => ForeignUse::None,
-        })
+        let known = st.applied_frames.or_else(|| st.wal.captured_frames());
+        let Some((salts, frames)) = known else { return Ok(ForeignUse::None) };
+        let restarted = salts != index.salts;
+        if index.max_frame > if restarted { 0 } else { frames } {
+            return Ok(ForeignUse::Committed);
+        }
+        if !restarted {
+            return Ok(ForeignUse::None);
+        }
+        st.suspect.get_or_insert(Suspicion::ForeignWrite);
+        Ok(ForeignUse::Restarted(index.salts))
     }
 
     /// The agent itself has written to the database's files what came from a primary.

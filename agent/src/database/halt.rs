@@ -1,7 +1,7 @@
 //! A halt lock (decision 34): the primary lends a database to another node, which then is its only writer. The lender's
 //! writers wait meanwhile; what the borrower commits goes to the lender first, and only then into the borrower's log.
 
-use super::follow::{ForeignUse, Suspicion};
+use super::follow::ForeignUse;
 use super::receive::{ApplySide, other};
 use super::{Database, State};
 use crate::apply::{Applier, WriterHold};
@@ -225,9 +225,6 @@ impl Database {
         }
         self.look_for_foreign_writes(&mut st);
         let foreign = self.foreign_use_of_wal(&mut st).map_err(other)?;
-        if let ForeignUse::Restarted(_) = foreign {
-            st.suspect.get_or_insert(Suspicion::ForeignWrite);
-        }
         if st.suspect.is_some() {
             self.check_applied(&mut st);
         }

@@ -2,7 +2,7 @@
 //! an SQLite writer would. What readers hold up waits in a queue; the log, and so the acknowledgement, does not.
 
 use super::checksums::Mark;
-use super::follow::{ForeignUse, Suspicion};
+use super::follow::ForeignUse;
 use super::recovery::{RecoveryError, WAL_IS_FROM_THE_LOG, failed};
 use super::{Database, State};
 use crate::apply::{
@@ -266,10 +266,6 @@ impl Database {
                 tracing::warn!(database = %self.name, %error, "cannot look whether others have written to its WAL");
                 ForeignUse::None
             });
-            if matches!(foreign, ForeignUse::Restarted(_)) {
-                // Compared with the log when what waits is applied.
-                st.suspect.get_or_insert(Suspicion::ForeignWrite);
-            }
             if foreign == ForeignUse::Committed {
                 let wal = self.paths.wal.display();
                 let reason = format!(

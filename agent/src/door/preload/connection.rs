@@ -63,15 +63,15 @@ struct Pace {
     bell: u32,
     /// Stretches, until now, in which they came fast.
     fast: u32,
-    /// How long to sleep while they do.
-    nap: Duration,
+    /// How long to sleep while they come as fast as in the last one.
+    nap: Option<Duration>,
     /// The application has synced a WAL since then.
     synced: bool,
 }
 
 impl Pace {
     fn new() -> Self {
-        Pace { since: Instant::now(), bell: 0, fast: 0, nap: LONG_NAP, synced: false }
+        Pace { since: Instant::now(), bell: 0, fast: 0, nap: None, synced: false }
     }
 
     /// How long to sleep while they come fast.
@@ -82,18 +82,17 @@ impl Pace {
             let rings = f64::from(bell.wrapping_sub(self.bell)) / stretches;
             let synced = std::mem::take(&mut self.synced);
             let reached = |count: u32| rings >= f64::from(count);
-            let nap = if reached(VERY_FAST) {
+            self.nap = if reached(VERY_FAST) {
                 Some(LONG_NAP)
             } else if reached(FAST) {
                 Some(LONGER_NAP)
             } else {
                 (synced && reached(SYNCING)).then_some(SYNCING_NAP)
             };
-            self.fast = if nap.is_some() { self.fast.saturating_add(1) } else { 0 };
-            self.nap = nap.unwrap_or(self.nap);
+            self.fast = if self.nap.is_some() { self.fast.saturating_add(1) } else { 0 };
             (self.since, self.bell) = (now, bell);
         }
-        (self.fast > 1).then_some(self.nap)
+        self.nap.filter(|_| self.fast > 1)
     }
 }
 
