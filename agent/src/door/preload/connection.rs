@@ -20,18 +20,19 @@ const NAP: Duration = Duration::from_micros(300);
 const STRETCH: Duration = Duration::from_millis(8);
 /// They come fast when there were so many in each of two stretches: one may have what was held up before.
 const FAST: u32 = 16;
-/// While they do it looks so often: what has come together costs little more than one, and the logs' syncs of it take less
-/// from the disk that applications sync to.
+/// While they do it looks so often: what has come together costs little more than one.
 const LONG_NAP: Duration = Duration::from_millis(8);
-/// The same while they come slower than [`VERY_FAST`]: each of them waits for the disk.
-const LONGER_NAP: Duration = Duration::from_millis(16);
 /// So many in a stretch do not wait for the disk.
 const VERY_FAST: u32 = 64;
-/// So many in each of two stretches are enough where the application syncs its WAL: it waits for the disk, and for the
-/// CPUs on which it is served.
+/// So many in each of two stretches are enough where the application syncs its WAL in both: it waits for the disk, and for
+/// the CPUs on which it is served. One sync alone may be a checkpoint's.
 const SYNCING: u32 = 4;
-/// While they come as fast as that, but not [`FAST`], it looks so often.
+/// While they come as fast as that, but not [`SYNCING_FAST`], it looks so often.
 const SYNCING_NAP: Duration = Duration::from_millis(4);
+/// Of such an application so many in a stretch come fast.
+const SYNCING_FAST: u32 = 10;
+/// While they do it looks so often: each look has two logs synced, and the application waits for the disk meanwhile.
+const SYNCING_LONG_NAP: Duration = Duration::from_millis(32);
 /// After so many looks in vain it sleeps until it is woken.
 const NAPS: u32 = 8;
 /// Looks whether it shall end, should a wake-up be lost.
@@ -67,11 +68,13 @@ struct Pace {
     nap: Option<Duration>,
     /// The application has synced a WAL since then.
     synced: bool,
+    /// And in the stretch before.
+    synced_before: bool,
 }
 
 impl Pace {
     fn new() -> Self {
-        Pace { since: Instant::now(), bell: 0, fast: 0, nap: None, synced: false }
+        Pace { since: Instant::now(), bell: 0, fast: 0, nap: None, synced: false, synced_before: false }
     }
 
     /// How long to sleep while they come fast.
@@ -81,13 +84,16 @@ impl Pace {
             let stretches = elapsed.as_secs_f64() / STRETCH.as_secs_f64();
             let rings = f64::from(bell.wrapping_sub(self.bell)) / stretches;
             let synced = std::mem::take(&mut self.synced);
+            let syncing = std::mem::replace(&mut self.synced_before, synced) && synced;
             let reached = |count: u32| rings >= f64::from(count);
-            self.nap = if reached(VERY_FAST) {
-                Some(LONG_NAP)
+            // The long pause itself makes them come a little faster.
+            let kept = u32::from(self.nap == Some(SYNCING_LONG_NAP));
+            self.nap = if syncing && reached(SYNCING_FAST - kept) && !reached(VERY_FAST) {
+                Some(SYNCING_LONG_NAP)
             } else if reached(FAST) {
-                Some(LONGER_NAP)
+                Some(LONG_NAP)
             } else {
-                (synced && reached(SYNCING)).then_some(SYNCING_NAP)
+                (syncing && reached(SYNCING)).then_some(SYNCING_NAP)
             };
             self.fast = if self.nap.is_some() { self.fast.saturating_add(1) } else { 0 };
             (self.since, self.bell) = (now, bell);
@@ -451,13 +457,14 @@ fn finish(slot: &Slot, answer: u32, errno: i32) {
 mod tests {
     use super::*;
 
-    /// How long to sleep after some stretches with so many commits in each, of an application that syncs its WAL or not.
-    fn nap_after(stretches: u32, commits: u32, syncs: bool) -> Option<Duration> {
+    /// How long to sleep after stretches with so many commits each, of an application that syncs its WAL in them or not.
+    fn nap_after(stretches: &[(u32, bool)]) -> Option<Duration> {
         let mut pace = Pace::new();
-        let mut nap = None;
-        for stretch in 1..=stretches {
-            pace.synced = syncs;
-            nap = pace.nap(stretch * commits, pace.since + STRETCH);
+        let (mut nap, mut bell) = (None, 0);
+        for (commits, syncs) in stretches {
+            bell += commits;
+            pace.synced = *syncs;
+            nap = pace.nap(bell, pace.since + STRETCH);
         }
         nap
     }
@@ -466,25 +473,41 @@ mod tests {
     fn commits_that_come_fast_are_looked_at_together() {
         for (commits, syncs, nap) in [
             (VERY_FAST, false, Some(LONG_NAP)),
-            (FAST, false, Some(LONGER_NAP)),
+            (FAST, false, Some(LONG_NAP)),
             (FAST - 1, false, None),
-            (FAST, true, Some(LONGER_NAP)),
-            (FAST - 1, true, Some(SYNCING_NAP)),
+            (VERY_FAST, true, Some(LONG_NAP)),
+            (VERY_FAST - 1, true, Some(SYNCING_LONG_NAP)),
+            (SYNCING_FAST, true, Some(SYNCING_LONG_NAP)),
+            (SYNCING_FAST - 1, true, Some(SYNCING_NAP)),
             (SYNCING, true, Some(SYNCING_NAP)),
             (SYNCING - 1, true, None),
         ] {
-            assert_eq!(nap_after(2, commits, syncs), nap, "{commits} commits, syncs: {syncs}");
-            assert_eq!(nap_after(1, commits, syncs), None, "one stretch may have what was held up before");
+            let stretch = (commits, syncs);
+            assert_eq!(nap_after(&[stretch; 3]), nap, "{commits} commits, syncs: {syncs}");
+            assert_eq!(nap_after(&[stretch]), None, "one stretch may have what was held up before");
+        }
+    }
+
+    #[test]
+    fn the_sync_of_a_checkpoint_is_not_one_of_each_commit() {
+        let (synced, not) = ((FAST, true), (FAST, false));
+        assert_eq!(nap_after(&[not, synced, not, not, synced]), Some(LONG_NAP));
+        assert_eq!(nap_after(&[not, not, synced, synced]), Some(SYNCING_LONG_NAP));
+    }
+
+    #[test]
+    fn the_long_pause_stays_a_little_longer() {
+        let stretch = |commits| (commits, true);
+        let begin = [stretch(SYNCING_FAST); 3];
+        for (commits, nap) in [(SYNCING_FAST - 1, SYNCING_LONG_NAP), (SYNCING_FAST - 2, SYNCING_NAP)] {
+            assert_eq!(nap_after(&[&begin[..], &[stretch(commits)]].concat()), Some(nap));
         }
     }
 
     #[test]
     fn a_slow_stretch_ends_it() {
-        let mut pace = Pace::new();
-        let mut bell = 0;
-        for (commits, nap) in [(FAST, None), (FAST, Some(LONGER_NAP)), (1, None), (FAST, None)] {
-            bell += commits;
-            assert_eq!(pace.nap(bell, pace.since + STRETCH), nap);
-        }
+        let (fast, slow) = ((FAST, false), (1, false));
+        assert_eq!(nap_after(&[fast, fast, slow]), None);
+        assert_eq!(nap_after(&[fast, fast, slow, fast]), None);
     }
 }
