@@ -148,8 +148,8 @@ impl CommitLog {
         Ok(())
     }
 
-    /// Appends a record: afterwards it survives the death of this process, and is durable soon after. Returns the
-    /// LSN to wait for. A payload above [`Options::inline_bytes_max`] is written and synced to a file of its own
+    /// Appends a record: afterwards it survives the death of this process. It becomes durable once somebody asks for
+    /// that, together with all that was appended until then. Returns the LSN to ask for. A payload above [`Options::inline_bytes_max`] is written and synced to a file of its own
     /// first. Records of one database must be appended one after the other; a transaction must follow the last
     /// record in TXID and checksum. After an error (a full disk, say) the log is as it was before.
     pub fn append(&self, record: &NewRecord<'_>, payload: &[u8]) -> Result<Lsn, LogError> {
@@ -226,11 +226,9 @@ impl CommitLog {
         self.shared.hasten(lsn);
     }
 
-    /// Asks for durability without waiting. The flusher does it by itself as soon as something is appended.
-    pub fn request_flush(&self, lsn: Lsn) {
-        if self.durable() < lsn {
-            self.shared.wake_flusher();
-        }
+    /// Has what was appended made durable soon; nobody waits for it.
+    pub fn request_flush(&self) {
+        self.shared.wake_flusher();
     }
 
     /// An application is syncing a file of its own: the next of what nobody waits for comes later, as when somebody waits for

@@ -19,6 +19,8 @@ const PACE: Duration = Duration::from_millis(1);
 const PACE_BUSY: Duration = Duration::from_millis(4);
 /// So many callbacks per second and more: commits come fast.
 const BUSY_RATE: u128 = 1_500;
+/// How fast they come is told from stretches of this length.
+const STRETCH: Duration = Duration::from_millis(20);
 
 /// Gets the time each sync took.
 pub type OnSync = Box<dyn Fn(Duration) + Send + Sync>;
@@ -52,9 +54,9 @@ struct FlushState {
     callbacks: Vec<(Lsn, OnDurable)>,
     /// Callbacks that nobody waits for, in the order in which they came.
     paced: Vec<(Lsn, OnDurable)>,
-    /// When the sync began after which they were last called.
-    paced_since: Option<Instant>,
-    /// Since then an application waited for a sync, of the log or of a file of its own.
+    /// How fast they come.
+    arrivals: Arrivals,
+    /// Since they were last called an application waited for a sync, of the log or of a file of its own.
     waited_for: bool,
     /// They wait until then, also when they are due.
     paced_until: Option<Instant>,
@@ -101,7 +103,7 @@ impl Shared {
         self.flush.durable()
     }
 
-    /// Wakes the flusher if it sleeps.
+    /// Wakes the flusher if it sleeps: something was appended.
     pub(super) fn wake_flusher(&self) {
         // Pairs with the store in `flusher_sleep`: either it sees what was appended, or this sees it asleep.
         if self.flush.asleep.load(Ordering::SeqCst) {
@@ -150,6 +152,8 @@ impl Shared {
             drop(state);
             if urgent || self.durable() >= lsn {
                 self.flush.work.notify_one();
+            } else {
+                self.wake_flusher();
             }
             return;
         }
@@ -332,13 +336,36 @@ impl FlushState {
         }
         let ready = take_ready(&mut self.paced, due);
         if !ready.is_empty() {
-            let elapsed = self.paced_since.map_or(Duration::MAX, |since| begun - since.min(begun));
-            let fast = ready.len() as u128 * 1_000_000_000 >= BUSY_RATE * elapsed.as_nanos();
+            let fast = self.arrivals.are_fast(ready.len(), begun);
             let busy = std::mem::take(&mut self.waited_for) || fast;
-            self.paced_since = Some(begun);
             self.paced_until = Some(begun + if busy { PACE_BUSY } else { PACE });
         }
         ready
+    }
+}
+
+/// How fast callbacks come that nobody waits for.
+#[derive(Default)]
+struct Arrivals {
+    /// When the running stretch began.
+    since: Option<Instant>,
+    /// How many have come in it.
+    count: usize,
+    /// Stretches before it, one after the other, in which they came fast.
+    fast: u32,
+}
+
+impl Arrivals {
+    /// Whether they come fast, now that `count` more have come. One stretch alone may have what the disk held up before.
+    fn are_fast(&mut self, count: usize, now: Instant) -> bool {
+        self.count += count;
+        let elapsed = now.saturating_duration_since(*self.since.get_or_insert(now));
+        if elapsed >= STRETCH {
+            let fast = self.count as u128 * 1_000_000_000 >= BUSY_RATE * elapsed.as_nanos();
+            self.fast = if fast { self.fast.saturating_add(1) } else { 0 };
+            (self.since, self.count) = (Some(now), 0);
+        }
+        self.fast > 1
     }
 }
 
@@ -364,18 +391,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn followers_wait_longer_while_applications_wait_for_syncs() {
+    fn followers_wait_longer_while_applications_wait_for_syncs_or_commits_come_fast() {
         let mut state = FlushState::default();
-        let mut pause_after = |begun: Instant, waited_for: bool| {
-            state.paced.push((Lsn(0), Box::new(|_| ())));
+        let mut pause_after = |begun: Instant, count: usize, waited_for: bool| {
+            state.paced.extend((0..count).map(|_| (Lsn(0), Box::new(|_| ()) as OnDurable)));
             state.waited_for |= waited_for;
-            assert_eq!(state.take_paced(begun, false, |_| true).len(), 1);
+            assert_eq!(state.take_paced(begun, false, |_| true).len(), count);
             state.paced_until.map(|until| until - begun)
         };
         let begun = Instant::now();
-        let second = Duration::from_secs(1);
-        assert_eq!(pause_after(begun, false), Some(PACE));
-        assert_eq!(pause_after(begun + second, true), Some(PACE_BUSY));
-        assert_eq!(pause_after(begun + 2 * second, false), Some(PACE));
+        let after = |seconds: u64| begun + Duration::from_secs(seconds);
+        assert_eq!(pause_after(begun, 1, false), Some(PACE));
+        assert_eq!(pause_after(after(1), 1, true), Some(PACE_BUSY));
+        assert_eq!(pause_after(after(2), 1, false), Some(PACE));
+        assert_eq!(pause_after(after(3), BUSY_RATE as usize, false), Some(PACE));
+        assert_eq!(pause_after(after(4), BUSY_RATE as usize, false), Some(PACE_BUSY));
+    }
+
+    #[test]
+    fn commits_come_fast_when_two_stretches_say_so() {
+        let mut arrivals = Arrivals::default();
+        let many = (BUSY_RATE * STRETCH.as_millis() / 1000) as usize;
+        let begun = Instant::now();
+        assert!(!arrivals.are_fast(many, begun));
+        for (stretch, count, fast) in [
+            // What a slow sync held up comes at once.
+            (1, 0, false),
+            (2, 0, false),
+            (3, many, false),
+            (4, many, true),
+            (5, many, true),
+            (6, many - 1, false),
+        ] {
+            assert_eq!(arrivals.are_fast(count, begun + stretch * STRETCH), fast, "stretch {stretch}");
+        }
     }
 }

@@ -245,7 +245,6 @@ impl Shared {
         let room = end.map_or(0, |(file_bytes, offset)| file_bytes.saturating_sub(offset));
         self.room.store(room, Ordering::Relaxed);
         self.appended.store(writer.next.0, Ordering::SeqCst);
-        self.wake_flusher();
     }
 
     /// Appends a mark when the last record has none: a later bit flip in that record is then known from a write
