@@ -245,14 +245,14 @@ pub fn log_transaction(
 
     // The log has it: from here on nothing can fail.
     match payload {
-        Some(bytes) => st.recent.push(ShippedRecord {
+        Some(bytes) => db.recent.lock().push(ShippedRecord {
             epoch: term.epoch,
             min_txid: txid,
             max_txid: txid,
             post_apply: rolling,
             payload: RecordPayload::Bytes(bytes),
         }),
-        None => st.recent.clear(),
+        None => db.recent.lock().clear(),
     }
     let sums = st.checksums_mut();
     if new_size {

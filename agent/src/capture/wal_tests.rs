@@ -3,6 +3,7 @@ use crate::DatabaseName;
 use crate::database::{Dirs, Shared};
 use crate::log::{CommitLog, Options};
 use crate::ship::engine::Epoch;
+use ltx::{Pos, Txid};
 use rusqlite::Connection;
 use std::sync::Arc;
 
@@ -332,4 +333,28 @@ fn an_agent_that_dies_after_it_logged_a_commit_and_before_it_wrote_the_frame_is_
     ask_again(&db, &file, offset, page);
     assert_eq!(db.state().position, position);
     assert_eq!(std::fs::read(&db.paths().wal).unwrap(), case.wal);
+}
+
+#[test]
+fn newest_records_are_for_followers_once_they_are_durable() {
+    let case = Case::new(4096);
+    let (db, file) = case.primary();
+    for (offset, data) in case.calls() {
+        written(&db, &mut db.state(), &file, offset, data).unwrap();
+    }
+    let newest = db.state().position;
+    // Nobody waits for them: the flusher was asked all the same.
+    while db.durable_position() != newest {
+        std::thread::yield_now();
+    }
+    let found = |txid| db.recent_record(Txid(txid)).map(|record| record.post_apply);
+    assert_eq!((found(3), found(4)), (Some(newest.checksum), None));
+    db.set_durable_position(Pos { txid: Txid(2), ..newest });
+    assert!(found(2).is_some());
+    assert_eq!(found(3), None);
+    db.set_durable_position(newest);
+    let st = &mut db.state();
+    st.marked = newest;
+    db.close_idle(st);
+    assert_eq!(found(3), None);
 }

@@ -113,7 +113,7 @@ impl Database {
         self.remember_applied_frames(&mut st);
         st.set_database_file(None);
         self.rebuild_checksums_from(&mut st, mark, if exists { &staged } else { &self.paths.database })?;
-        st.recent.clear();
+        self.recent.lock().clear();
         st.position = mark.position;
         st.page_size = mark.page_size;
         st.page_count = mark.page_count;

@@ -74,7 +74,7 @@ impl Database {
             st.last_change_ms = last.timestamp_ms;
         }
         self.finish(st, target, true, &done)?;
-        st.close_idle();
+        self.close_idle(st);
         Ok(done)
     }
 

@@ -79,6 +79,9 @@ pub struct Database {
     state: Mutex<State>,
     /// Newest position whose record is durable here.
     durable: Mutex<Pos>,
+    /// Newest records, for followers that are live: they need not be found and read in the log. Changed only with `state`
+    /// locked, so in the order of the log. Nothing but `durable` is locked inside.
+    pub(crate) recent: Mutex<RecentRecords>,
     /// Writes transactions through the applications' path. Taken before `state`, never while holding it.
     pub(crate) apply: Mutex<ApplySide>,
     /// Newest commit that nobody acknowledged before this node's term ended, until it is known whether it counts. A leaf.
@@ -132,8 +135,6 @@ pub struct State {
     pub page_size: u32,
     /// Pages in the database.
     pub page_count: u32,
-    /// Newest records, for followers that are live: they need not be found and read in the log.
-    pub(crate) recent: RecentRecords,
     /// How far the files are: equal to the log on the primary, maybe behind it on a replica.
     pub applied: Mark,
     /// Position of the newest commit that waits for followers: not published yet, so not in `applied`.
@@ -215,6 +216,7 @@ impl Database {
             shared,
             state: Mutex::default(),
             durable: Mutex::default(),
+            recent: Mutex::default(),
             apply: Mutex::new(ApplySide::new(applier)),
             unconfirmed: Mutex::default(),
             loan: RwLock::default(),
@@ -243,9 +245,26 @@ impl Database {
         self.state.try_lock()
     }
 
+    /// Closes what an idle database holds: its descriptor, its mapping and its newest records.
+    pub(crate) fn close_idle(&self, st: &mut State) {
+        if st.handles == 0 && st.marked == st.position && !st.rollback.is_dirty() {
+            st.file = None;
+            st.checksums = None;
+            self.recent.lock().clear();
+        }
+    }
+
     /// Newest position whose record is durable in this node's log.
     pub fn durable_position(&self) -> Pos {
         *self.durable.lock()
+    }
+
+    /// The durable record that begins with a transaction, if it is among the newest ones: its bytes are in memory.
+    pub fn recent_record(&self, min_txid: Txid) -> Option<ShippedRecord> {
+        let recent = self.recent.lock();
+        // Inside, so that both are of one history.
+        let durable = self.durable_position();
+        recent.get(min_txid).filter(|record| record.max_txid <= durable.txid).cloned()
     }
 
     pub(crate) fn set_durable_position(&self, position: Pos) {
@@ -480,15 +499,6 @@ impl State {
     /// Gives the main file to use, or forgets it (it was replaced, removed, or nobody uses it now).
     pub(crate) fn set_database_file(&mut self, file: Option<Arc<File>>) {
         self.file = file;
-    }
-
-    /// Closes what an idle database holds: its descriptor and its mapping.
-    pub(crate) fn close_idle(&mut self) {
-        if self.handles == 0 && self.marked == self.position && !self.rollback.is_dirty() {
-            self.file = None;
-            self.checksums = None;
-            self.recent.clear();
-        }
     }
 
     /// The position and shape that the log has.

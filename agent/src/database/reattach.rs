@@ -96,7 +96,7 @@ impl Database {
             self.shared.mark_later(&self.name);
         }
         tracing::debug!(database = %self.name, position = %st.position, waiting = side.pending.len(), "taken up");
-        st.close_idle();
+        self.close_idle(&mut st);
         Ok(())
     }
 

@@ -202,7 +202,7 @@ impl Database {
             RecordPayload::Bytes(bytes) => Some(bytes.clone()),
             RecordPayload::File { .. } => None,
         };
-        st.recent.push(record);
+        self.recent.lock().push(record);
         let resized = header.page_size != st.page_size;
         let sums = st.checksums_mut();
         sums.truncate(if resized { 0 } else { header.commit });

@@ -124,7 +124,7 @@ fn tidy(node: &Node) {
         {
             tracing::debug!(database = %db.name(), %error, "cannot let go of an idle database yet");
         }
-        db.state().close_idle();
+        db.close_idle(&mut db.state());
     }
     let retained = node.shared.log.enforce_retention(unix_ms(), node.log_needed(), node.followers_need());
     match retained {

@@ -85,12 +85,16 @@ impl Source for Node {
         Ok(record.filter(|r| r.max_txid == txid).map(|r| r.post_apply))
     }
 
+    fn recent_record(&self, name: &DatabaseName, min_txid: Txid) -> Option<ShippedRecord> {
+        self.shared.database(name)?.recent_record(min_txid)
+    }
+
     fn record(&self, name: &DatabaseName, min_txid: Txid) -> Result<Option<ShippedRecord>, EngineError> {
+        if let Some(recent) = self.recent_record(name, min_txid) {
+            return Ok(Some(recent));
+        }
         let Some(db) = self.shared.database(name) else { return Ok(None) };
         let durable = db.durable_position();
-        if let Some(recent) = db.state().recent.get(min_txid).filter(|r| r.max_txid <= durable.txid) {
-            return Ok(Some(recent.clone()));
-        }
         let found = unless_lost(self.shared.log.find(name, min_txid))?;
         let Some(info) = found.filter(|r| {
             r.kind == RecordKind::Transaction && r.min_txid == min_txid && r.max_txid <= durable.txid

@@ -126,8 +126,8 @@ pub enum EngineError {
     Other(String),
 }
 
-/// The side that is followed. `epoch`, `position` and what tells of followers are called on the async threads and must
-/// not wait for the disk; all others may.
+/// The side that is followed. `epoch`, `position`, `recent_record` and what tells of followers are called on the async
+/// threads and must not wait for the disk; all others may.
 pub trait Source: Send + Sync + 'static {
     /// This node's identity.
     fn node_id(&self) -> u64;
@@ -143,6 +143,8 @@ pub trait Source: Send + Sync + 'static {
     fn resume(&self, name: &DatabaseName, position: Pos) -> Result<Resume, EngineError>;
     /// The post-apply checksum of one transaction, while its record is kept.
     fn checksum_at(&self, name: &DatabaseName, txid: Txid) -> Result<Option<Checksum>, EngineError>;
+    /// As [`Source::record`], of records whose bytes are in memory: `None` says nothing about the log.
+    fn recent_record(&self, name: &DatabaseName, min_txid: Txid) -> Option<ShippedRecord>;
     /// The durable record that begins with `min_txid`; `None` when there is none yet or it is no longer kept.
     fn record(&self, name: &DatabaseName, min_txid: Txid) -> Result<Option<ShippedRecord>, EngineError>;
     /// Committed pages in `range`, which may reach past the end or lie beyond it. When the call returns, the commits

@@ -142,7 +142,7 @@ impl Database {
                  of one: {damage}; restore the database from a copy, or let it follow a primary"
             )));
         }
-        st.close_idle();
+        self.close_idle(&mut st);
         Ok(done)
     }
 
@@ -251,6 +251,7 @@ impl Database {
             fence: None,
         };
         self.shared.log.append(&record, &[]).map_err(failed)?;
+        self.shared.log.request_flush();
         Ok(())
     }
 

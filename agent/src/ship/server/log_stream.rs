@@ -178,8 +178,7 @@ impl LogStream {
                 Err(_) => Err(Stop::End(EndReason::Idle)),
             };
         }
-        let name = self.name.clone();
-        let batch = self.server.blocking(move |source| read_batch(source, &name, pos.txid)).await?;
+        let batch = self.next_batch(pos).await?;
         let Some(next) = batch.pos else {
             // The history moved away under the stream: a snapshot was installed here, the database was removed,
             // or retention overtook the follower.
@@ -194,6 +193,18 @@ impl LogStream {
             self.send_large(head, large).await?;
         }
         Ok(next)
+    }
+
+    /// What is there after `pos`: from memory, where nothing waits, or read from the log.
+    async fn next_batch(&self, pos: Pos) -> Result<Batch, Refusal> {
+        let source = &self.server.source;
+        let recent = read_batch(&self.name, pos.txid, |txid| Ok(source.recent_record(&self.name, txid)))?;
+        if recent.pos.is_some() {
+            return Ok(recent);
+        }
+        let name = self.name.clone();
+        let read = move |source: &dyn Source| read_batch(&name, pos.txid, |txid| source.record(&name, txid));
+        self.server.blocking(read).await
     }
 
     async fn send(&self, frames: BytesMut) -> Result<(), Stop> {
@@ -234,14 +245,18 @@ impl LogStream {
 }
 
 /// Reads the records after `after` that are there, up to a batch.
-fn read_batch(source: &dyn Source, name: &DatabaseName, after: Txid) -> Result<Batch, EngineError> {
+fn read_batch(
+    name: &DatabaseName,
+    after: Txid,
+    record: impl Fn(Txid) -> Result<Option<ShippedRecord>, EngineError>,
+) -> Result<Batch, EngineError> {
     let mut batch = Batch::default();
     let mut last = after;
     for _ in 0..BATCH_RECORDS {
         if batch.large.is_some() || batch.frames.len() >= BATCH_BYTES {
             break;
         }
-        let Some(record) = source.record(name, Txid(last.0.saturating_add(1)))? else {
+        let Some(record) = record(Txid(last.0.saturating_add(1)))? else {
             break;
         };
         last = record.max_txid;

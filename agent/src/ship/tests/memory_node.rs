@@ -351,6 +351,14 @@ impl Source for MemoryNode {
         Ok(self.databases.lock().get(name).and_then(|db| db.checksum_at(txid)))
     }
 
+    fn recent_record(&self, name: &DatabaseName, min_txid: Txid) -> Option<ShippedRecord> {
+        // Some are not: streams go both ways.
+        let in_memory = |record: &ShippedRecord| {
+            !record.min_txid.0.is_multiple_of(3) && matches!(record.payload, RecordPayload::Bytes(_))
+        };
+        self.record(name, min_txid).ok().flatten().filter(in_memory)
+    }
+
     fn record(&self, name: &DatabaseName, min_txid: Txid) -> Result<Option<ShippedRecord>, EngineError> {
         Ok(self.databases.lock().get(name).and_then(|db| db.records.get(&min_txid.0).cloned()))
     }
