@@ -243,6 +243,8 @@ pub fn log_transaction(
         other => other,
     })?;
 
+    // The flusher wakes up while the rest is done here.
+    db.shared.log.request_flush();
     // The log has it: from here on nothing can fail.
     match payload {
         Some(bytes) => db.recent.lock().push(ShippedRecord {
