@@ -70,6 +70,12 @@ fn told(client: &mut Client) -> (Vec<String>, Vec<String>) {
     }
 }
 
+fn wait_until_not_lent(primary: &Host) {
+    primary.wait_for("the primary has its database again", || {
+        primary.database("app.db").expect("it is there")["halt_lock"].is_null()
+    });
+}
+
 /// All hosts have the same, each acknowledged row once and no row twice.
 fn assert_rows(hosts: &[Host; 3], acknowledged: &[String], of: usize) {
     for host in hosts {
@@ -104,9 +110,7 @@ fn writers_on_all_hosts_at_once_all_get_their_turn() {
         assert_rows(&hosts, &acknowledged, 120);
         assert_eq!(sql(&hosts[0], "app.db", "SELECT count(*), x FROM t, counter").trim(), "120|30", "{mode}");
         // No lock is kept when nobody writes.
-        hosts[0].wait_for("the primary has its database again", || {
-            hosts[0].database("app.db").expect("it is there")["halt_lock"].is_null()
-        });
+        wait_until_not_lent(&hosts[0]);
         hosts.iter().for_each(Host::assert_no_errors);
     }
 }
@@ -125,6 +129,8 @@ fn with_synchronous_replication_each_commit_waits_for_a_third_host() {
         }
         assert_rows(&hosts, &acknowledged, 72);
 
+        // A lock that b still had would not be refused below.
+        wait_until_not_lent(&hosts[0]);
         // Without the third host nobody would acknowledge what b commits: it waits, and goes on when that is back.
         let [a, b, c] = &hosts;
         let before = rows(a, "app.db");

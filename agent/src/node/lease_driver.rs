@@ -240,10 +240,14 @@ async fn watch_lease(
             Err(error) => {
                 if failing.is_none() {
                     tracing::warn!(%error, "cannot read the lease; trying again");
-                    let why = format!("the lease cannot be read: {error}");
-                    failing = Some(why.clone());
+                }
+                // Not only the first: of a connection that Consul has cut the reason is not always known.
+                let why = format!("the lease cannot be read: {error}");
+                let before = failing.replace(why.clone());
+                if before.as_ref() != Some(&why) {
                     node.change_role(|role| {
                         if role.name == RoleName::None {
+                            role.waits.take_if(|waits| Some(&*waits) == before.as_ref());
                             role.waits.get_or_insert(why);
                         }
                     });

@@ -267,6 +267,7 @@ fn an_idle_log_marks_that_its_end_is_durable() {
     let options = Options { idle_mark: Some(Duration::from_millis(1)), ..small() };
     let log = CommitLog::open_on(Arc::new(storage), Path::new(DIR), options, true).unwrap();
     let end = fill(&log, &name("a"), 1, 1, 10);
+    log.request_flush();
     let mut watch = log.watch();
     while *watch.borrow_and_update() <= end {
         assert!(*watch.borrow() <= log.appended());
