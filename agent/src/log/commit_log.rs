@@ -216,7 +216,7 @@ impl CommitLog {
     }
 
     /// As [`CommitLog::on_durable`], for something that nobody waits for: it is called up to 4 ms later, many together, and
-    /// does not make a sync begin sooner.
+    /// the sync may be as late.
     pub fn on_durable_paced(&self, lsn: Lsn, callback: OnDurable) {
         self.shared.on_durable(lsn, callback, false);
     }

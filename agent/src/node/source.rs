@@ -90,10 +90,10 @@ impl Source for Node {
     }
 
     fn record(&self, name: &DatabaseName, min_txid: Txid) -> Result<Option<ShippedRecord>, EngineError> {
-        if let Some(recent) = self.recent_record(name, min_txid) {
+        let Some(db) = self.shared.database(name) else { return Ok(None) };
+        if let Some(recent) = db.recent_record(min_txid) {
             return Ok(Some(recent));
         }
-        let Some(db) = self.shared.database(name) else { return Ok(None) };
         let durable = db.durable_position();
         let found = unless_lost(self.shared.log.find(name, min_txid))?;
         let Some(info) = found.filter(|r| {

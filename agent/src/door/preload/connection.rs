@@ -507,6 +507,7 @@ mod tests {
     #[test]
     fn a_slow_stretch_ends_it() {
         let (fast, slow) = ((FAST, false), (1, false));
+        assert_eq!(nap_after(&[fast, fast]), Some(LONG_NAP));
         assert_eq!(nap_after(&[fast, fast, slow]), None);
         assert_eq!(nap_after(&[fast, fast, slow, fast]), None);
     }
