@@ -2,7 +2,10 @@
 
 use super::connection::WalConnection;
 use super::files::{Files, Patience};
-use super::{ApplyError, DatabaseShape, Durability, TransactionHeader, TransactionSource};
+use super::{
+    ApplyError, DatabaseShape, Durability, TransactionHeader, TransactionSource, WalFrames, WalLeft,
+    has_frames_beyond,
+};
 use crate::write_out;
 use sqlite_file::header::lock_page;
 use sqlite_file::untimed::Untimed;
@@ -70,12 +73,17 @@ impl WalConnection {
     /// Appends transactions up to one that needs another way, which is returned; publishes all of them at once.
     /// After an error nothing is published. `None`: the page size changes and the WAL cannot begin anew, because
     /// somebody reads what is in it; nothing was read.
+    ///
+    /// `known`: what the WAL has before, if nobody else has committed in it. `left`: what it has when the write lock is let
+    /// go, if that was had.
     pub fn append(
         &mut self,
+        known: Option<WalFrames>,
         first: TransactionHeader,
         source: &mut dyn TransactionSource,
         shape: DatabaseShape,
         patience: &Patience,
+        left: &mut WalLeft,
     ) -> Result<Option<(DatabaseShape, Option<TransactionHeader>)>, ApplyError> {
         let resizes = shape.page_size != first.page_size;
         if resizes {
@@ -83,7 +91,30 @@ impl WalConnection {
             self.checkpoint(Durability::Wal)?;
         }
         let _writer = self.write_lock(patience)?;
+        let appended = self.append_locked(known, first, source, shape, patience);
+        if !matches!(appended, Err(ApplyError::ForeignCommit { .. }))
+            && let Some(IndexHeader { salts, max_frame, .. }) = self.index.read_header()
+        {
+            *left = WalLeft::Published((salts, max_frame));
+        }
+        appended
+    }
+
+    /// The caller holds the write lock.
+    fn append_locked(
+        &mut self,
+        known: Option<WalFrames>,
+        first: TransactionHeader,
+        source: &mut dyn TransactionSource,
+        shape: DatabaseShape,
+        patience: &Patience,
+    ) -> Result<Option<(DatabaseShape, Option<TransactionHeader>)>, ApplyError> {
+        let resizes = shape.page_size != first.page_size;
         let published = self.header_for_writing(patience)?;
+        if known.is_some_and(|known| has_frames_beyond(known, (published.salts, published.max_frame))) {
+            let (database, path) = (self.files.name.clone(), self.files.wal.clone());
+            return Err(ApplyError::ForeignCommit { database, path });
+        }
         self.cut_tail(&published)?;
         let published = self.restart_if_possible(published)?;
         if published.max_frame > 0 && (resizes || published.page_size != first.page_size) {

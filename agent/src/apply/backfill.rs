@@ -1,9 +1,8 @@
 //! Frames of the WAL copied into the database.
 
-use super::ApplyError;
-use super::CheckpointOutcome;
 use super::connection::WalConnection;
 use super::files::Files;
+use super::{ApplyError, CheckpointOutcome, WalFrames};
 use sqlite_file::locks::{LockKind, WAL_CHECKPOINT, WAL_READ_MARKS, wal_read};
 use sqlite_file::untimed::Untimed;
 use sqlite_file::wal::{CommittedWal, FRAME_HEADER_BYTES, frame_offset};
@@ -91,14 +90,15 @@ impl WalConnection {
 }
 
 /// Copies all transactions of a WAL that nobody has open into the database, and removes the WAL and the wal-index.
-/// The caller holds EXCLUSIVE.
-pub(super) fn fold_wal(files: &Files, database: &File) -> Result<(), ApplyError> {
+/// The caller holds EXCLUSIVE. Says which frames counted.
+pub(super) fn fold_wal(files: &Files, database: &File) -> Result<Option<WalFrames>, ApplyError> {
     let wal = match File::open(&files.wal) {
         Ok(wal) => wal,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(files.io("open", &files.wal)(e)),
     };
     // The WAL of a database that is empty belongs to an older one of that name; SQLite deletes it as well.
+    let mut folded = None;
     let empty = Untimed::of(database).map_err(files.io("inspect", &files.database))?.size == 0;
     if !empty
         && let Some(committed) = CommittedWal::read(&wal).map_err(|e| files.wal_error(e))?
@@ -108,8 +108,10 @@ pub(super) fn fold_wal(files: &Files, database: &File) -> Result<(), ApplyError>
         let page_size = committed.header.page_size;
         copy_frames(files, &wal, database, page_size, &committed.newest)?;
         finish_database(files, database, page_size, committed.end.commit)?;
+        folded = Some((committed.header.salts, committed.end.frames));
     }
-    remove_wal(files)
+    remove_wal(files)?;
+    Ok(folded)
 }
 
 /// Removes a WAL whose frames are all in the database, and the wal-index. The caller holds EXCLUSIVE.

@@ -65,6 +65,14 @@ pub enum ApplyError {
         /// What is wrong.
         source: JournalError,
     },
+    /// Somebody else has committed in the WAL. Nothing was changed.
+    #[error("database {database}: {path}: somebody committed there, and not through this agent", path = .path.display())]
+    ForeignCommit {
+        /// Database.
+        database: DatabaseName,
+        /// File.
+        path: PathBuf,
+    },
     /// The record that holds the transaction could not be read.
     #[error("database {database}: cannot read the record of a transaction: {source}")]
     Record {

@@ -2,9 +2,8 @@
 
 use super::connection::{WalConnection, uses_wal};
 use super::files::{Files, Patience};
-use super::{ApplyError, rollback_journal};
+use super::{ApplyError, WalFrames, rollback_journal};
 use sqlite_file::locks::{LockGuard, LockKind, RESERVED, conflicting_holder};
-use sqlite_file::wal::Salts;
 use std::sync::Arc;
 
 /// No writer of the database begins a transaction while this lives; readers go on.
@@ -23,7 +22,7 @@ impl WriterHold {
 
     /// What the wal-index publishes: salts, and the number of frames that count. `None`: there is none, or its writer died
     /// while it wrote it.
-    pub fn published(&self) -> Option<(Salts, u32)> {
+    pub fn published(&self) -> Option<WalFrames> {
         let header = self.connection.as_ref()?.index.read_header()?;
         Some((header.salts, header.max_frame))
     }

@@ -42,6 +42,7 @@ use database_lock::DatabaseLock;
 use files::{Files, Patience};
 use sqlite_file::header::DatabaseHeader;
 use sqlite_file::locks::{LockKind, RESERVED, conflicting_holder};
+use sqlite_file::wal::Salts;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -67,12 +68,38 @@ pub struct CheckpointOutcome {
     pub backfilled: u32,
 }
 
+/// Salts of a WAL, and how many frames in it count.
+pub type WalFrames = (Salts, u32);
+
+/// What an applier has made of the WAL, as it was when it let go of the lock: later it may have commits of others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WalLeft {
+    /// The applier has done nothing there, as without the lock.
+    #[default]
+    Untouched,
+    /// It has these frames.
+    Published(WalFrames),
+    /// There is none any more.
+    Gone {
+        /// What it had. `None`: there was none.
+        had: Option<WalFrames>,
+    },
+}
+
+/// Whether a WAL has commits that one with `known` frames has not.
+pub fn has_frames_beyond(known: WalFrames, there: WalFrames) -> bool {
+    there.1 > if known.0 == there.0 { known.1 } else { 0 }
+}
+
 /// Applies transactions to one database. Owned by one thread at a time; its only locks are file locks.
 #[derive(Debug)]
 pub struct Applier {
     files: Arc<Files>,
     connection: Option<WalConnection>,
     in_place_when_unused: bool,
+    /// What the WAL has to have before the next transaction is appended.
+    known: Option<WalFrames>,
+    wal_left: WalLeft,
 }
 
 /// The database file under EXCLUSIVE, without WAL and hot journal.
@@ -100,7 +127,13 @@ impl DeadTransaction {
 impl Applier {
     /// `path` is the main database file as applications open it. Opens nothing yet.
     pub fn new(path: PathBuf, name: DatabaseName) -> Self {
-        Applier { files: Arc::new(Files::new(name, path)), connection: None, in_place_when_unused: false }
+        Applier {
+            files: Arc::new(Files::new(name, path)),
+            connection: None,
+            in_place_when_unused: false,
+            known: None,
+            wal_left: WalLeft::Untouched,
+        }
     }
 
     /// Whether a database in WAL mode that nobody has open is written in place instead of connecting to it: no
@@ -121,8 +154,21 @@ impl Applier {
         txns: &mut dyn TransactionSource,
         bound: Duration,
     ) -> Result<DatabaseShape, ApplyError> {
+        self.apply_after(None, current, txns, bound)
+    }
+
+    /// As [`Applier::apply`], where the WAL is known to have these frames: with [`ApplyError::ForeignCommit`] it has others
+    /// too, and nothing is appended to them.
+    pub fn apply_after(
+        &mut self,
+        known: Option<WalFrames>,
+        current: DatabaseShape,
+        txns: &mut dyn TransactionSource,
+        bound: Duration,
+    ) -> Result<DatabaseShape, ApplyError> {
         let patience = Patience::new(bound);
         let files = Arc::clone(&self.files);
+        (self.known, self.wal_left) = (known, WalLeft::Untouched);
         if let Some(connection) = &self.connection
             && !connection.is_current()?
         {
@@ -140,6 +186,11 @@ impl Applier {
             };
         }
         Ok(shape)
+    }
+
+    /// What the last [`Applier::apply`] or [`Applier::detach`] has made of the WAL, also when it failed.
+    pub fn wal_left(&self) -> WalLeft {
+        self.wal_left
     }
 
     /// Applies as many transactions as go the same way.
@@ -164,7 +215,11 @@ impl Applier {
                 self.connection = WalConnection::open(&files, patience)?;
             }
             if let Some(connection) = &mut self.connection
-                && let Some(done) = connection.append(first, txns, shape, patience)?
+                && let Some(done) = {
+                    // What this call has appended itself comes before what follows.
+                    let known = self.known.take();
+                    connection.append(known, first, txns, shape, patience, &mut self.wal_left)?
+                }
             {
                 return Ok(done);
             }
@@ -185,6 +240,7 @@ impl Applier {
         if let Some(mut connection) = self.connection.take() {
             let mut exclusive =
                 connection.lock.make_exclusive(patience).map_err(files.io("lock", &files.database));
+            let had = connection.index.read_header().map(|header| (header.salts, header.max_frame));
             if matches!(exclusive, Ok(true)) {
                 // Nobody else can read or write now, so a checkpoint can only be complete, unless the wal-index is
                 // broken; then the WAL itself says what counts.
@@ -202,8 +258,9 @@ impl Applier {
             if complete {
                 backfill::remove_wal(&files)?
             } else {
-                backfill::fold_wal(&files, &database)?
+                backfill::fold_wal(&files, &database).map(drop)?
             }
+            self.wal_left = WalLeft::Gone { had };
             return Ok(Some(Exclusive { database, lock, created: false }));
         }
         let (database, created) = match (files.open_database()?, create) {
@@ -215,7 +272,8 @@ impl Applier {
         let lock = DatabaseLock::exclusive(&database, patience).map_err(files.io("lock", &files.database))?;
         let Some(lock) = lock else { return Ok(None) };
         rollback_journal::recover(&files, &database)?;
-        backfill::fold_wal(&files, &database)?;
+        let had = backfill::fold_wal(&files, &database)?;
+        self.wal_left = WalLeft::Gone { had };
         Ok(Some(Exclusive { database, lock, created }))
     }
 
@@ -291,6 +349,7 @@ impl Applier {
         for path in [&files.database, &files.wal, &files.shm, &files.journal] {
             files.remove(path)?;
         }
+        self.wal_left = WalLeft::Gone { had: None };
         Ok(())
     }
 
@@ -322,6 +381,7 @@ impl Applier {
     /// Lets go of the database if nobody else is connected: everything is in the database file then, there is no
     /// WAL, and nothing is open. `false`: others are connected and everything stays as it is.
     pub fn detach(&mut self) -> Result<bool, ApplyError> {
+        self.wal_left = WalLeft::Untouched;
         match &self.connection {
             Some(connection) if !connection.is_current()? => self.connection = None,
             Some(_) => return Ok(self.try_exclusive(None, None)?.is_some()),
@@ -329,6 +389,7 @@ impl Applier {
         }
         let files = &self.files;
         if !connection::exists(files, &files.database)? || !connection::exists(files, &files.wal)? {
+            self.wal_left = WalLeft::Gone { had: None };
             return Ok(true);
         }
         Ok(self.try_exclusive(None, None)?.is_some())

@@ -269,6 +269,7 @@ pub fn log_transaction(
     st.page_count = commit.page_count;
     st.set_wal_mode(wal_mode);
     st.change_counter = change_counter;
+    st.applied_frames = None;
     st.advance(Pos { txid, checksum: rolling }, end, timestamp_ms);
     st.lent_before = is_lent.then_some(st.applied);
     if let Some(before) = st.lent_before {

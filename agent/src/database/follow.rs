@@ -2,6 +2,7 @@
 
 use super::recovery::WAL_IS_FROM_THE_LOG;
 use super::{Database, State};
+use crate::apply::{WalFrames, WalLeft, has_frames_beyond};
 use crate::capture::wal::published::{self, HeldCommit};
 use crate::capture::{CaptureError, Logged};
 use sqlite_file::header::{DatabaseHeader, HEADER_BYTES};
@@ -18,6 +19,9 @@ use std::time::{Duration, Instant};
 
 /// How long a checkpoint that is running is waited for.
 const CHECKPOINT_PATIENCE: Duration = Duration::from_millis(200);
+
+/// What SQLite makes of a WAL that is empty or not there.
+const NO_WAL: WalFrames = (Salts([0; 8]), 0);
 
 /// Open files of a WAL that is followed.
 #[derive(Debug, Default)]
@@ -209,7 +213,17 @@ impl Database {
         for (record, _) in &side.pending {
             unapplied.extend(self.pages_of(record).map_err(|e| self.wal_error(io::Error::other(e)))?);
         }
-        let Some(wal) = self.refreshed_wal(&mut st)? else { return Ok(()) };
+        let wal = self.refreshed_wal(&mut st)?;
+        if side.pending.is_empty() {
+            // Else the newest of them may be in the WAL already, or be published just now: see [`super::halt`].
+            let index = self.published_index(&mut st)?;
+            if wal.is_some() {
+                st.applied_frames = index.map(|index| (index.salts, index.max_frame));
+            } else {
+                self.remember_detached(&mut st, WalLeft::Gone { had: None });
+            }
+        }
+        let Some(wal) = wal else { return Ok(()) };
         let mut page = vec![0; st.page_size as usize];
         st.open_checksums(self)?;
         let pages: Vec<u32> = st.wal.committed_pages().filter(|pgno| !unapplied.contains(pgno)).collect();
@@ -269,26 +283,67 @@ impl Database {
             return Ok(ForeignUse::None);
         }
         let Some(index) = self.published_index(st)? else { return Ok(ForeignUse::None) };
-        let known = st.applied_frames.or_else(|| st.wal.captured_frames());
-        let Some((salts, frames)) = known else { return Ok(ForeignUse::None) };
-        let restarted = salts != index.salts;
-        if index.max_frame > if restarted { 0 } else { frames } {
+        let Some(known) = self.known_frames(st) else { return Ok(ForeignUse::None) };
+        let there = (index.salts, index.max_frame);
+        if has_frames_beyond(known, there) {
             return Ok(ForeignUse::Committed);
         }
-        if !restarted {
+        // Where there was no WAL, the file's stamp tells whether frames of one were moved there.
+        if known.0 == there.0 || known == NO_WAL {
             return Ok(ForeignUse::None);
         }
         st.suspect.get_or_insert(Suspicion::ForeignWrite);
         Ok(ForeignUse::Restarted(index.salts))
     }
 
-    /// The agent itself has written to the database's files what came from a primary.
-    pub(crate) fn remember_applied_frames(&self, st: &mut State) {
+    /// What a followed WAL has, if nobody but the log and applications under this agent's eyes has committed there.
+    pub(crate) fn known_frames(&self, st: &State) -> Option<WalFrames> {
+        let known = st.applied_frames.or_else(|| st.wal.captured_frames());
+        known.filter(|_| self.shared.follows_wals())
+    }
+
+    /// The agent itself has written to the database's files what came from a primary, or has tried to.
+    pub(crate) fn remember_applied_frames(&self, st: &mut State, left: WalLeft) {
+        self.note_wal_left(st, left);
         st.change_counter = None;
         st.wal.mark_written_from_log();
-        if self.shared.follows_wals() {
-            let index = self.published_index(st).ok().flatten();
-            st.applied_frames = index.map(|index| (index.salts, index.max_frame));
+    }
+
+    fn note_wal_left(&self, st: &mut State, left: WalLeft) {
+        if !self.shared.follows_wals() {
+            return;
+        }
+        match left {
+            // Whoever had the write lock may publish by it what the log has already, as when its agent died meanwhile.
+            WalLeft::Untouched => {}
+            WalLeft::Published(frames) => st.applied_frames = Some(frames),
+            WalLeft::Gone { had } => {
+                let of_others = match (self.known_frames(st), had) {
+                    (None, _) => false,
+                    (Some(known), Some(had)) => {
+                        has_frames_beyond(known, had) || known.0 != had.0 && known != NO_WAL
+                    }
+                    // Who removed it has moved to the file what it had.
+                    (Some(_), None) => st.applied_frames.is_some_and(|(_, frames)| frames > 0),
+                };
+                if of_others {
+                    st.suspect.get_or_insert(Suspicion::ForeignWrite);
+                }
+                st.applied_frames = Some(NO_WAL);
+            }
+        }
+    }
+
+    /// Nobody is connected, and there is no WAL any more: on a replica what others write from now on is told from the
+    /// file's stamp.
+    pub(crate) fn remember_detached(&self, st: &mut State, left: WalLeft) {
+        let had_one = st.applied_frames != Some(NO_WAL);
+        if self.may_write() || !had_one || st.page_count == 0 || !self.load_journal_mode(st) {
+            return;
+        }
+        self.note_wal_left(st, left);
+        if st.applied_frames == Some(NO_WAL) && st.remember_stamp(self).is_err() {
+            st.applied_frames = None;
         }
     }
 
@@ -330,9 +385,10 @@ impl Database {
         Ok(!seen)
     }
 
-    /// Before transactions of a primary are written to a rollback-mode file: whether it is as this agent has left it.
+    /// Before transactions of a primary are applied: whether a file whose WAL does not tell is as this agent has left it.
     pub(crate) fn look_for_foreign_writes(&self, st: &mut State) {
-        let known = self.shared.follows_wals() && !st.wal_mode && st.has_stamp() && st.page_count > 0;
+        let all_is_in_file = !st.wal_mode || st.applied_frames == Some(NO_WAL);
+        let known = self.shared.follows_wals() && all_is_in_file && st.has_stamp() && st.page_count > 0;
         if known && st.suspect.is_none() && st.stamp_changed(self).unwrap_or(true) {
             let taken_back = self.has_hot_journal();
             st.suspect = Some(if taken_back { Suspicion::TakenBack } else { Suspicion::ForeignWrite });
@@ -343,7 +399,7 @@ impl Database {
     /// it is something else.
     pub(crate) fn check_applied(&self, st: &mut State) {
         if st.page_count == 0 {
-            st.suspect = None;
+            (st.suspect, st.stamp) = (None, None);
             return;
         }
         let followed = self.shared.follows_wals();
@@ -536,3 +592,7 @@ impl Followed {
         }))
     }
 }
+
+#[cfg(test)]
+#[path = "follow_tests.rs"]
+pub(crate) mod tests;

@@ -4,7 +4,7 @@ use super::checksums::Mark;
 use super::receive::{PayloadReader, other, sync_dir_of};
 use super::recovery::remove_if_there;
 use super::{Database, Notice};
-use crate::apply::{ApplyError, DatabaseShape, TransactionHeader, TransactionSource};
+use crate::apply::{ApplyError, DatabaseShape, TransactionHeader, TransactionSource, WalLeft};
 use crate::capture::{ChecksumOrEmpty, unix_ms};
 use crate::log::{NewRecord, RecordKind};
 use crate::ship::engine::{EngineError, StagedSnapshot};
@@ -110,7 +110,10 @@ impl Database {
             }
         }
         let mut st = self.state();
-        self.remember_applied_frames(&mut st);
+        self.remember_applied_frames(
+            &mut st,
+            if exists { side.applier.wal_left() } else { WalLeft::Gone { had: None } },
+        );
         st.set_database_file(None);
         self.rebuild_checksums_from(&mut st, mark, if exists { &staged } else { &self.paths.database })?;
         self.recent.lock().clear();

@@ -24,6 +24,7 @@ pub mod write_protection;
 
 use crate::DatabaseName;
 use crate::apply::Applier;
+use crate::apply::WalFrames;
 use crate::capture::rollback::RollbackCapture;
 use crate::capture::wal::WalCapture;
 use crate::capture::{self, CaptureError, Logged};
@@ -35,7 +36,6 @@ use ltx::{Pos, Txid};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use receive::ApplySide;
 pub use shared::{Dirs, Notice, RoleStep, Shared};
-use sqlite_file::wal::Salts;
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -150,8 +150,9 @@ pub struct State {
     pub(crate) followed: follow::Followed,
     /// What is captured now was committed in a term that has ended.
     pub(crate) ahead: bool,
-    /// Salts and last frame of a followed WAL after transactions of a primary were added.
-    pub(crate) applied_frames: Option<(Salts, u32)>,
+    /// On a replica: what a followed WAL had when the agent let go of it last. `None`: not known, or an application has
+    /// committed since.
+    pub(crate) applied_frames: Option<WalFrames>,
     /// SQLite's change counter in page 1 as the log has it; `None`: not known, or written by the agent since.
     pub(crate) change_counter: Option<u32>,
     /// The running WAL generation.

@@ -260,27 +260,20 @@ impl Database {
         if side.pending.is_empty() {
             return;
         }
-        let current = {
+        let (current, known) = {
             let mut st = self.state();
             let foreign = self.foreign_use_of_wal(&mut st).unwrap_or_else(|error| {
                 tracing::warn!(database = %self.name, %error, "cannot look whether others have written to its WAL");
                 ForeignUse::None
             });
             if foreign == ForeignUse::Committed {
-                let wal = self.paths.wal.display();
-                let reason = format!(
-                    "{wal}: somebody committed on this replica, without the preload library or in a commit that lasted \
-                     longer than this node's term; it is kept as it is, and a snapshot follows"
-                );
-                st.quarantine(self, reason);
                 drop(st);
-                side.pending.clear();
-                self.shared.pending_done(&self.name);
-                return;
+                return self.set_aside_with_foreign_commit(side);
             }
             let wal_mode = self.load_journal_mode(&mut st);
             self.look_for_foreign_writes(&mut st);
-            DatabaseShape { page_size: st.applied.page_size, page_count: st.applied.page_count, wal_mode }
+            let Mark { page_size, page_count, .. } = st.applied;
+            (DatabaseShape { page_size, page_count, wal_mode }, self.known_frames(&st))
         };
         if let Err(error) = self.make_directory() {
             tracing::warn!(database = %self.name, %error, "cannot make the database's directory");
@@ -293,11 +286,11 @@ impl Database {
         });
         let readers = readers.collect::<Vec<_>>();
         let mut transactions = LtxTransactions::new(readers);
-        let applied = side.applier.apply(current, &mut transactions, bound);
+        let applied = side.applier.apply_after(known, current, &mut transactions, bound);
         {
             // Also after an error, when some of them may be there.
             let mut st = self.state();
-            self.remember_applied_frames(&mut st);
+            self.remember_applied_frames(&mut st, side.applier.wal_left());
             if side.pending.iter().any(|(record, _)| record.commit == 0) {
                 // The next database of this name is another file.
                 st.set_database_file(None);
@@ -335,6 +328,8 @@ impl Database {
                 }
                 self.shared.visible(self, count as u64);
             }
+            // While the lock was waited for.
+            Err(ApplyError::ForeignCommit { .. }) => self.set_aside_with_foreign_commit(side),
             Err(error @ (ApplyError::Record { .. } | ApplyError::InvalidTransaction { .. })) => {
                 self.state().quarantine(self, error.to_string());
                 side.pending.clear();
@@ -347,6 +342,18 @@ impl Database {
                 self.shared.pending_again(&self.name);
             }
         }
+    }
+
+    /// What somebody has committed on this replica must not be mixed with what the primary has.
+    fn set_aside_with_foreign_commit(&self, side: &mut ApplySide) {
+        let wal = self.paths.wal.display();
+        let reason = format!(
+            "{wal}: somebody committed on this replica, without the preload library or in a commit that lasted longer than \
+             this node's term; it is kept as it is, and a snapshot follows"
+        );
+        self.state().quarantine(self, reason);
+        side.pending.clear();
+        self.shared.pending_done(&self.name);
     }
 
     /// Makes the directory of a database in a sub-directory, through the mount, so that the kernel knows of it.
@@ -455,7 +462,12 @@ impl Database {
 
     /// Lets go of everything applying holds, if nobody else has the database open.
     pub fn detach(&self) -> Result<bool, ApplyError> {
-        self.apply.lock().applier.detach()
+        let mut side = self.apply.lock();
+        let detached = side.applier.detach()?;
+        if detached {
+            self.remember_detached(&mut self.state(), side.applier.wal_left());
+        }
+        Ok(detached)
     }
 }
 

@@ -396,3 +396,20 @@ fn an_empty_wal_states_the_number_of_pages_and_everything_goes_on() {
         );
     }
 }
+
+#[test]
+fn nothing_is_appended_to_what_somebody_else_has_committed() {
+    let mut primary = Primary::new(1024, "wal");
+    let mut replica = Replica::new();
+    replica.apply(&[primary.exec(CREATE)]);
+    replica.apply(&[primary.insert(3, 3)]);
+    let WalLeft::Published(known) = replica.applier.wal_left() else { panic!("it was appended") };
+    let mut app = Sqlite::open(&replica.path);
+    app.ask("insert into t(b) values('mine');");
+    let next = [primary.insert(3, 3)];
+    let mut source = LtxTransactions::new(next.iter().map(|f| &f[..]));
+    let refused = replica.applier.apply_after(Some(known), replica.shape, &mut source, LONG);
+    assert!(matches!(refused, Err(ApplyError::ForeignCommit { .. })), "{refused:?}");
+    assert_eq!(replica.applier.wal_left(), WalLeft::Untouched);
+    assert_eq!(app.ask("select count(*), count(b) filter (where b = 'mine') from t;"), "4|1");
+}

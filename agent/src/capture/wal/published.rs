@@ -6,6 +6,7 @@
 //! commit is captured. A generation of the WAL ends only when the door says that all of it is in the log.
 
 use super::{FRAME_HEADER_BYTES, Generation, HEADER_BYTES, LastCommit, Stale, WalCapture};
+use crate::apply::WalFrames;
 use crate::capture::{CaptureError, Commit, Logged, log_transaction};
 use crate::database::{Database, State};
 use crate::log::WalEnd;
@@ -108,7 +109,7 @@ impl WalCapture {
     }
 
     /// Salts, and number of frames up to the last captured commit; `None` where the file says it better.
-    pub fn captured_frames(&self) -> Option<(Salts, u32)> {
+    pub fn captured_frames(&self) -> Option<WalFrames> {
         let generation = self.generation.filter(|_| self.stale == Stale::No)?;
         let mut salts = [0; 8];
         salts[..4].copy_from_slice(&generation.salt1.to_be_bytes());
@@ -352,24 +353,16 @@ fn capture(
 
 #[cfg(test)]
 mod tests {
-    use crate::DatabaseName;
-    use crate::database::{Database, Dirs, Shared};
-    use crate::log::{CommitLog, Options};
+    use crate::database::Database;
+    use crate::database::follow::tests::node;
     use crate::ship::engine::Epoch;
     use rusqlite::Connection;
     use std::sync::Arc;
 
     /// A primary behind the preload door, and an application whose library asks nothing by itself.
     fn primary(dir: &tempfile::TempDir) -> (Arc<Database>, Connection) {
-        let dirs = Dirs::new(dir.path().join("data"), dir.path().join("mount"));
-        for dir in [&dirs.files, &dirs.checksums, &dirs.staging] {
-            std::fs::create_dir_all(dir).unwrap();
-        }
-        let log = CommitLog::open(&dirs.log, Options::default()).unwrap();
-        let shared = Shared::new(Arc::new(log), dirs, 1, Epoch(1));
-        shared.follow_wals(|_| {});
-        shared.begin_writes(Epoch(1));
-        let db = shared.database_or_new(&DatabaseName::new("a.db").unwrap());
+        let db = node(dir.path());
+        db.shared().begin_writes(Epoch(1));
         let application = Connection::open(&db.paths().database).unwrap();
         application
             .execute_batch(

@@ -198,7 +198,7 @@ impl Bystanders {
             if self.view.primary_hostname().is_some() {
                 self.shared.write_protection.begin(&self.shared);
             }
-            // A WAL is looked at when there are transactions of the primary to add to it.
+            // Here files are looked at; a WAL is when there are transactions of the primary to add to it.
             for name in std::mem::take(&mut self.changed) {
                 let Some(db) = self.shared.database(&name).filter(|db| db.paths().database.exists()) else {
                     continue;

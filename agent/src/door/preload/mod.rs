@@ -20,7 +20,7 @@ mod lock_file;
 mod memory;
 mod opening;
 mod peer;
-mod requests;
+pub(crate) mod requests;
 mod special;
 
 use crate::database::{RoleStep, Shared};

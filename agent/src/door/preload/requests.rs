@@ -79,7 +79,12 @@ pub fn let_go(db: &Arc<Database>) {
         st.rollback.journal_active = true;
         st.rollback.mark_unknown();
     }
-    if st.handles == 0 && st.page_count > 0 && db.load_journal_mode(&mut st) && !db.paths().wal.exists() {
+    if db.may_write()
+        && st.handles == 0
+        && st.page_count > 0
+        && db.load_journal_mode(&mut st)
+        && !db.paths().wal.exists()
+    {
         // What the last one moved from the WAL to the file is in the log.
         let _ = st.remember_stamp(db);
     }
@@ -347,7 +352,7 @@ fn is_being_written(db: &Database) -> bool {
     File::open(&db.paths().database).and_then(held).is_ok_and(|holder| holder.is_some())
 }
 
-/// On a replica: whether the file of a rollback-mode database is as this agent has left it.
+/// On a replica: whether a file whose WAL does not tell is as this agent has left it.
 pub fn look_at_replica(db: &Arc<Database>) -> Look {
     let Some(_side) = db.apply.try_lock() else { return Look::Later };
     let mut st = db.state();
