@@ -217,3 +217,31 @@ fn nothing_acknowledged_is_lost_when_agents_are_killed() {
         assert_rows(&hosts, &acknowledged, 180);
     }
 }
+
+#[test]
+fn what_the_primary_commits_without_an_agent_after_a_commit_of_another_host_is_kept() {
+    let fleet = Fleet::new();
+    let hosts = site(&fleet, "WAL");
+    let [a, b, c] = &hosts;
+    let mut shell = with_library(a, "sqlite3");
+    let mut shell = Client::start(shell.arg("-batch").arg(a.path("app.db")));
+    let mut tell = |statement: &str| shell.tell_until(&format!("{statement}; SELECT 'done';"), "done");
+    assert_eq!(tell("INSERT INTO t VALUES('first')"), Vec::<String>::new());
+    b.wait_position_equal(a, "app.db");
+    sql(b, "app.db", "INSERT INTO t VALUES('forwarded')");
+    wait_until_not_lent(a);
+    a.kill();
+    assert_eq!(tell("INSERT INTO t VALUES('alone')"), Vec::<String>::new());
+    drop(shell);
+    // Other hosts want it as soon as there is an agent.
+    let mut waiting = [b, c].map(|host| {
+        let statement = format!(".timeout 20000\nINSERT INTO t VALUES('{}'); SELECT 'done';", host.name());
+        let mut shell = Client::start(with_library(host, "sqlite3").arg("-batch").arg(host.path("app.db")));
+        shell.send(&statement);
+        shell
+    });
+    a.start();
+    waiting.iter_mut().for_each(|shell| assert_eq!(shell.line(), "done"));
+    assert_rows(&hosts, &["first", "forwarded", "alone", "b", "c"].map(str::to_owned), 5);
+    hosts.iter().for_each(Host::assert_no_errors);
+}

@@ -310,7 +310,8 @@ impl Database {
     }
 
     fn note_wal_left(&self, st: &mut State, left: WalLeft) {
-        if !self.shared.follows_wals() {
+        // While an agent starts its door is not open yet.
+        if !self.shared.follows_wals() && !self.shared.wals_may_be_ahead() {
             return;
         }
         match left {
@@ -528,18 +529,15 @@ impl Database {
             }
             Err(error) => Err(error),
         };
-        let read = read.and_then(|()| self.learn_change_counter(&mut st));
-        if st.suspect.take().is_some() {
-            // What somebody else has written becomes a transaction: in WAL mode part of the next one.
-            if self.load_journal_mode(&mut st) {
-                let all = (1..=st.page_count).collect();
-                st.wal.put_back(all);
-            } else {
-                st.rollback.mark_unknown();
-            }
-        }
         st.followed = followed;
-        read
+        read?;
+        self.learn_change_counter(&mut st)?;
+        // What somebody else has written becomes a transaction; in WAL mode the door captures it.
+        if st.suspect.is_some() && !self.load_journal_mode(&mut st) {
+            st.suspect = None;
+            st.rollback.mark_unknown();
+        }
+        Ok(())
     }
 
     fn shm_error(&self, source: io::Error) -> CaptureError {

@@ -96,7 +96,8 @@ impl Database {
             if let Some(reason) = st.quarantine_reason() {
                 return Err(EngineError::Quarantined { name: self.name.clone(), reason: reason.to_owned() });
             }
-            if st.applied.position != st.position {
+            // Or what this host's applications have committed is not captured yet.
+            if st.applied.position != st.position || st.suspect.is_some() {
                 return Err(EngineError::Busy(self.name.clone()));
             }
             *self.loan.write() = Some(Loan::Lent);
@@ -139,6 +140,11 @@ impl Database {
             if let Err(error) = self.read_applied_wal() {
                 tracing::warn!(database = %self.name, %error, "its WAL cannot be read yet: writers wait");
                 return self.shared.pending_again(&self.name);
+            }
+            let mut st = self.state();
+            if st.suspect.take().is_some() {
+                let all = (1..=st.page_count).collect();
+                st.wal.put_back(all);
             }
         }
         side.applier.let_writers_in();

@@ -159,6 +159,10 @@ impl Node {
             self.identity.store_epoch(epoch)?;
         }
         self.shared.known().iter().for_each(|db| db.confirm());
+        if self.shared.wals_may_be_ahead() {
+            // On plain files writers may be there before this agent's door is open.
+            self.shared.known().iter().for_each(|db| db.apply_again_later());
+        }
         self.apply_all_received();
         if !self.allow_writes(epoch, number) {
             return Ok(false);

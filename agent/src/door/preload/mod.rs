@@ -129,6 +129,7 @@ impl Door {
         shared.follow_wals(move |step| told.role_step(step));
         if shared.is_writable() {
             shared.write_protection.end(&shared);
+            connections.read_applied_wals();
         }
         // What was committed while no agent ran.
         for db in shared.known() {
@@ -280,6 +281,8 @@ impl Connections {
         for db in self.shared.known() {
             if let Err(error) = db.read_applied_wal() {
                 tracing::warn!(database = %db.name(), %error, "its WAL cannot be read yet");
+            } else if db.is_suspect_in_wal_mode() {
+                requests::capture_suspect(&db);
             }
         }
     }

@@ -19,6 +19,9 @@ use std::time::{Duration, Instant};
 /// How long somebody who renames a database waits for others to have closed it.
 const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
 
+/// How long the capture of a database waits, of which something may not be in the log, for others at work there.
+const SUSPECT_PATIENCE: Duration = Duration::from_secs(2);
+
 /// When a request is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
@@ -421,6 +424,32 @@ pub fn note_foreign_write(db: &Arc<Database>) -> Look {
         ),
     }
     if st.position == before { Look::Known } else { Look::Foreign }
+}
+
+/// On a primary: what is in WAL and file and not in the log becomes a transaction, as what its applications have committed
+/// while no agent ran, after a commit of another host. Until then the database is not lent: that host would not have it.
+pub fn capture_suspect(db: &Arc<Database>) {
+    let deadline = Instant::now() + SUSPECT_PATIENCE;
+    loop {
+        let mut st = db.state();
+        match capture_checkpointed(db, &mut st) {
+            Ok(()) => return st.suspect = None,
+            // Somebody connects, or moves frames to the file: that takes moments.
+            Err(CaptureError::InUse) if Instant::now() < deadline => {}
+            Err(error) => {
+                tracing::warn!(
+                    database = %db.name(),
+                    %error,
+                    "what applications committed while no agent ran is captured with the next commit only"
+                );
+                st.suspect = None;
+                let all = (1..=st.page_count).collect();
+                return st.wal.put_back(all);
+            }
+        }
+        drop(st);
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// A database in WAL mode has no WAL any more: all that was committed is in its file.
