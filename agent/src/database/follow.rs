@@ -296,6 +296,19 @@ impl Database {
         Ok(ForeignUse::Restarted(index.salts))
     }
 
+    /// On a primary whose door opens: applications may have committed since this agent has looked at what its WAL has from
+    /// another host, which nothing but that look tells from it.
+    pub(crate) fn suspect_commits_since_start(&self) -> Result<(), CaptureError> {
+        let mut st = self.state();
+        let Some((_, frames)) = st.applied_frames else { return Ok(()) };
+        let gone = frames > 0 && self.published_index(&mut st)?.is_none();
+        if gone || self.foreign_use_of_wal(&mut st)? == ForeignUse::Committed {
+            st.suspect.get_or_insert(Suspicion::ForeignWrite);
+        }
+        st.applied_frames = None;
+        Ok(())
+    }
+
     /// What a followed WAL has, if nobody but the log and applications under this agent's eyes has committed there.
     pub(crate) fn known_frames(&self, st: &State) -> Option<WalFrames> {
         let known = st.applied_frames.or_else(|| st.wal.captured_frames());
@@ -412,7 +425,10 @@ impl Database {
             st.rollback.played_back();
             st.suspect = Some(Suspicion::TakenBack);
         } else {
-            st.suspect = None;
+            // What a starting agent suspects is for the door, which is not open yet.
+            if !self.shared.wals_may_be_ahead() {
+                st.suspect = None;
+            }
             return;
         }
         if let Some(suspicion) = st.suspect.filter(|_| st.applied.position == st.position) {
@@ -446,6 +462,11 @@ impl Database {
     pub fn is_suspect_in_wal_mode(&self) -> bool {
         let st = self.state();
         st.wal_mode && st.suspect.is_some()
+    }
+
+    /// Whether somebody may have written to it.
+    pub(crate) fn is_suspect(&self) -> bool {
+        self.state().suspect.is_some()
     }
 
     /// Whether there is a WAL that may have something.

@@ -97,7 +97,11 @@ impl Database {
                 return Err(EngineError::Quarantined { name: self.name.clone(), reason: reason.to_owned() });
             }
             // Or what this host's applications have committed is not captured yet.
-            if st.applied.position != st.position || st.suspect.is_some() {
+            let is_settled = match self.shared.follows_wals() {
+                true => st.suspect.is_none(),
+                false => !self.shared.wals_may_be_ahead(),
+            };
+            if st.applied.position != st.position || !is_settled {
                 return Err(EngineError::Busy(self.name.clone()));
             }
             *self.loan.write() = Some(Loan::Lent);

@@ -258,6 +258,11 @@ impl Shared {
         self.wals_may_be_ahead.store(true, Ordering::Release);
     }
 
+    /// The door that is open now sees each write.
+    pub fn expect_no_wals_ahead(&self) {
+        self.wals_may_be_ahead.store(false, Ordering::Release);
+    }
+
     /// Whether WALs may have commits that the log does not.
     pub fn wals_may_be_ahead(&self) -> bool {
         self.wals_may_be_ahead.load(Ordering::Acquire)

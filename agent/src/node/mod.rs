@@ -263,6 +263,9 @@ impl Node {
             // On plain files a dead journal is taken back with it: under EXCLUSIVE, since readers do so too.
             self.shared.known().iter().for_each(|db| db.apply_again_later());
         }
+        if config.door != DoorKind::Preload {
+            self.shared.expect_no_wals_ahead();
+        }
         Ok(())
     }
 
