@@ -97,8 +97,8 @@ pub(super) fn fold_wal(files: &Files, database: &File) -> Result<Option<WalFrame
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(files.io("open", &files.wal)(e)),
     };
-    // The WAL of a database that is empty belongs to an older one of that name; SQLite deletes it as well.
     let mut folded = None;
+    // The WAL of a database that is empty belongs to an older one of that name; SQLite deletes it as well.
     let empty = Untimed::of(database).map_err(files.io("inspect", &files.database))?.size == 0;
     if !empty
         && let Some(committed) = CommittedWal::read(&wal).map_err(|e| files.wal_error(e))?

@@ -110,10 +110,8 @@ impl Database {
             }
         }
         let mut st = self.state();
-        self.remember_applied_frames(
-            &mut st,
-            if exists { side.applier.wal_left() } else { WalLeft::Gone { had: None } },
-        );
+        let left = if exists { side.applier.wal_left() } else { WalLeft::Gone { had: None } };
+        self.remember_applied_frames(&mut st, left);
         st.set_database_file(None);
         self.rebuild_checksums_from(&mut st, mark, if exists { &staged } else { &self.paths.database })?;
         self.recent.lock().clear();

@@ -23,8 +23,7 @@ pub mod sync;
 pub mod write_protection;
 
 use crate::DatabaseName;
-use crate::apply::Applier;
-use crate::apply::WalFrames;
+use crate::apply::{Applier, WalFrames};
 use crate::capture::rollback::RollbackCapture;
 use crate::capture::wal::WalCapture;
 use crate::capture::{self, CaptureError, Logged};
