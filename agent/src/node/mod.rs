@@ -53,6 +53,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Followers get this long to take what they do not have yet when the agent stops.
 const DRAIN: Duration = Duration::from_secs(2);
+/// How long an agent that is restarted waits for what is being applied.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long the start waits for a lease to say who the primary is.
 const FIRST_ROLE_PATIENCE: Duration = Duration::from_secs(2);
@@ -373,11 +375,11 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
         tokio::select! {
             _ = terminate.recv() => {
                 if node.hold.can_be_left() && systemd::jobs::is_restarting().await {
-                    leave_mount();
+                    leave_mount(&node);
                 }
                 break Ok(());
             }
-            _ = leave.recv() => leave_mount(),
+            _ = leave.recv() => leave_mount(&node),
             _ = interrupt.recv() => break Ok(()),
             _ = hangup.recv() => {
                 // What is wrong has been logged.
@@ -433,10 +435,16 @@ async fn serve_until_stopped(config: Config, identity: Identity, hold: Arc<Mount
     outcome
 }
 
-/// Ends this process at once, whatever it is doing, and leaves everything to the next one, as after SIGKILL: what is
-/// acknowledged is in the log, and what is not answered is asked again.
-fn leave_mount() -> ! {
+/// Ends this process, whatever it is doing, and leaves everything to the next one, as after SIGKILL: what is acknowledged is
+/// in the log, and what is not answered is asked again. Only what is being applied comes to its end: a thread that writes
+/// through the mount may wait for an application's fsync, and the process could not end before that is answered.
+fn leave_mount(node: &Node) -> ! {
     tracing::info!("leaving the mount to the next agent");
+    let deadline = std::time::Instant::now() + LEAVE_PATIENCE;
+    for db in node.shared.known() {
+        // Nothing is applied from now on.
+        std::mem::forget(db.apply.try_lock_until(deadline));
+    }
     std::process::exit(0);
 }
 

@@ -3,8 +3,13 @@
 //!
 //! A server that uses its own mount can die half-way: one of its threads waits, beyond the reach of SIGKILL, for an answer
 //! that only the dead process could give, and as long as it waits the process is not gone. The guard answers those
-//! threads, and nobody else: it has the kernel queue what was not answered again, takes what comes, and gives an error to
-//! the requests of the dead process. All others stay unanswered and are queued again for the next server.
+//! threads: it has the kernel queue what was not answered again, takes what comes, and gives an error to the requests of the
+//! dead process. All others stay unanswered and are queued again for the next server.
+//!
+//! With one exception. A thread can also wait, as much beyond SIGKILL, for the lock of an inode whose holder is an application
+//! that waits for an answer: that of an fsync, with which a checkpoint begins while the server appends to the WAL
+//! (`fuse_fsync` holds the lock of its inode). A next server could give it; but a service manager starts none before the
+//! dead one is gone. So there fsyncs fail, with EINTR, as long as such a thread waits.
 
 use crate::connection::{self, Connection};
 use crate::handles::HandleTable;
@@ -28,6 +33,11 @@ const PARENT_DIED: Signal = Signal::SIGUSR1;
 const REAP_PATIENCE: Duration = Duration::from_secs(10);
 /// Between looks whether the dead process is gone.
 const REAP_STEP_MS: u16 = 2;
+/// A thread of the dead process that waits uninterruptibly for so long, with none of its own requests unanswered, waits for
+/// a lock.
+const LOCK_PATIENCE: Duration = Duration::from_millis(200);
+/// `FUSE_FSYNC` (include/uapi/linux/fuse.h).
+const FSYNC: u32 = 20;
 /// Larger than any request: one that does not fit fails (fs/fuse/dev.c). Untouched memory costs nothing.
 const REQUEST_BYTES_MAX: usize = (16 << 20) + 4096;
 
@@ -137,10 +147,10 @@ impl Watch<'_> {
             let _ = expected.wait();
         }
         if !matches!(self.after_death, AfterDeath::Abort) && self.handles.is_resumable() {
-            self.let_server_go(server.as_ref());
+            let gone = self.let_server_go(server.as_ref());
             self.unlock();
             match (&self.after_death, self.socket) {
-                (AfterDeath::LeaveToManager, _) => std::process::exit(0),
+                (AfterDeath::LeaveToManager, _) if gone => std::process::exit(0),
                 (AfterDeath::Keep { wait, .. }, Some(socket)) if self.keep(socket, *wait) => {
                     std::process::exit(0)
                 }
@@ -168,48 +178,64 @@ impl Watch<'_> {
         }
     }
 
-    /// Answers the dead server's own requests until it is gone.
-    fn let_server_go(&self, server: Option<&OwnedFd>) {
-        let Some(server) = server else { return };
+    /// Answers the dead server's own requests until it is gone: whether it is.
+    fn let_server_go(&self, server: Option<&OwnedFd>) -> bool {
+        let Some(server) = server else { return true };
         let deadline = Instant::now() + REAP_PATIENCE;
+        let fails_fsyncs = matches!(self.after_death, AfterDeath::LeaveToManager);
+        let mut stuck_since: Option<Instant> = None;
+        let mut gone = false;
         let mut request = vec![0; REQUEST_BYTES_MAX];
         // The open file is shared with the dead process alone.
         let _ = connection::set_blocking(&*self.device, false);
-        loop {
+        while !gone && Instant::now() < deadline {
+            stuck_since = stuck_since.or(Some(Instant::now())).filter(|_| self.is_server_stuck());
+            let waits_for_lock = stuck_since.is_some_and(|since| since.elapsed() > LOCK_PATIENCE);
             // Each time: a thread of the dead process may have taken a request until a moment ago.
             let _ = connection::resend(&*self.device);
             loop {
                 match nix::unistd::read(&*self.device, &mut request) {
-                    Ok(len) => self.answer_if_own(&request[..len]),
+                    Ok(len) => self.answer(&request[..len], waits_for_lock && fails_fsyncs),
                     // ENOENT: the request was taken back.
                     Err(Errno::EINTR | Errno::ENOENT) => {}
                     Err(_) => break,
                 }
             }
-            let mut gone = [PollFd::new(std::os::fd::AsFd::as_fd(server), PollFlags::POLLIN)];
-            if poll(&mut gone, PollTimeout::from(REAP_STEP_MS)).is_ok_and(|n| n > 0)
-                || Instant::now() > deadline
-            {
-                break;
-            }
+            let mut waits = [PollFd::new(std::os::fd::AsFd::as_fd(server), PollFlags::POLLIN)];
+            gone = poll(&mut waits, PollTimeout::from(REAP_STEP_MS)).is_ok_and(|n| n > 0);
         }
         let _ = connection::set_blocking(&*self.device, true);
+        gone
     }
 
-    /// An error for a request of a thread of the dead server.
-    fn answer_if_own(&self, request: &[u8]) {
-        // struct fuse_in_header: unique at 8, pid (of the thread) at 32.
-        let (Some(unique), Some(pid)) = (request.get(8..16), request.get(32..36)) else { return };
-        let thread = pid.try_into().map_or(0, u32::from_ne_bytes);
+    /// Whether a thread of the dead server waits uninterruptibly.
+    fn is_server_stuck(&self) -> bool {
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", self.server)) else { return false };
+        threads.flatten().any(|thread| {
+            let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            // The state follows the name, which is in parentheses and may have some itself.
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'))
+        })
+    }
+
+    /// An error for a request of a thread of the dead server, and for fsyncs where they are to fail.
+    fn answer(&self, request: &[u8], fsyncs_fail: bool) {
+        // struct fuse_in_header: opcode at 4, unique at 8, pid (of the thread) at 32.
+        let number =
+            |at| request.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_ne_bytes);
+        let (Some(unique), thread) = (request.get(8..16), number(32)) else { return };
         let own = thread != 0 && Path::new("/proc").join(format!("{}/task/{thread}", self.server)).exists();
-        if own {
-            // struct fuse_out_header: length, error, unique.
-            let mut answer = [0u8; 16];
-            answer[..4].copy_from_slice(&16u32.to_ne_bytes());
-            answer[4..8].copy_from_slice(&(-libc::EIO).to_ne_bytes());
-            answer[8..].copy_from_slice(unique);
-            let _ = nix::unistd::write(&*self.device, &answer);
-        }
+        let error = match number(4) {
+            _ if own => libc::EIO,
+            FSYNC if fsyncs_fail => libc::EINTR,
+            _ => return,
+        };
+        // struct fuse_out_header: length, error, unique.
+        let mut answer = [0u8; 16];
+        answer[..4].copy_from_slice(&16u32.to_ne_bytes());
+        answer[4..8].copy_from_slice(&(-error).to_ne_bytes());
+        answer[8..].copy_from_slice(unique);
+        let _ = nix::unistd::write(&*self.device, &answer);
     }
 }
 

@@ -15,6 +15,9 @@ use std::time::Duration;
 /// A command that takes longer hangs.
 const COMMAND_SECONDS: &str = "120";
 
+/// The exit code of timeout(1) when the time was over.
+const TIMED_OUT: i32 = 124;
+
 /// How long processes may take to go when they are killed.
 const KILLED: Duration = Duration::from_secs(2);
 
@@ -287,7 +290,12 @@ impl Host {
         let outcome = self.try_run(script).unwrap_or_else(|error| panic!("{error:#}"));
         if !outcome.success() {
             let Outcome { code, stdout, stderr } = outcome;
-            panic!("{}: {script}\nended with {code:?}\n{stdout}{stderr}\n{}", self.name, self.journal());
+            let processes = if code == Some(TIMED_OUT) { self.processes() } else { String::new() };
+            panic!(
+                "{}: {script}\nended with {code:?}\n{stdout}{stderr}{processes}\n{}",
+                self.name,
+                self.journal()
+            );
         }
         outcome.stdout
     }
@@ -310,6 +318,12 @@ impl Host {
             panic!("{}: never succeeded: {script}\n{outcome:?}\n{}", self.name, self.journal());
         }
         outcome.stdout
+    }
+
+    /// What its processes wait for, for the message of a failed test.
+    fn processes(&self) -> String {
+        self.try_run("ps -eLo pid,lwp,stat,wchan:30,args --no-headers")
+            .map_or_else(|error| format!("{error:#}"), |outcome| outcome.stdout)
     }
 
     /// The end of the host's journal, for the message of a failed test.

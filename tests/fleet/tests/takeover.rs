@@ -1,7 +1,8 @@
 //! A restart, a crash, an upgrade and a stop of the service, under applications that write through both doors.
 
 use fleet::{Fleet, Host};
-use std::process::Child;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Stdio};
 
 /// Commits row after row until it is told to stop, and ends with an error at the first error.
 const WRITER: &str = r#"
@@ -19,6 +20,49 @@ while not os.path.exists("/tmp/stop"):
     os.rename(f"/tmp/{cluster}.new", f"/tmp/{cluster}.done")
 assert db.execute("SELECT count(*) FROM t").fetchone() == (n,)
 assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+"#;
+
+/// Kills the agent of a replica while a thread of it waits for the lock of the WAL, which an application has whose fsync no
+/// agent answers any more: the threads that would are stopped one by one.
+const KILLER: &str = r#"
+import ctypes, os, signal, sqlite3, subprocess, threading, time
+SEIZE, INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000
+db = sqlite3.connect("/srv/litefs/db/app.db")
+# Its connection keeps the agent's: that one writes to a WAL that it has open already.
+while db.execute("SELECT count(*) FROM t").fetchone()[0] < 2:
+    time.sleep(0.01)
+wal = os.open("/srv/litefs/db/app.db-wal", os.O_RDWR)
+agent = int(subprocess.check_output(["systemctl", "show", "--value", "-p", "MainPID", "litefs@db"]))
+
+def read(path):
+    with open(path) as f:
+        return f.read()
+
+def threads():
+    return [f"/proc/{agent}/task/{thread}" for thread in os.listdir(f"/proc/{agent}/task")]
+
+def ptrace(request, thread):
+    assert ctypes.CDLL(None).ptrace(ctypes.c_long(request), ctypes.c_long(thread), None, None) == 0
+
+serving = [int(t.rsplit("/")[-1]) for t in threads() if read(t + "/comm").startswith("fuser-")]
+assert serving
+for thread in serving:
+    ptrace(SEIZE, thread)
+    ptrace(INTERRUPT, thread)
+    os.waitpid(thread, WALL)
+fsync = threading.Thread(target=os.fsync, args=(wal,))
+fsync.start()
+while read(f"/proc/self/task/{fsync.native_id}/wchan") != "request_wait_answer":
+    time.sleep(0.01)
+print("ready", flush=True)
+while not any(read(t + "/stat").rsplit(") ", 1)[1][0] == "D" for t in threads()):
+    time.sleep(0.01)
+os.kill(agent, signal.SIGKILL)
+for thread in serving:
+    os.waitpid(thread, WALL)
+# Python asks again when it is interrupted.
+fsync.join()
+assert db.execute("SELECT count(*) FROM t").fetchone()[0] >= 2
 "#;
 
 /// An application, and the cluster that it writes to.
@@ -117,4 +161,38 @@ fn applications_go_on_while_the_service_is_restarted_killed_and_upgraded_and_the
     host.run("systemctl stop litefs@db");
     host.run("! findmnt /srv/litefs/db");
     host.wait_for("! systemctl list-units --plain --no-legend 'litefs-*.scope' | grep .");
+}
+
+#[test]
+fn an_agent_that_is_killed_while_it_waits_for_the_lock_of_an_applications_fsync_is_followed_by_another_one() {
+    let fleet = Fleet::new(2);
+    let (host, replica) = (&fleet[0], &fleet[1]);
+    for host in fleet.hosts() {
+        host.install_litefs();
+    }
+    host.start_litefs(None);
+    replica.start_litefs(Some(host));
+    let insert = || {
+        host.run("sqlite3 /srv/litefs/db/app.db 'INSERT INTO t VALUES (1)'");
+    };
+    let has_rows = |rows| {
+        replica.wait_for(&format!("test $(sqlite3 /srv/litefs/db/app.db 'SELECT count(*) FROM t') = {rows}"));
+    };
+    host.run("sqlite3 /srv/litefs/db/app.db 'PRAGMA journal_mode=wal; CREATE TABLE t(x)'");
+    insert();
+    has_rows(1);
+    replica.push("/tmp/killer.py", KILLER.as_bytes());
+    let mut command = replica.command("exec python3 /tmp/killer.py");
+    let mut killer = command.stdout(Stdio::piped()).spawn().expect("the killer starts");
+    let mount = replica.run("findmnt -no ID,SOURCE /srv/litefs/db");
+    insert();
+    let mut line = String::new();
+    let stdout = killer.stdout.take().expect("it is piped");
+    BufReader::new(stdout).read_line(&mut line).expect("it is text");
+    assert_eq!(line, "ready\n");
+    insert();
+    let ended = killer.wait().expect("it is our child");
+    assert!(ended.success(), "{ended}\n{}", replica.journal());
+    has_rows(3);
+    assert_eq!(replica.run("findmnt -no ID,SOURCE /srv/litefs/db"), mount, "mounted anew");
 }
