@@ -12,6 +12,7 @@ mod reattach;
 pub use reattach::{Known, Newest};
 
 use super::{CaptureError, Commit, Logged, log_transaction};
+use crate::database::checksums::Mark;
 use crate::database::{Database, State};
 use crate::log::WalEnd;
 use ltx::page_checksum;
@@ -49,6 +50,10 @@ pub struct WalCapture {
     reverted: BTreeSet<u32>,
     /// There are such pages, and only the log's last record says which.
     reverted_unknown: bool,
+    /// What the log had before the first such transaction.
+    reverted_after: Option<Mark>,
+    /// There are such pages of which no transaction tells.
+    reverted_untold: bool,
     /// Header of a commit frame that is not in the file until followers have the transaction; `arriving` has the frame.
     withheld: Option<(u64, [u8; FRAME_HEADER_BYTES as usize])>,
 }
@@ -60,8 +65,8 @@ struct LastCommit {
     start: u64,
     /// Its pages, and where each had its newest committed frame before.
     before: Vec<(u32, Option<u64>)>,
-    /// Pages in the database before.
-    page_count: u32,
+    /// What the log had before.
+    after: Mark,
 }
 
 /// Whether the fields above still say what is in the file.
@@ -107,9 +112,42 @@ fn veil(bytes: &mut [u8]) {
 }
 
 impl WalCapture {
-    /// Forgets everything: the file is empty or gone.
+    /// Forgets the file, which is empty or gone; not the pages that the next transaction has to put back.
     pub fn reset(&mut self) {
-        *self = WalCapture::default();
+        self.take_back_last();
+        *self = self.with_put_back(WalCapture::default());
+    }
+
+    /// As another file is read, with the pages to put back of this one.
+    fn with_put_back(&mut self, other: WalCapture) -> WalCapture {
+        WalCapture {
+            reverted: std::mem::take(&mut self.reverted),
+            reverted_unknown: self.reverted_unknown,
+            reverted_after: self.reverted_after,
+            reverted_untold: self.reverted_untold,
+            ..other
+        }
+    }
+
+    /// The next transaction has to put the pages of the last one back. `false`: there is none that may be unpublished.
+    fn take_back_last(&mut self) -> bool {
+        let Some(last) = self.last.take() else { return false };
+        self.reverted_after.get_or_insert(last.after);
+        for (pgno, before) in last.before {
+            self.reverted.insert(pgno);
+            match before {
+                Some(offset) => self.committed.insert(pgno, offset),
+                None => self.committed.remove(&pgno),
+            };
+        }
+        self.committed_end = last.start;
+        true
+    }
+
+    /// A transaction has put all pages back.
+    fn has_put_back(&mut self) {
+        self.reverted.clear();
+        (self.reverted_unknown, self.reverted_untold, self.reverted_after) = (false, false, None);
     }
 
     /// The agent wrote to the file what the log has.
@@ -216,7 +254,8 @@ impl WalCapture {
         }
         let mut fresh = WalCapture::default();
         let mut page_count = None;
-        match CommittedWal::read(file) {
+        let read = CommittedWal::read(file);
+        match read {
             Ok(Some(wal)) => {
                 fresh.start_generation(&wal.header);
                 let offset = |(pgno, frame)| (pgno, frame_offset(frame, wal.header.page_size));
@@ -227,7 +266,8 @@ impl WalCapture {
             Ok(None) | Err(WalError::Invalid(_) | WalError::Version(_)) => {}
             Err(WalError::Io(e)) => return Err(e),
         }
-        *self = fresh;
+        self.take_back_last();
+        *self = self.with_put_back(fresh);
         Ok(page_count)
     }
 }
@@ -357,44 +397,40 @@ fn arrived_before(wal: &WalCapture, file: &File, offset: u64) -> std::io::Result
 /// The last captured transaction was never published: its place is taken by one whose first header was written just
 /// now, and whose page arrives.
 fn take_back_last(st: &mut State, file: &File) -> std::io::Result<()> {
-    let Some(last) = st.wal.last.take() else { return Ok(()) };
-    for (pgno, before) in last.before {
-        st.wal.reverted.insert(pgno);
-        match before {
-            Some(offset) => st.wal.committed.insert(pgno, offset),
-            None => st.wal.committed.remove(&pgno),
-        };
+    if !st.wal.take_back_last() {
+        return Ok(());
     }
-    st.wal.committed_end = last.start;
+    let start = st.wal.committed_end;
     let mut header = vec![0; FRAME_HEADER_BYTES as usize];
-    file.read_exact_at(&mut header, last.start)?;
+    file.read_exact_at(&mut header, start)?;
     st.wal.pending.clear();
-    st.wal.pending.insert(last.start, u32::from_be_bytes([header[0], header[1], header[2], header[3]]));
+    st.wal.pending.insert(start, u32::from_be_bytes([header[0], header[1], header[2], header[3]]));
     let commits = header[4..8] != [0; 4];
     if commits {
         // Kept back like any commit frame.
         let mut veiled = header.clone();
         veil(&mut veiled);
-        file.write_all_at(&veiled, last.start)?;
+        file.write_all_at(&veiled, start)?;
     } else {
         header.clear();
     }
-    st.wal.arriving = Some(Arriving { at: last.start, held: header, filled: FRAME_HEADER_BYTES });
+    st.wal.arriving = Some(Arriving { at: start, held: header, filled: FRAME_HEADER_BYTES });
     Ok(())
 }
 
 /// The WAL starts anew or goes: everything published is in the database file. What was captured and is not there was
 /// never published, and is taken back by a transaction of its own.
 pub fn settle_unpublished(db: &Database, st: &mut State) -> Result<(), CaptureError> {
-    let mut pages = std::mem::take(&mut st.wal.reverted);
-    let mut page_count = st.page_count;
-    if let Some(last) = st.wal.last.take() {
-        pages.extend(last.before.iter().map(|(pgno, _)| *pgno));
-        page_count = last.page_count;
-    }
-    if pages.is_empty() || st.page_size == 0 {
+    if !db.may_write() {
+        // They are applied again: see [`crate::database`].
         return Ok(());
     }
+    let page_count = st.wal.last.as_ref().map_or(st.page_count, |last| last.after.page_count);
+    st.wal.take_back_last();
+    if st.wal.reverted.is_empty() || st.page_size == 0 {
+        return Ok(());
+    }
+    let pages = st.wal.reverted.clone();
     let file = st.database_file(db)?;
     let mut page = vec![0; st.page_size as usize];
     st.open_checksums(db)?;
@@ -404,13 +440,14 @@ pub fn settle_unpublished(db: &Database, st: &mut State) -> Result<(), CaptureEr
         let expected = st.checksums().get(*pgno);
         published &= expected.is_none_or(|sum| sum == page_checksum(*pgno, &page));
     }
-    if published {
-        return Ok(());
+    if !published {
+        tracing::info!(database = %db.name, "a writer died before it published its transaction: taken back");
+        let pages: Vec<u32> = pages.into_iter().filter(|pgno| *pgno <= page_count).collect();
+        let commit =
+            Commit { page_size: st.page_size, page_count, pages: &pages, wal: None, may_hold: false };
+        log_transaction(db, st, &commit, &mut |pgno, buf| db.read_database_page(&file, pgno, buf))?;
     }
-    tracing::info!(database = %db.name, "a writer died before it published its transaction: taken back");
-    let pages: Vec<u32> = pages.into_iter().filter(|pgno| *pgno <= page_count).collect();
-    let commit = Commit { page_size: st.page_size, page_count, pages: &pages, wal: None, may_hold: false };
-    log_transaction(db, st, &commit, &mut |pgno, buf| db.read_database_page(&file, pgno, buf))?;
+    st.wal.has_put_back();
     Ok(())
 }
 
@@ -529,7 +566,7 @@ fn commit(
     let last = LastCommit {
         start: st.wal.pending.first_key_value().map_or(at, |(offset, _)| *offset),
         before,
-        page_count: st.page_count,
+        after: st.logged_mark(),
     };
     if st.wal.reverted.iter().any(|pgno| !newest.contains_key(pgno)) {
         pages.extend(st.wal.reverted.iter().filter(|pgno| !newest.contains_key(pgno)));
@@ -579,7 +616,7 @@ fn commit(
     st.wal.committed.extend(newest);
     st.wal.committed_end = end_offset;
     st.wal.last = Some(last);
-    st.wal.reverted.clear();
+    st.wal.has_put_back();
     Ok(logged)
 }
 

@@ -195,13 +195,13 @@ impl Database {
         st.ahead = true;
         // The newest transaction of the log may have been held, and its writer have died before it was published: what
         // of it is not in the WAL is put back by the next transaction.
-        let unpublished = st.wal.take_unpublished();
         st.wal.reset();
+        let unpublished = std::mem::take(&mut st.wal);
         let mut followed = Followed::default();
         let result = self.follow(&mut st, &mut followed);
         st.followed = followed;
         st.ahead = false;
-        st.wal.put_back(unpublished);
+        st.wal.put_back_of(unpublished);
         result.map(|_| ())
     }
 
@@ -256,7 +256,7 @@ impl Database {
     }
 
     /// Whether WAL and file together are what the log has. Nothing is being applied.
-    fn is_wal_as_logged(&self, st: &mut State) -> Result<bool, CaptureError> {
+    pub(super) fn is_wal_as_logged(&self, st: &mut State) -> Result<bool, CaptureError> {
         let wal = self.refreshed_wal(st)?;
         let file = st.database_file(self)?;
         st.open_checksums(self)?;
@@ -296,9 +296,9 @@ impl Database {
         Ok(ForeignUse::Restarted(index.salts))
     }
 
-    /// On a primary whose door opens: applications may have committed since this agent has looked at what its WAL has from
-    /// another host, which nothing but that look tells from it.
-    pub(crate) fn suspect_commits_since_start(&self) -> Result<(), CaptureError> {
+    /// On a node that has become primary: applications may have committed since this agent has looked at what its WAL has
+    /// from another host, which nothing but that look tells from it.
+    pub(crate) fn suspect_commits_since_applied(&self) -> Result<(), CaptureError> {
         let mut st = self.state();
         let Some((_, frames)) = st.applied_frames else { return Ok(()) };
         let gone = frames > 0 && self.published_index(&mut st)?.is_none();
@@ -464,9 +464,9 @@ impl Database {
         st.wal_mode && st.suspect.is_some()
     }
 
-    /// Whether somebody may have written to it.
-    pub(crate) fn is_suspect(&self) -> bool {
-        self.state().suspect.is_some()
+    /// Somebody may have written to it.
+    pub(crate) fn suspect_foreign_write(&self) {
+        self.state().suspect.get_or_insert(Suspicion::ForeignWrite);
     }
 
     /// Whether there is a WAL that may have something.

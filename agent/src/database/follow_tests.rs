@@ -117,6 +117,16 @@ impl Site {
     }
 }
 
+/// A replica to whose database somebody without the library has written, and that suspects so.
+pub(crate) fn replica_with_foreign_write() -> (tempfile::TempDir, Arc<Database>) {
+    let mut site = Site::new();
+    assert!(site.replica.detach().unwrap());
+    site.restart_agent();
+    site.commit_and_close();
+    site.replica.suspect_foreign_write();
+    (site.dir, site.replica)
+}
+
 /// Under a halt lock the primary has taken a commit, and the agent dies before SQLite has published it.
 #[test]
 fn a_commit_that_is_published_after_a_restart_of_the_agent_is_the_log_s() {
@@ -208,4 +218,20 @@ fn readers_beside_a_detached_agent_are_no_suspicion() {
         site.ship();
         site.assert_applied();
     }
+}
+
+/// Between the agent's start and its term.
+#[test]
+fn what_somebody_commits_before_a_replica_becomes_primary_is_captured() {
+    let site = Site::new();
+    site.commit_and_close();
+    let before = site.replica.state().position.txid.0;
+    site.replica.shared().begin_writes(Epoch(2));
+    site.replica.suspect_commits_since_applied().unwrap();
+    site.replica.read_applied_wal().unwrap();
+    assert!(site.replica.is_suspect_in_wal_mode());
+    crate::door::preload::requests::capture_suspect(&site.replica);
+    let mut st = site.replica.state();
+    assert_eq!((st.position.txid.0, st.suspect), (before + 1, None));
+    assert!(site.replica.is_wal_as_logged(&mut st).unwrap());
 }

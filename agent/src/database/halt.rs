@@ -87,22 +87,20 @@ impl Database {
         let hold = self.hold_writers(bound)?.ok_or_else(no_database)?;
         let (position, end) = {
             let mut st = self.state();
-            // Behind the preload door commits are seen a moment after they were made.
-            self.follow_wal(&mut st).map_err(other)?;
-            if !self.load_journal_mode(&mut st) && st.rollback.is_dirty() {
-                // Written without a journal: nobody has said yet that it is committed.
-                self.capture_rollback(&mut st).map_err(other)?;
+            if !self.shared.follows_wals() && self.shared.wals_may_be_ahead() {
+                // What this host's applications have committed is not captured before its door is open.
+                return Err(EngineError::Busy(self.name.clone()));
             }
+            let settled = self.settle_unpublished(&mut st, &hold);
             if let Some(reason) = st.quarantine_reason() {
                 return Err(EngineError::Quarantined { name: self.name.clone(), reason: reason.to_owned() });
             }
-            // Or what this host's applications have committed is not captured yet.
-            let is_settled = match self.shared.follows_wals() {
-                true => st.suspect.is_none(),
-                false => !self.shared.wals_may_be_ahead(),
-            };
-            if st.applied.position != st.position || !is_settled {
-                return Err(EngineError::Busy(self.name.clone()));
+            match settled {
+                Ok(()) if st.applied.position == st.position => {}
+                Ok(()) | Err(CaptureError::NotAllApplied | CaptureError::InUse) => {
+                    return Err(EngineError::Busy(self.name.clone()));
+                }
+                Err(error) => return Err(other(error)),
             }
             *self.loan.write() = Some(Loan::Lent);
             (st.position, st.logged_end)
@@ -145,11 +143,7 @@ impl Database {
                 tracing::warn!(database = %self.name, %error, "its WAL cannot be read yet: writers wait");
                 return self.shared.pending_again(&self.name);
             }
-            let mut st = self.state();
-            if st.suspect.take().is_some() {
-                let all = (1..=st.page_count).collect();
-                st.wal.put_back(all);
-            }
+            self.put_back_suspect(&mut self.state());
         }
         side.applier.let_writers_in();
     }
@@ -273,6 +267,7 @@ impl Database {
             st.checksums_mut().set_applied(applied);
         } else if st.applied.position == st.position {
             st.applied = before;
+            st.wal.forget_put_back();
             st.wal.mark_written_from_log();
         }
     }
@@ -285,6 +280,7 @@ impl Database {
         let mut st = self.state();
         let Some(before) = st.lent_before.take() else { return };
         st.applied = before;
+        st.wal.forget_put_back();
         st.wal.mark_written_from_log();
         // They are found in the log, with the one to apply again.
         side.pending.clear();

@@ -20,6 +20,7 @@ pub mod recovery;
 pub mod shared;
 pub mod snapshot_file;
 pub mod sync;
+mod unpublished;
 pub mod write_protection;
 
 use crate::DatabaseName;

@@ -235,7 +235,7 @@ impl Database {
                         start: start
                             .filter(|w| (w.salt1, w.salt2) == (end.salt1, end.salt2))
                             .map(|w| w.end_offset),
-                        page_count_before: before.map_or(0, |r| r.commit),
+                        after: before.as_ref().map_or_else(Mark::default, mark_of),
                     });
                     return Ok((Known::CapturedTo { end, newest }, Some(info)));
                 }

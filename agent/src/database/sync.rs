@@ -16,11 +16,12 @@ impl Database {
     pub fn mark_durable(&self) -> Result<(), CaptureError> {
         let (mark, end) = {
             let mut st = self.state();
-            let marked = st.applied.position == st.marked;
+            let mark = self.published_mark(&mut st);
+            let marked = mark.position == st.marked;
             if st.check_health().is_err() || marked && !st.note_is_outdated(self)? {
                 return Ok(());
             }
-            (st.applied, st.logged_end)
+            (mark, st.logged_end)
         };
         self.shared.log.wait_durable(end)?;
         for path in [&self.paths.wal, &self.paths.journal, &self.paths.database] {

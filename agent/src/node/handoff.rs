@@ -7,6 +7,7 @@
 
 use super::Node;
 use crate::apply::WriterHold;
+use crate::capture::CaptureError;
 use crate::config::LeaseKind;
 use crate::database::Database;
 use crate::lease::peers::Asking;
@@ -34,6 +35,15 @@ pub(super) type Held = (Arc<Database>, WriterHold);
 fn is_in_use(db: &Database) -> bool {
     let st = db.state();
     st.handles > 0 && st.page_count > 0
+}
+
+/// The successor has what the log has; so nothing else may be in WAL and file.
+fn settle_unpublished(held: &[Held]) -> Result<(), String> {
+    held.iter().try_for_each(|(db, hold)| match db.settle_unpublished(&mut db.state(), hold) {
+        // Then nothing was committed on top of what is not applied.
+        Ok(()) | Err(CaptureError::NotAllApplied) => Ok(()),
+        Err(error) => Err(format!("what {} has cannot be captured now: {error}", db.name())),
+    })
 }
 
 impl Node {
@@ -64,10 +74,11 @@ impl Node {
                     "commits wait for acknowledgements longer than {HOLD:?}: see [sync] and `litefs status`"
                 ));
             }
+            settle_unpublished(&held)?;
             ending.stop_writes(DRAIN);
-            log.wait_durable(log.appended()).map_err(|error| error.to_string())
+            log.wait_durable(log.appended()).map_err(|error| error.to_string()).map(|()| held)
         });
-        logged.await.map_err(|error| error.to_string())??;
+        let held = logged.await.map_err(|error| error.to_string())??;
         // Not the durable position, which is told some time after the log is durable.
         let logged = |db: &Database| db.state().position;
         if !self.wait_for_follower(to.node_id, DRAIN, logged).await {
@@ -85,7 +96,8 @@ impl Node {
                 lent.name()
             ));
         }
-        for db in self.shared.known().into_iter().filter(|db| is_in_use(db)) {
+        let known = self.shared.known().into_iter();
+        for db in known.filter(|db| is_in_use(db) || db.may_be_unpublished()) {
             let left = HOLD.saturating_sub(begun.elapsed());
             let hold = db.hold_writers(left);
             let hold = hold.map_err(|error| format!("a writer of {} does not end: {error}", db.name()))?;

@@ -246,8 +246,7 @@ pub(super) async fn transitions(
             }
             Transition::Follow(peer) => {
                 stop_following(&node, &mut follower).await;
-                let settling = node.clone();
-                let _ = tokio::task::spawn_blocking(move || settling.settle(false)).await;
+                settle_as_replica(&node).await;
                 let epoch = node.shared.epoch();
                 node.change_role(|role| {
                     role.name = if peer.is_some() { RoleName::Replica } else { RoleName::None };
@@ -276,8 +275,7 @@ pub(super) async fn transitions(
             }
             Transition::CatchUp(peer) => {
                 stop_following(&node, &mut follower).await;
-                let settling = node.clone();
-                let _ = tokio::task::spawn_blocking(move || settling.settle(false)).await;
+                settle_as_replica(&node).await;
                 node.change_role(|role| (role.name, role.upstream) = (RoleName::None, None));
                 if door_is_open.wait_for(|open| *open).await.is_err() {
                     return;
@@ -295,6 +293,17 @@ pub(super) async fn transitions(
             }
         }
     }
+}
+
+/// Before transactions of a primary are applied.
+async fn settle_as_replica(node: &Arc<Node>) {
+    let node = node.clone();
+    let settled = tokio::task::spawn_blocking(move || {
+        node.settle(false);
+        node.shared.known().iter().for_each(|db| db.apply_unpublished_again());
+    });
+    // It panicked, which is logged.
+    let _ = settled.await;
 }
 
 fn follow(node: &Arc<Node>, peer: &Peer, stop: &CancellationToken) -> Option<FollowerHandle> {

@@ -8,6 +8,7 @@
 use super::{FRAME_HEADER_BYTES, Generation, HEADER_BYTES, LastCommit, Stale, WalCapture};
 use crate::apply::WalFrames;
 use crate::capture::{CaptureError, Commit, Logged, log_transaction};
+use crate::database::checksums::Mark;
 use crate::database::{Database, State};
 use crate::log::WalEnd;
 use sqlite_file::wal::{FrameHeader, Salts, frame_bytes, frame_offset};
@@ -88,18 +89,43 @@ pub fn capture_published(
 }
 
 impl WalCapture {
-    /// Pages of the newest captured commit, where it is not known whether it was published, and of those that never
-    /// were.
-    pub fn take_unpublished(&mut self) -> BTreeSet<u32> {
-        let last = self.last.take();
-        let mut pages = std::mem::take(&mut self.reverted);
-        pages.extend(last.into_iter().flat_map(|last| last.before).map(|(pgno, _)| pgno));
-        pages
-    }
-
     /// The next transaction compares these pages, and has those that are not what the log has.
     pub fn put_back(&mut self, pages: BTreeSet<u32>) {
+        self.reverted_untold |= !pages.is_empty();
         self.reverted.extend(pages);
+    }
+
+    /// As [`WalCapture::put_back`], with those that had to be put back before.
+    pub fn put_back_of(&mut self, before: WalCapture) {
+        self.reverted.extend(before.reverted);
+        self.reverted_unknown |= before.reverted_unknown;
+        self.reverted_untold |= before.reverted_untold;
+        self.reverted_after = before.reverted_after.or(self.reverted_after);
+    }
+
+    /// Pages are in the files as the log has them.
+    pub fn forget_put_back(&mut self) {
+        self.last = None;
+        self.has_put_back();
+    }
+
+    /// SQLite has published all that was captured.
+    pub fn note_published(&mut self) {
+        self.last = None;
+    }
+
+    /// Whether something was captured that may not be published.
+    pub fn may_be_unpublished(&self) -> bool {
+        self.last.is_some() || !self.reverted.is_empty()
+    }
+
+    /// What the log had before the oldest transaction that may not be published. `None`: there is none, or no record tells.
+    pub fn published_to(&self) -> Option<Mark> {
+        match (self.reverted.is_empty(), &self.last) {
+            (false, _) => self.reverted_after.filter(|_| !self.reverted_untold),
+            (true, Some(last)) => Some(last.after),
+            (true, None) => None,
+        }
     }
 
     /// Whether the next transaction has pages that are not in its frames. Those that the WAL does not have are read from
@@ -132,9 +158,7 @@ pub fn capture_held(
         capture_published(db, st, file, index)?;
     }
     // A captured commit that still is not published never will be.
-    if let Some(last) = st.wal.last.take() {
-        take_back(st, last);
-    }
+    st.wal.take_back_last();
     let generation = generation_of(db, file)?;
     if st.wal.generation != Some(generation) {
         // The first commit of a WAL: the wal-index does not have its salts yet.
@@ -155,7 +179,7 @@ pub fn capture_held(
     }
     newest.insert(header.pgno, held.offset);
     let before = newest.keys().map(|pgno| (*pgno, st.wal.committed.get(pgno).copied())).collect();
-    let last = LastCommit { start: begin, before, page_count: st.page_count };
+    let last = LastCommit { start: begin, before, after: st.logged_mark() };
     let frames = Frames { newest, page_count: header.commit, end: held.offset + bytes };
     let logged = capture(db, st, file, frames, true)?;
     st.wal.last = Some(last);
@@ -181,7 +205,7 @@ fn take_up(db: &Database, st: &mut State, file: &File, index: &IndexHeader) -> R
         let unannounced = st.wal.generation.is_some() && !st.wal.has_ended();
         start(st, published);
         if unannounced && st.page_count > 0 {
-            st.wal.reverted.extend(1..=st.page_count);
+            st.wal.put_back((1..=st.page_count).collect());
             // Read again without checkpoints beside it.
             return Ok(false);
         }
@@ -190,13 +214,12 @@ fn take_up(db: &Database, st: &mut State, file: &File, index: &IndexHeader) -> R
 }
 
 fn start(st: &mut State, generation: Generation) {
-    let reverted = std::mem::take(&mut st.wal.reverted);
-    st.wal = WalCapture {
+    st.wal.take_back_last();
+    st.wal = st.wal.with_put_back(WalCapture {
         generation: Some(generation),
         committed_end: HEADER_BYTES,
-        reverted,
         ..WalCapture::default()
-    };
+    });
 }
 
 fn generation_of(db: &Database, file: &File) -> Result<Generation, CaptureError> {
@@ -208,40 +231,28 @@ fn generation_of(db: &Database, file: &File) -> Result<Generation, CaptureError>
 
 /// Something is published after the last held commit began: that commit, or another in its place if its writer died.
 fn settle_last(db: &Database, st: &mut State, file: &File, published: u64) -> Result<(), CaptureError> {
-    let Some(last) = st.wal.last.take() else { return Ok(()) };
+    let Some(last) = &st.wal.last else { return Ok(()) };
+    let before: Vec<u32> = last.before.iter().map(|(pgno, _)| *pgno).collect();
     let mut same = published >= st.wal.committed_end;
     let mut page = vec![0; st.page_size as usize];
     st.open_checksums(db)?;
-    for (pgno, _) in &last.before {
-        let Some(offset) = st.wal.frame_of(*pgno).filter(|_| same) else { continue };
+    for pgno in before {
+        let Some(offset) = st.wal.frame_of(pgno).filter(|_| same) else { continue };
         file.read_exact_at(&mut page, offset + FRAME_HEADER_BYTES).map_err(|e| db.wal_error(e))?;
-        same &= st.checksums().get(*pgno) == Some(ltx::page_checksum(*pgno, &page));
+        same &= st.checksums().get(pgno) == Some(ltx::page_checksum(pgno, &page));
     }
-    if !same {
-        take_back(st, last);
+    if same {
+        st.wal.note_published();
+    } else {
+        st.wal.take_back_last();
     }
     Ok(())
 }
 
-/// A captured commit was never published: its pages are put back by the next transaction.
-fn take_back(st: &mut State, last: LastCommit) {
-    for (pgno, before) in last.before {
-        st.wal.reverted.insert(pgno);
-        match before {
-            Some(offset) => st.wal.committed.insert(pgno, offset),
-            None => st.wal.committed.remove(&pgno),
-        };
-    }
-    st.wal.committed_end = last.start;
-}
-
 /// The WAL may end: a captured commit that was never published goes, and with it what others like it have left.
 pub fn take_back_unpublished(db: &Database, st: &mut State, file: &File) -> Result<(), CaptureError> {
-    let mut page_count = st.page_count;
-    if let Some(last) = st.wal.last.take() {
-        page_count = last.page_count;
-        take_back(st, last);
-    }
+    let page_count = st.wal.last.as_ref().map_or(st.page_count, |last| last.after.page_count);
+    st.wal.take_back_last();
     if capture_put_back(db, st, file, page_count)?.is_some() {
         tracing::info!(
             database = %db.name,
@@ -347,7 +358,7 @@ fn capture(
     let logged = logged?;
     st.wal.committed.extend(newest);
     st.wal.committed_end = end;
-    st.wal.reverted.clear();
+    st.wal.has_put_back();
     Ok(logged)
 }
 

@@ -6,6 +6,7 @@
 //! waiting and its write is asked again.
 
 use super::{Arriving, FRAME_HEADER_BYTES, HEADER_BYTES, LastCommit, Stale, WalCapture, veil};
+use crate::database::checksums::Mark;
 use crate::log::WalEnd;
 use ltx::{Checksum, page_checksum};
 use sqlite_file::wal::{WalError, WalHeader, frame_bytes};
@@ -36,8 +37,8 @@ pub enum Known {
 pub struct Newest {
     /// Offset of its first frame, where the log says it.
     pub start: Option<u64>,
-    /// Pages in the database before it.
-    pub page_count_before: u32,
+    /// What the log had before it.
+    pub after: Mark,
 }
 
 struct FrameStart {
@@ -114,7 +115,7 @@ impl WalCapture {
             }
         }
         self.committed_end = end;
-        let Some(Newest { page_count_before, .. }) = newest else {
+        let Some(Newest { after, .. }) = newest else {
             self.committed.extend(open.into_iter().map(|(offset, pgno)| (pgno, offset)));
             return Ok(());
         };
@@ -129,12 +130,12 @@ impl WalCapture {
             self.unveil(file, end - step)?;
             let before = newest.keys().map(|pgno| (*pgno, self.committed.get(pgno).copied())).collect();
             self.committed.extend(newest);
-            self.last = Some(LastCommit { start, before, page_count: page_count_before });
+            self.last = Some(LastCommit { start, before, after });
         } else {
             // Its writer died before it published it, and another one has begun in its place. Which pages have to be
             // put back its frames do not say any more.
             self.committed_end = start;
-            self.reverted_unknown = true;
+            (self.reverted_unknown, self.reverted_after) = (true, Some(after));
         }
         Ok(())
     }

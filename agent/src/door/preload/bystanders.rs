@@ -194,10 +194,11 @@ impl Bystanders {
         }
         self.watch_files();
         if !self.shared.is_writable() {
-            // Between its start and its term a primary is no replica.
-            if self.view.primary_hostname().is_some() {
-                self.shared.write_protection.begin(&self.shared);
+            // Between its start and its term a primary is no replica: what its applications commit then is captured.
+            if self.view.primary_hostname().is_none() {
+                return;
             }
+            self.shared.write_protection.begin(&self.shared);
             // Here files are looked at; a WAL is when there are transactions of the primary to add to it.
             for name in std::mem::take(&mut self.changed) {
                 let Some(db) = self.shared.database(&name).filter(|db| db.paths().database.exists()) else {
@@ -294,5 +295,36 @@ fn user(db: &Database, mounter: &Mounter) -> User {
         Ok(true) => User::WithLibrary,
         Ok(false) => User::Without(pid),
         Err(_) => User::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::database::follow::tests::replica_with_foreign_write;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[derive(Default)]
+    struct View(AtomicBool);
+    impl RoleView for View {
+        fn primary_hostname(&self) -> Option<String> {
+            self.0.load(Ordering::Relaxed).then(|| "node1".into())
+        }
+        fn lag_ms(&self) -> Option<i64> {
+            None
+        }
+    }
+
+    #[test]
+    fn what_was_written_is_judged_as_on_a_replica_only_beside_a_primary() {
+        let (_dir, db) = replica_with_foreign_write();
+        let view = Arc::new(View::default());
+        let shared = db.shared().clone();
+        let mut bystanders = Bystanders::new(shared, view.clone(), Mounter::own()).unwrap();
+        bystanders.look();
+        assert_eq!(db.state().quarantine_reason(), None);
+        view.0.store(true, Ordering::Relaxed);
+        bystanders.look();
+        assert!(db.state().quarantine_reason().is_some());
     }
 }

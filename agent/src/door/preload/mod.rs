@@ -23,7 +23,7 @@ mod peer;
 pub(crate) mod requests;
 mod special;
 
-use crate::database::{Database, RoleStep, Shared};
+use crate::database::{RoleStep, Shared};
 use crate::door::fuse::RoleView;
 use crate::door::lock_file::HaltLocks;
 use connection::Connection;
@@ -129,12 +129,7 @@ impl Door {
         shared.follow_wals(move |step| told.role_step(step));
         if shared.is_writable() {
             shared.write_protection.end(&shared);
-            for db in shared.known() {
-                if let Err(error) = db.suspect_commits_since_start() {
-                    tracing::warn!(database = %db.name(), %error, "its WAL cannot be read yet");
-                }
-            }
-            connections.read_applied_wals(Database::is_suspect);
+            connections.read_applied_wals();
         }
         // What was committed while no agent ran.
         for db in shared.known() {
@@ -265,7 +260,7 @@ impl Connections {
                 }
                 if !self.writable.swap(writable, Ordering::AcqRel) && writable {
                     self.shared.write_protection.end(&self.shared);
-                    self.read_applied_wals(|_| true);
+                    self.read_applied_wals();
                 }
                 self.all.lock().iter().for_each(|connection| self.tell(connection));
             }
@@ -282,11 +277,14 @@ impl Connections {
     }
 
     /// What was applied to WALs is known before applications add to them.
-    fn read_applied_wals(&self, which: impl Fn(&Database) -> bool) {
-        for db in self.shared.known().into_iter().filter(|db| which(db)) {
-            if let Err(error) = db.read_applied_wal() {
-                tracing::warn!(database = %db.name(), %error, "its WAL cannot be read yet");
-            } else if db.is_suspect_in_wal_mode() {
+    fn read_applied_wals(&self) {
+        for db in self.shared.known() {
+            let read = db.suspect_commits_since_applied().and_then(|()| db.read_applied_wal());
+            if let Err(error) = read {
+                tracing::warn!(database = %db.name(), %error, "its WAL cannot be read yet: the next transaction compares all");
+                db.suspect_foreign_write();
+            }
+            if db.is_suspect_in_wal_mode() {
                 requests::capture_suspect(&db);
             }
         }

@@ -412,8 +412,9 @@ pub fn note_foreign_write(db: &Arc<Database>) -> Look {
     }
     let before = st.position;
     match capture_checkpointed(db, &mut st) {
-        // Or the term has just ended: it is looked at as on a replica.
-        Ok(()) | Err(CaptureError::NotPrimary) => {}
+        Ok(()) => st.suspect = None,
+        // The term has just ended: it is looked at as on a replica.
+        Err(CaptureError::NotPrimary) => {}
         Err(CaptureError::InUse) => return Look::Later,
         // A file that is being written: looked at again when it changes.
         Err(CaptureError::NotADatabase(_)) if st.page_count == 0 => st.rollback = Default::default(),
@@ -436,15 +437,15 @@ pub fn capture_suspect(db: &Arc<Database>) {
             Ok(()) => return st.suspect = None,
             // Somebody connects, or moves frames to the file: that takes moments.
             Err(CaptureError::InUse) if Instant::now() < deadline => {}
+            // The term has ended: it is looked at as on a replica.
+            Err(CaptureError::NotPrimary) => return,
             Err(error) => {
                 tracing::warn!(
                     database = %db.name(),
                     %error,
                     "what applications committed while no agent ran is captured with the next commit only"
                 );
-                st.suspect = None;
-                let all = (1..=st.page_count).collect();
-                return st.wal.put_back(all);
+                return db.put_back_suspect(&mut st);
             }
         }
         drop(st);
@@ -473,8 +474,9 @@ fn capture_checkpointed(db: &Arc<Database>, st: &mut State) -> Result<(), Captur
     st.wal.reset();
     st.rollback.mark_unknown();
     let captured = db.capture_rollback_while(st, &is_checkpointed);
-    if captured.is_err() {
-        st.rollback = Default::default();
+    match captured {
+        Ok(_) => st.wal.forget_put_back(),
+        Err(_) => st.rollback = Default::default(),
     }
     captured.map(|_| ())
 }
