@@ -301,6 +301,8 @@ impl Database {
     pub(crate) fn suspect_commits_since_applied(&self) -> Result<(), CaptureError> {
         let mut st = self.state();
         let Some((_, frames)) = st.applied_frames else { return Ok(()) };
+        // Where there was no WAL: one that has come and gone again.
+        self.look_for_foreign_writes(&mut st);
         let gone = frames > 0 && self.published_index(&mut st)?.is_none();
         if gone || self.foreign_use_of_wal(&mut st)? == ForeignUse::Committed {
             st.suspect.get_or_insert(Suspicion::ForeignWrite);

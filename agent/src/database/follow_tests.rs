@@ -223,15 +223,18 @@ fn readers_beside_a_detached_agent_are_no_suspicion() {
 /// Between the agent's start and its term.
 #[test]
 fn what_somebody_commits_before_a_replica_becomes_primary_is_captured() {
-    let site = Site::new();
-    site.commit_and_close();
-    let before = site.replica.state().position.txid.0;
-    site.replica.shared().begin_writes(Epoch(2));
-    site.replica.suspect_commits_since_applied().unwrap();
-    site.replica.read_applied_wal().unwrap();
-    assert!(site.replica.is_suspect_in_wal_mode());
-    crate::door::preload::requests::capture_suspect(&site.replica);
-    let mut st = site.replica.state();
-    assert_eq!((st.position.txid.0, st.suspect), (before + 1, None));
-    assert!(site.replica.is_wal_as_logged(&mut st).unwrap());
+    for is_detached in [false, true] {
+        let site = Site::new();
+        assert!(!is_detached || site.replica.detach().unwrap());
+        site.commit_and_close();
+        let before = site.replica.state().position.txid.0;
+        site.replica.shared().begin_writes(Epoch(2));
+        site.replica.suspect_commits_since_applied().unwrap();
+        site.replica.read_applied_wal().unwrap();
+        assert!(site.replica.is_suspect_in_wal_mode());
+        crate::door::preload::requests::capture_suspect(&site.replica);
+        let mut st = site.replica.state();
+        assert_eq!((st.position.txid.0, st.suspect), (before + 1, None));
+        assert!(site.replica.is_wal_as_logged(&mut st).unwrap());
+    }
 }

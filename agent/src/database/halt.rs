@@ -4,7 +4,7 @@
 use super::follow::ForeignUse;
 use super::receive::{ApplySide, other};
 use super::{Database, State};
-use crate::apply::{Applier, WriterHold};
+use crate::apply::{Applier, WalFrames, WriterHold};
 use crate::capture::CaptureError;
 use crate::ship::engine::{EngineError, ShippedRecord};
 use crate::sync::Hold;
@@ -85,13 +85,14 @@ impl Database {
     pub fn lend(&self, bound: Duration) -> Result<(Pos, Option<WriterHold>), EngineError> {
         let no_database = || EngineError::NoSuchDatabase(self.name.clone());
         let hold = self.hold_writers(bound)?.ok_or_else(no_database)?;
+        let published = hold.published();
         let (position, end) = {
             let mut st = self.state();
             if !self.shared.follows_wals() && self.shared.wals_may_be_ahead() {
                 // What this host's applications have committed is not captured before its door is open.
                 return Err(EngineError::Busy(self.name.clone()));
             }
-            let settled = self.settle_unpublished(&mut st, &hold);
+            let settled = self.settle_unpublished(&mut st, published);
             if let Some(reason) = st.quarantine_reason() {
                 return Err(EngineError::Quarantined { name: self.name.clone(), reason: reason.to_owned() });
             }
@@ -252,17 +253,17 @@ impl Database {
 
     /// This node has a database no longer. Where it is not known that the newest commit was published, it is applied again
     /// from the log: its application may have died after the primary had taken it.
-    fn settle_borrowed(&self, st: &mut State, hold: Option<&WriterHold>) {
+    fn settle_borrowed(&self, st: &mut State, is_held: bool, published: Option<WalFrames>) {
         let Some(before) = st.lent_before.take() else { return };
-        let published = match hold {
-            None => false,
-            Some(hold) if self.load_journal_mode(st) => {
-                let captured = st.wal.captured_frames();
-                captured.is_some() && captured == hold.published()
+        let published = match is_held {
+            false => false,
+            true if self.load_journal_mode(st) => {
+                published.is_some() && st.wal.captured_frames() == published
             }
-            Some(_) => !self.has_hot_journal(),
+            true => !self.has_hot_journal(),
         };
         if published {
+            st.wal.note_published();
             let applied = st.applied;
             st.checksums_mut().set_applied(applied);
         } else if st.applied.position == st.position {
@@ -308,6 +309,8 @@ impl Database {
             None
         };
         {
+            // Through the mount, so without the state.
+            let published = hold.as_ref().and_then(WriterHold::published);
             let mut st = self.state();
             if hold.is_some()
                 && !self.load_journal_mode(&mut st)
@@ -316,7 +319,7 @@ impl Database {
             {
                 tracing::warn!(database = %self.name, %error, "what was written without a journal is not captured");
             }
-            self.settle_borrowed(&mut st, hold.as_ref());
+            self.settle_borrowed(&mut st, hold.is_some(), published);
             *self.loan.write() = None;
         }
         self.loan_ends.store(false, Ordering::Release);

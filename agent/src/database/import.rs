@@ -215,6 +215,7 @@ impl Database {
         st.set_database_file(None);
         st.forget_journal_mode();
         st.wal.reset();
+        st.wal.forget_put_back();
         st.rollback = Default::default();
         Ok(())
     }

@@ -126,6 +126,7 @@ impl Database {
         self.load_journal_mode(&mut st);
         st.rollback = Default::default();
         st.suspect = None;
+        st.wal.forget_put_back();
         if mark.page_count > 0 {
             // What somebody writes after this is told from it.
             st.remember_stamp(self).map_err(other)?;

@@ -314,6 +314,7 @@ impl Database {
                         // Whatever journal there was has been played back.
                         st.rollback.journal_active = false;
                     }
+                    self.note_all_applied(&mut st);
                     self.check_applied(&mut st);
                     let applied = st.applied;
                     if let Ok(sums) = st.open_checksums(self) {

@@ -5,7 +5,7 @@
 use super::checksums::Mark;
 use super::follow::Suspicion;
 use super::{Database, State};
-use crate::apply::WriterHold;
+use crate::apply::WalFrames;
 use crate::capture::CaptureError;
 use crate::capture::wal::{self, published};
 use sqlite_file::wal_index::IndexHeader;
@@ -13,11 +13,16 @@ use std::fs::File;
 use std::io;
 
 impl Database {
-    /// No writer is in a transaction: afterwards the log has what WAL and file have.
+    /// No writer is in a transaction, and the wal-index publishes this, if there is one: afterwards the log has what WAL and
+    /// file have.
     ///
     /// # Errors
     /// Something is suspected or not published, and cannot be captured now.
-    pub(crate) fn settle_unpublished(&self, st: &mut State, hold: &WriterHold) -> Result<(), CaptureError> {
+    pub(crate) fn settle_unpublished(
+        &self,
+        st: &mut State,
+        published: Option<WalFrames>,
+    ) -> Result<(), CaptureError> {
         self.follow_wal(st)?;
         self.put_back_suspect(st);
         if !self.load_journal_mode(st) {
@@ -27,7 +32,6 @@ impl Database {
             }
             return Ok(());
         }
-        let published = hold.published();
         if published.is_some() && st.wal.captured_frames() == published {
             st.wal.note_published();
         }
@@ -72,11 +76,16 @@ impl Database {
     /// This node is not the primary: what its applications may not have published is applied again from the log.
     pub(crate) fn apply_unpublished_again(&self) {
         let mut st = self.state();
+        self.note_if_published(&mut st);
         if self.may_write() || !st.wal.may_be_unpublished() {
             return;
         }
-        self.note_if_published(&mut st);
-        if st.wal.may_be_unpublished() && st.applied.position == st.position {
+        if st.wal.puts_untold_pages_back() {
+            st.suspect.get_or_insert(Suspicion::ForeignWrite);
+        } else if st.applied.position != st.position {
+            // It is applied with what follows it.
+            return;
+        } else {
             let last = self.shared.log.last(&self.name);
             match st.wal.published_to().filter(|mark| self.records_after(*mark, &last).is_ok()) {
                 Some(before) => {
@@ -85,14 +94,24 @@ impl Database {
                 }
                 None => drop(st.suspect.get_or_insert(Suspicion::TakenBack)),
             }
+        }
+        st.wal.forget_put_back();
+        st.wal.mark_written_from_log();
+    }
+
+    /// All that the log has was applied from it.
+    pub(super) fn note_all_applied(&self, st: &mut State) {
+        if !self.may_write() && st.applied.position == st.position && !st.wal.puts_untold_pages_back() {
             st.wal.forget_put_back();
-            st.wal.mark_written_from_log();
         }
     }
 
-    /// How far the files have what is applied, for a mark: a commit that is not published is in none of them, or not for
-    /// long.
+    /// How far the files have what is applied, for a mark. Behind the preload door a held commit that is not published may not
+    /// be in the WAL; behind the FUSE door it is, and counts for whoever reads the WAL anew.
     pub(super) fn published_mark(&self, st: &mut State) -> Mark {
+        if !self.shared.follows_wals() {
+            return st.applied;
+        }
         self.note_if_published(st);
         st.wal
             .published_to()

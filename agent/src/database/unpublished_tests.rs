@@ -141,6 +141,38 @@ fn what_was_never_published_is_applied_when_the_term_has_ended() {
     assert_eq!(site.db.state().position, position);
 }
 
+/// As a commit that nobody acknowledged before the term ended.
+#[test]
+fn a_mark_has_what_was_abandoned_when_it_is_applied() {
+    let site = Site::new();
+    site.commit();
+    let before = site.db.state().applied;
+    site.commit_unpublished();
+    {
+        let mut st = site.db.state();
+        st.applied = before;
+        st.wal.abandon_held(libc::EIO);
+    }
+    site.db.shared().end_writes(Duration::ZERO);
+    site.db.apply_unpublished_again();
+    site.db.apply_received(AT_ONCE);
+    site.db.mark_durable().unwrap();
+    let marked = site.db.state().marked;
+    assert_eq!(marked, site.db.state().position);
+    site.db.apply_unpublished_again();
+    site.assert_as_logged();
+}
+
+#[test]
+fn a_suspicion_outlives_the_term_in_which_it_was_not_captured() {
+    let site = Site::new();
+    site.db.suspect_foreign_write();
+    site.db.put_back_suspect(&mut site.db.state());
+    site.db.shared().end_writes(Duration::ZERO);
+    site.db.apply_unpublished_again();
+    assert_eq!(site.db.state().suspect, Some(Suspicion::ForeignWrite));
+}
+
 #[test]
 fn what_was_published_is_not_applied_again() {
     let site = Site::new();

@@ -39,10 +39,19 @@ fn is_in_use(db: &Database) -> bool {
 
 /// The successor has what the log has; so nothing else may be in WAL and file.
 fn settle_unpublished(held: &[Held]) -> Result<(), String> {
-    held.iter().try_for_each(|(db, hold)| match db.settle_unpublished(&mut db.state(), hold) {
-        // Then nothing was committed on top of what is not applied.
-        Ok(()) | Err(CaptureError::NotAllApplied) => Ok(()),
-        Err(error) => Err(format!("what {} has cannot be captured now: {error}", db.name())),
+    held.iter().try_for_each(|(db, hold)| {
+        let published = hold.published();
+        let mut st = db.state();
+        if st.quarantine_reason().is_some() {
+            // The next primary may heal it.
+            return Ok(());
+        }
+        match db.settle_unpublished(&mut st, published) {
+            Ok(()) => Ok(()),
+            // Nothing was committed on top of what is not applied.
+            Err(CaptureError::NotAllApplied) if !st.wal.puts_pages_back() => Ok(()),
+            Err(error) => Err(format!("what {} has cannot be captured now: {error}", db.name())),
+        }
     })
 }
 

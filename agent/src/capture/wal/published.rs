@@ -114,6 +114,11 @@ impl WalCapture {
         self.last = None;
     }
 
+    /// Whether some of the pages that the next transaction puts back are of no transaction in the log.
+    pub fn puts_untold_pages_back(&self) -> bool {
+        self.reverted_untold
+    }
+
     /// Whether something was captured that may not be published.
     pub fn may_be_unpublished(&self) -> bool {
         self.last.is_some() || !self.reverted.is_empty()

@@ -283,6 +283,7 @@ impl Connections {
             if let Err(error) = read {
                 tracing::warn!(database = %db.name(), %error, "its WAL cannot be read yet: the next transaction compares all");
                 db.suspect_foreign_write();
+                db.put_back_suspect(&mut db.state());
             }
             if db.is_suspect_in_wal_mode() {
                 requests::capture_suspect(&db);
