@@ -35,8 +35,12 @@ wal = os.open("/srv/litefs/db/app.db-wal", os.O_RDWR)
 agent = int(subprocess.check_output(["systemctl", "show", "--value", "-p", "MainPID", "litefs@db"]))
 
 def read(path):
-    with open(path) as f:
-        return f.read()
+    try:
+        with open(path) as f:
+            return f.read()
+    except OSError:
+        # The thread has ended.
+        return ""
 
 def threads():
     return [f"/proc/{agent}/task/{thread}" for thread in os.listdir(f"/proc/{agent}/task")]
@@ -55,7 +59,16 @@ fsync.start()
 while read(f"/proc/self/task/{fsync.native_id}/wchan") != "request_wait_answer":
     time.sleep(0.01)
 print("ready", flush=True)
-while not any(read(t + "/stat").rsplit(") ", 1)[1][0] == "D" for t in threads()):
+
+def waits(thread):
+    """Not for the disk, which takes less time."""
+    for _ in range(30):
+        if ") D " not in read(thread + "/stat"):
+            return False
+        time.sleep(0.01)
+    return True
+
+while not any(waits(thread) for thread in threads()):
     time.sleep(0.01)
 os.kill(agent, signal.SIGKILL)
 for thread in serving:
