@@ -46,16 +46,29 @@ pub struct WalCapture {
     /// The last captured transaction. Its writer may die before it publishes it in the wal-index: then SQLite never had
     /// it, and its frames are written over or left behind.
     last: Option<LastCommit>,
-    /// Pages of such transactions: the next transaction has to put them back.
-    reverted: BTreeSet<u32>,
-    /// There are such pages, and only the log's last record says which.
-    reverted_unknown: bool,
-    /// What the log had before the first such transaction.
-    reverted_after: Option<Mark>,
-    /// There are such pages of which no transaction tells.
-    reverted_untold: bool,
+    /// What the next transaction has to put back.
+    reverted: Reverted,
     /// Header of a commit frame that is not in the file until followers have the transaction; `arriving` has the frame.
     withheld: Option<(u64, [u8; FRAME_HEADER_BYTES as usize])>,
+}
+
+/// Pages of transactions that were captured and never published, and of what somebody may have written: the next
+/// transaction has to put them back.
+#[derive(Debug, Default)]
+struct Reverted {
+    pages: BTreeSet<u32>,
+    /// There are more of them, and only the log's last record says which.
+    unknown: bool,
+    /// What the log had before the first such transaction.
+    after: Option<Mark>,
+    /// There are some of which no transaction tells.
+    untold: bool,
+}
+
+impl Reverted {
+    fn is_empty(&self) -> bool {
+        self.pages.is_empty()
+    }
 }
 
 /// What is needed to take back the last captured transaction.
@@ -120,34 +133,28 @@ impl WalCapture {
 
     /// As another file is read, with the pages to put back of this one.
     fn with_put_back(&mut self, other: WalCapture) -> WalCapture {
-        WalCapture {
-            reverted: std::mem::take(&mut self.reverted),
-            reverted_unknown: self.reverted_unknown,
-            reverted_after: self.reverted_after,
-            reverted_untold: self.reverted_untold,
-            ..other
-        }
+        WalCapture { reverted: std::mem::take(&mut self.reverted), ..other }
     }
 
-    /// The next transaction has to put the pages of the last one back. `false`: there is none that may be unpublished.
-    fn take_back_last(&mut self) -> bool {
-        let Some(last) = self.last.take() else { return false };
-        self.reverted_after.get_or_insert(last.after);
+    /// The next transaction has to put the pages of the last one back. Gives what the log had before that one; `None`: there is
+    /// none that may be unpublished.
+    fn take_back_last(&mut self) -> Option<Mark> {
+        let last = self.last.take()?;
+        self.reverted.after.get_or_insert(last.after);
         for (pgno, before) in last.before {
-            self.reverted.insert(pgno);
+            self.reverted.pages.insert(pgno);
             match before {
                 Some(offset) => self.committed.insert(pgno, offset),
                 None => self.committed.remove(&pgno),
             };
         }
         self.committed_end = last.start;
-        true
+        Some(last.after)
     }
 
     /// A transaction has put all pages back.
     fn has_put_back(&mut self) {
-        self.reverted.clear();
-        (self.reverted_unknown, self.reverted_untold, self.reverted_after) = (false, false, None);
+        self.reverted = Reverted::default();
     }
 
     /// The agent wrote to the file what the log has.
@@ -254,8 +261,7 @@ impl WalCapture {
         }
         let mut fresh = WalCapture::default();
         let mut page_count = None;
-        let read = CommittedWal::read(file);
-        match read {
+        match CommittedWal::read(file) {
             Ok(Some(wal)) => {
                 fresh.start_generation(&wal.header);
                 let offset = |(pgno, frame)| (pgno, frame_offset(frame, wal.header.page_size));
@@ -397,7 +403,7 @@ fn arrived_before(wal: &WalCapture, file: &File, offset: u64) -> std::io::Result
 /// The last captured transaction was never published: its place is taken by one whose first header was written just
 /// now, and whose page arrives.
 fn take_back_last(st: &mut State, file: &File) -> std::io::Result<()> {
-    if !st.wal.take_back_last() {
+    if st.wal.take_back_last().is_none() {
         return Ok(());
     }
     let start = st.wal.committed_end;
@@ -425,12 +431,11 @@ pub fn settle_unpublished(db: &Database, st: &mut State) -> Result<(), CaptureEr
         // They are applied again: see [`crate::database`].
         return Ok(());
     }
-    let page_count = st.wal.last.as_ref().map_or(st.page_count, |last| last.after.page_count);
-    st.wal.take_back_last();
+    let page_count = st.wal.take_back_last().map_or(st.page_count, |before| before.page_count);
     if st.wal.reverted.is_empty() || st.page_size == 0 {
         return Ok(());
     }
-    let pages = st.wal.reverted.clone();
+    let pages = st.wal.reverted.pages.clone();
     let file = st.database_file(db)?;
     let mut page = vec![0; st.page_size as usize];
     st.open_checksums(db)?;
@@ -568,8 +573,8 @@ fn commit(
         before,
         after: st.logged_mark(),
     };
-    if st.wal.reverted.iter().any(|pgno| !newest.contains_key(pgno)) {
-        pages.extend(st.wal.reverted.iter().filter(|pgno| !newest.contains_key(pgno)));
+    if st.wal.reverted.pages.iter().any(|pgno| !newest.contains_key(pgno)) {
+        pages.extend(st.wal.reverted.pages.iter().filter(|pgno| !newest.contains_key(pgno)));
         pages.sort_unstable();
     }
     let committed = std::mem::take(&mut st.wal.committed);

@@ -27,6 +27,22 @@ pub(crate) fn node(dir: &std::path::Path) -> Arc<Database> {
     shared.database_or_new(&DatabaseName::new("a.db").unwrap())
 }
 
+/// A primary behind the preload door, and an application whose library asks nothing by itself.
+pub(crate) fn primary(dir: &std::path::Path) -> (Arc<Database>, Connection) {
+    let db = node(dir);
+    db.shared().begin_writes(Epoch(1));
+    let application = Connection::open(&db.paths().database).unwrap();
+    application
+        .execute_batch(
+            "pragma journal_mode = wal; pragma wal_autocheckpoint = 0; create table t(x);
+             with n(i) as (select 1 union all select i + 1 from n limit 50)
+             insert into t select randomblob(3000) from n; update t set x = randomblob(3000);",
+        )
+        .unwrap();
+    db.follow_wal(&mut db.state()).unwrap();
+    (db, application)
+}
+
 /// A primary, its application, and a replica that has what it has.
 struct Site {
     dir: tempfile::TempDir,

@@ -1,7 +1,6 @@
 use super::*;
 use crate::capture::wal::published::HeldCommit;
-use crate::database::follow::tests::node;
-use crate::ship::engine::Epoch;
+use crate::database::follow::tests::primary;
 use rusqlite::Connection;
 use sqlite_file::wal::{FRAME_HEADER_BYTES, frame_offset};
 use std::os::unix::fs::FileExt;
@@ -21,17 +20,7 @@ struct Site {
 impl Site {
     fn new() -> Site {
         let dir = tempfile::tempdir().unwrap();
-        let db = node(dir.path());
-        db.shared().begin_writes(Epoch(1));
-        let application = Connection::open(&db.paths().database).unwrap();
-        application
-            .execute_batch(
-                "pragma journal_mode = wal; pragma wal_autocheckpoint = 0; create table t(x);
-                 with n(i) as (select 1 union all select i + 1 from n limit 50)
-                 insert into t select randomblob(3000) from n;",
-            )
-            .unwrap();
-        db.follow_wal(&mut db.state()).unwrap();
+        let (db, application) = primary(dir.path());
         Site { _dir: dir, db, application }
     }
 
@@ -60,6 +49,17 @@ impl Site {
         self.db.state().position.txid.0
     }
 
+    /// Before it is lent, one transaction brings the log to what SQLite has.
+    #[track_caller]
+    fn assert_lending_commits(&self) {
+        let before = self.txid();
+        let (position, hold) = self.db.lend(AT_ONCE).unwrap();
+        assert_eq!(position.txid.0, before + 1);
+        drop(hold);
+        self.db.take_back();
+        self.assert_as_logged();
+    }
+
     /// What SQLite reads is what the log has.
     #[track_caller]
     fn assert_as_logged(&self) {
@@ -73,16 +73,12 @@ impl Site {
 fn what_was_never_published_is_taken_back_before_the_database_is_lent() {
     let site = Site::new();
     site.commit_unpublished();
-    let before = site.txid();
-    let (position, hold) = site.db.lend(AT_ONCE).unwrap();
-    assert_eq!(position.txid.0, before + 1);
-    drop(hold);
-    site.db.take_back();
-    site.assert_as_logged();
+    site.assert_lending_commits();
 
     // Nothing is left to take back.
+    let before = site.txid();
     let (position, _hold) = site.db.lend(AT_ONCE).unwrap();
-    assert_eq!(position.txid.0, before + 1);
+    assert_eq!(position.txid.0, before);
 }
 
 #[test]
@@ -93,23 +89,13 @@ fn what_somebody_is_suspected_to_have_written_is_captured_before_the_database_is
     let file = File::options().write(true).open(&site.db.paths().database).unwrap();
     file.write_all_at(&[0x5a; 100], 5 * 4096).unwrap();
     site.db.suspect_foreign_write();
-    let before = site.txid();
-    let (position, hold) = site.db.lend(AT_ONCE).unwrap();
-    assert_eq!(position.txid.0, before + 1);
-    drop(hold);
-    site.db.take_back();
-    site.assert_as_logged();
+    site.assert_lending_commits();
 
     // The same with a WAL that has something.
     site.commit();
     file.write_all_at(&[0xa5; 100], 5 * 4096).unwrap();
     site.db.suspect_foreign_write();
-    let before = site.txid();
-    let (position, hold) = site.db.lend(AT_ONCE).unwrap();
-    assert_eq!(position.txid.0, before + 1);
-    drop(hold);
-    site.db.take_back();
-    site.assert_as_logged();
+    site.assert_lending_commits();
 }
 
 #[test]

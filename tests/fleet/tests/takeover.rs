@@ -100,15 +100,18 @@ impl Writer<'_> {
     }
 }
 
+fn primary_and_replica() -> Fleet {
+    let fleet = Fleet::new(2);
+    fleet.hosts().iter().for_each(Host::install_litefs);
+    fleet[0].start_litefs(None);
+    fleet[1].start_litefs(Some(&fleet[0]));
+    fleet
+}
+
 #[test]
 fn applications_go_on_while_the_service_is_restarted_killed_and_upgraded_and_the_mount_goes_with_a_stop() {
-    let fleet = Fleet::new(2);
+    let fleet = primary_and_replica();
     let (host, replica) = (&fleet[0], &fleet[1]);
-    for host in fleet.hosts() {
-        host.install_litefs();
-    }
-    host.start_litefs(None);
-    replica.start_litefs(Some(host));
     // A second cluster on this host, whose applications come through the preload library.
     host.apt_install("liblitefs");
     host.push("/etc/litefs/shop.toml", "door = \"preload\"\n[http]\nlisten = \"127.0.0.1:20203\"\n");
@@ -178,13 +181,8 @@ fn applications_go_on_while_the_service_is_restarted_killed_and_upgraded_and_the
 
 #[test]
 fn an_agent_that_is_killed_while_it_waits_for_the_lock_of_an_applications_fsync_is_followed_by_another_one() {
-    let fleet = Fleet::new(2);
+    let fleet = primary_and_replica();
     let (host, replica) = (&fleet[0], &fleet[1]);
-    for host in fleet.hosts() {
-        host.install_litefs();
-    }
-    host.start_litefs(None);
-    replica.start_litefs(Some(host));
     let insert = || {
         host.run("sqlite3 /srv/litefs/db/app.db 'INSERT INTO t VALUES (1)'");
     };

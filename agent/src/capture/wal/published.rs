@@ -91,16 +91,17 @@ pub fn capture_published(
 impl WalCapture {
     /// The next transaction compares these pages, and has those that are not what the log has.
     pub fn put_back(&mut self, pages: BTreeSet<u32>) {
-        self.reverted_untold |= !pages.is_empty();
-        self.reverted.extend(pages);
+        self.reverted.untold |= !pages.is_empty();
+        self.reverted.pages.extend(pages);
     }
 
     /// As [`WalCapture::put_back`], with those that had to be put back before.
     pub fn put_back_of(&mut self, before: WalCapture) {
-        self.reverted.extend(before.reverted);
-        self.reverted_unknown |= before.reverted_unknown;
-        self.reverted_untold |= before.reverted_untold;
-        self.reverted_after = before.reverted_after.or(self.reverted_after);
+        let before = before.reverted;
+        self.reverted.pages.extend(before.pages);
+        self.reverted.unknown |= before.unknown;
+        self.reverted.untold |= before.untold;
+        self.reverted.after = before.after.or(self.reverted.after);
     }
 
     /// Pages are in the files as the log has them.
@@ -116,7 +117,7 @@ impl WalCapture {
 
     /// Whether some of the pages that the next transaction puts back are of no transaction in the log.
     pub fn puts_untold_pages_back(&self) -> bool {
-        self.reverted_untold
+        self.reverted.untold
     }
 
     /// Whether something was captured that may not be published.
@@ -127,7 +128,7 @@ impl WalCapture {
     /// What the log had before the oldest transaction that may not be published. `None`: there is none, or no record tells.
     pub fn published_to(&self) -> Option<Mark> {
         match (self.reverted.is_empty(), &self.last) {
-            (false, _) => self.reverted_after.filter(|_| !self.reverted_untold),
+            (false, _) => self.reverted.after.filter(|_| !self.reverted.untold),
             (true, Some(last)) => Some(last.after),
             (true, None) => None,
         }
@@ -256,8 +257,7 @@ fn settle_last(db: &Database, st: &mut State, file: &File, published: u64) -> Re
 
 /// The WAL may end: a captured commit that was never published goes, and with it what others like it have left.
 pub fn take_back_unpublished(db: &Database, st: &mut State, file: &File) -> Result<(), CaptureError> {
-    let page_count = st.wal.last.as_ref().map_or(st.page_count, |last| last.after.page_count);
-    st.wal.take_back_last();
+    let page_count = st.wal.take_back_last().map_or(st.page_count, |before| before.page_count);
     if capture_put_back(db, st, file, page_count)?.is_some() {
         tracing::info!(
             database = %db.name,
@@ -330,7 +330,7 @@ fn capture(
     let Frames { newest, page_count, end } = frames;
     // Also pages to put back, and those that the file grew over.
     let mut pages: Vec<u32> = newest.keys().copied().collect();
-    let others = st.wal.reverted.iter().copied().chain(st.page_count + 1..=page_count);
+    let others = st.wal.reverted.pages.iter().copied().chain(st.page_count + 1..=page_count);
     pages.extend(others.filter(|pgno| !newest.contains_key(pgno)));
     if pages.len() > newest.len() {
         pages.sort_unstable();
@@ -370,26 +370,7 @@ fn capture(
 #[cfg(test)]
 mod tests {
     use crate::database::Database;
-    use crate::database::follow::tests::node;
-    use crate::ship::engine::Epoch;
-    use rusqlite::Connection;
-    use std::sync::Arc;
-
-    /// A primary behind the preload door, and an application whose library asks nothing by itself.
-    fn primary(dir: &tempfile::TempDir) -> (Arc<Database>, Connection) {
-        let db = node(dir.path());
-        db.shared().begin_writes(Epoch(1));
-        let application = Connection::open(&db.paths().database).unwrap();
-        application
-            .execute_batch(
-                "pragma journal_mode = wal; pragma wal_autocheckpoint = 0; create table t(x);
-                 with n(i) as (select 1 union all select i + 1 from n limit 50)
-                 insert into t select randomblob(3000) from n; update t set x = randomblob(3000);",
-            )
-            .unwrap();
-        db.follow_wal(&mut db.state()).unwrap();
-        (db, application)
-    }
+    use crate::database::follow::tests::primary;
 
     /// It is suspected that somebody has written to the file, while the WAL has nothing that counts; then the WAL ends.
     fn suspect(db: &Database, meanwhile: impl FnOnce()) {
@@ -402,7 +383,7 @@ mod tests {
     #[test]
     fn what_a_wal_that_has_ended_had_is_read_from_the_file() {
         let dir = tempfile::tempdir().unwrap();
-        let (db, application) = primary(&dir);
+        let (db, application) = primary(dir.path());
         let position = db.state().position;
         application.execute_batch("pragma wal_checkpoint(restart)").unwrap();
         db.end_wal(&mut db.state()).unwrap();

@@ -135,7 +135,7 @@ impl WalCapture {
             // Its writer died before it published it, and another one has begun in its place. Which pages have to be
             // put back its frames do not say any more.
             self.committed_end = start;
-            (self.reverted_unknown, self.reverted_after) = (true, Some(after));
+            (self.reverted.unknown, self.reverted.after) = (true, Some(after));
         }
         Ok(())
     }
@@ -195,8 +195,8 @@ impl WalCapture {
 
     /// Pages of a transaction that was taken back, where only the log still knows them.
     pub fn put_back_later(&mut self, pages: BTreeSet<u32>) {
-        if std::mem::take(&mut self.reverted_unknown) {
-            self.reverted.extend(pages);
+        if std::mem::take(&mut self.reverted.unknown) {
+            self.reverted.pages.extend(pages);
         }
     }
 }
